@@ -1,0 +1,25 @@
+"""Knowledge distillation for JAX and Flax, centred on activation boundaries."""
+
+from abflax.config import RunConfig, Seeds
+from abflax.data import Dataset, load
+from abflax.errors import InputError, NonFiniteError
+from abflax.interrupt import Interrupted
+from abflax.loop import Resources, Result, distill, evaluate
+from abflax.networks import Network
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Dataset",
+    "InputError",
+    "Interrupted",
+    "Network",
+    "NonFiniteError",
+    "Resources",
+    "Result",
+    "RunConfig",
+    "Seeds",
+    "distill",
+    "evaluate",
+    "load",
+]

@@ -1,0 +1,112 @@
+"""What a run is: the configuration whose hash names it."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from typing import Any
+
+from abflax.errors import InputError, unknown
+from abflax.methods import METHODS
+
+PRECISIONS = ("float32", "bfloat16", "float64")
+
+
+@dataclasses.dataclass(frozen=True)
+class Seeds:
+    """Each source of randomness, so that one can be varied alone.
+
+    Attributes:
+      weights: the student's initial weights and the connectors'.
+      order: the order of the examples.
+      augmentation: crops and flips.
+      subset: which examples, where only a share of the training data is used.
+    """
+
+    weights: int = 0
+    order: int = 0
+    augmentation: int = 0
+    subset: int = 0
+
+    @classmethod
+    def all(cls, seed: int) -> Seeds:
+        """The same seed for everything."""
+        return cls(seed, seed, seed, seed)
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+    """Everything that changes a run's numbers, and nothing else.
+
+    Attributes:
+      dataset: name of the training data.
+      student: name of the student's architecture.
+      teacher: name of the teacher and what identifies its weights; None: there is none.
+      method, protocol, setting: see `abflax.methods`.
+      options: the method's options, sorted by name.
+      epochs: of initialise and classify; a joint phase has their sum.
+      batch_size: examples per step, over all devices.
+      fraction: share of the training data used, class-balanced.
+      evaluate_every: epochs between evaluations; the ends of phases are always evaluated.
+      seeds: see `Seeds`.
+      precision: of the networks' computation; parameters, statistics and losses are float32 (or
+        float64).
+    """
+
+    dataset: str
+    student: str
+    teacher: str | None = None
+    method: str = "activation-boundary"
+    protocol: str = "paper"
+    setting: str = "cifar"
+    options: tuple[tuple[str, Any], ...] = ()
+    epochs: tuple[int, int] = (20, 100)
+    batch_size: int = 128
+    fraction: float = 1.0
+    evaluate_every: int = 1
+    seeds: Seeds = Seeds()
+    precision: str = "float32"
+
+    def __post_init__(self) -> None:
+        if len(self.epochs) != 2 or min(self.epochs) < 0 or sum(self.epochs) < 1:
+            raise InputError(
+                f"epochs must be two numbers >= 0, initialise + classify, and not both 0; "
+                f"not {self.epochs}"
+            )
+        for name in ("batch_size", "evaluate_every"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if not 0 < self.fraction <= 1:
+            raise InputError(
+                f"the fraction of the training data must be in (0, 1], not {self.fraction}"
+            )
+        if min(dataclasses.astuple(self.seeds)) < 0:
+            raise InputError(f"seeds must not be negative: {self.seeds}")
+        if self.precision not in PRECISIONS:
+            raise unknown("precision", self.precision, PRECISIONS)
+        self.phases()
+
+    def phases(self) -> tuple[Any, ...]:
+        """The method's phases. Raises `ValueError` for an unknown method, protocol or option."""
+        make = METHODS[self.method]
+        return make(protocol=self.protocol, setting=self.setting, **dict(self.options))
+
+    def as_json(self) -> dict[str, Any]:
+        """The configuration as plain JSON values."""
+        return json.loads(json.dumps(dataclasses.asdict(self)))
+
+    @property
+    def hash(self) -> str:
+        """Twelve hexadecimal digits of SHA-256 over the fields that differ from their defaults.
+
+        So a field that is added later changes no old name, as long as its default is what the
+        code did before. Defaults therefore never change.
+        """
+        given = {}
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.default is dataclasses.MISSING or value != field.default:
+                given[field.name] = self.as_json()[field.name]
+        text = json.dumps(given, sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:12]

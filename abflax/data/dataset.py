@@ -1,0 +1,92 @@
+"""A data set that fits in memory, and its class-balanced subsets."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+
+import numpy as np
+
+from abflax.data.augmentation import Preprocessing
+from abflax.errors import InputError
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Dataset:
+    """Images and labels, in host memory.
+
+    Attributes:
+      images: `[examples, height, width, channels]`, uint8 or floating.
+      labels: integers `[examples]` in `[0, num_classes)`.
+      num_classes: None: the largest label + 1.
+      preprocessing: what the images go through; by default nothing.
+      name: how records call it; None: a digest of the contents.
+
+    Raises:
+      ValueError: if the shapes do not fit, there is no example, a label is out of range, or a
+        pixel is NaN or infinite.
+    """
+
+    images: np.ndarray
+    labels: np.ndarray
+    num_classes: int | None = None
+    preprocessing: Preprocessing = Preprocessing()
+    name: str | None = None
+
+    def __post_init__(self) -> None:
+        images, labels = np.asarray(self.images), np.asarray(self.labels)
+        if images.ndim != 4 or labels.shape != images.shape[:1] or not len(images):
+            raise InputError(
+                "a data set needs images [examples, height, width, channels] and labels "
+                f"[examples], at least one; got {images.shape} and {labels.shape}"
+            )
+        if not np.issubdtype(labels.dtype, np.integer):
+            raise InputError(f"labels must be integers, not {labels.dtype}")
+        classes = self.num_classes or int(labels.max()) + 1
+        if labels.min() < 0 or labels.max() >= classes:
+            raise InputError(
+                f"labels must lie in [0, {classes}), but reach from {labels.min()} to {labels.max()}"
+            )
+        if np.issubdtype(images.dtype, np.floating) and not np.isfinite(images).all():
+            bad = int(np.argmin(np.isfinite(images).all(axis=(1, 2, 3))))
+            raise InputError(f"image {bad} has a pixel that is NaN or infinite")
+        object.__setattr__(self, "images", images)
+        object.__setattr__(self, "labels", labels.astype(np.int32))
+        object.__setattr__(self, "num_classes", classes)
+        if self.name is None:
+            digest = hashlib.sha256(images.tobytes() + self.labels.tobytes()).hexdigest()
+            object.__setattr__(self, "name", f"custom-{digest[:12]}")
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(height, width, channels)."""
+        return self.images.shape[1:]
+
+    def take(self, indices: np.ndarray) -> Dataset:
+        """The examples of these indices, under the same name."""
+        return dataclasses.replace(self, images=self.images[indices], labels=self.labels[indices])
+
+
+def subset(dataset: Dataset, fraction: float, seed: int) -> Dataset:
+    """A class-balanced share of a data set: of each class round(fraction · its size), at least 1.
+
+    A function of (data, fraction, seed) alone, so all methods of a seed see the same examples; a
+    smaller fraction's subset lies within a larger one's.
+
+    Raises:
+      ValueError: unless 0 < fraction <= 1.
+    """
+    if not 0 < fraction <= 1:
+        raise InputError(f"the fraction of the training data must be in (0, 1], not {fraction}")
+    if fraction == 1:
+        return dataset
+    shuffled = np.random.default_rng(seed).permutation(len(dataset))
+    chosen = []
+    for label in range(dataset.num_classes):
+        members = shuffled[dataset.labels[shuffled] == label]
+        if len(members):
+            chosen.append(members[: max(1, round(fraction * len(members)))])
+    return dataset.take(np.sort(np.concatenate(chosen)))

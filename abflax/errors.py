@@ -1,0 +1,39 @@
+"""The two errors that abflax raises on purpose; everything else is a bug.
+
+`InputError` is a `ValueError`: something that the caller gave cannot be right, and the message
+is one sentence that names it. `NonFiniteError` stops a run whose numbers are no longer numbers.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class InputError(ValueError):
+    """What the caller gave cannot be right. The message is one sentence that names the culprit."""
+
+
+class NonFiniteError(FloatingPointError):
+    """A loss or a gradient is NaN or infinite. The last good checkpoint stays."""
+
+
+def unknown(kind: str, name: object, known: Iterable[str]) -> InputError:
+    """An `InputError` for a misspelt name, with the near matches, or else all that is known.
+
+    Args:
+      kind: what the name should have been the name of, e.g. "method".
+      name: what was given.
+      known: the legal names.
+    """
+    known = sorted(known)
+    near = difflib.get_close_matches(str(name), known, n=3, cutoff=0.5)
+    hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(known)}"
+    return InputError(f"unknown {kind} '{name}'; {hint}")
+
+
+def require_same_shape(what: str, student: object, teacher: object) -> None:
+    """Raises `InputError` naming both shapes where they differ: no silent broadcast."""
+    ours, theirs = tuple(student.shape), tuple(teacher.shape)
+    if ours != theirs:
+        raise InputError(f"{what}: the student's shape {ours} is not the teacher's {theirs}")

@@ -1,0 +1,61 @@
+"""Losses on logits, one number an example."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from abflax.errors import InputError, require_same_shape
+from abflax.losses.dtypes import at_least_float32
+
+
+def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """−log softmax(logits)[label] for each example.
+
+    Args:
+      logits: `[..., classes]`.
+      labels: integers `[...]` in `[0, classes)`.
+
+    Returns:
+      `[...]`, in nats, float32 at least.
+
+    Raises:
+      ValueError: if the leading shapes differ.
+    """
+    logits, labels = at_least_float32(logits), jnp.asarray(labels)
+    if logits.shape[:-1] != labels.shape:
+        raise InputError(
+            f"cross_entropy: logits {logits.shape} need labels of shape {logits.shape[:-1]}, "
+            f"not {labels.shape}"
+        )
+    return optax.losses.softmax_cross_entropy_with_integer_labels(logits, labels)
+
+
+def knowledge_distillation(
+    student: jax.Array, teacher: jax.Array, temperature: float | jax.Array = 1.0
+) -> jax.Array:
+    """KL(softmax(T/τ) ‖ softmax(S/τ)), summed over the classes, for each example.
+
+    No factor τ² is applied (Hinton et al. multiply by it so that the gradient's size does not
+    depend on τ): the method that wants one states it.
+
+    Args:
+      student: logits S `[..., classes]`.
+      teacher: logits T of the same shape.
+      temperature: τ > 0.
+
+    Returns:
+      `[...]`, in nats, >= 0, float32 at least.
+
+    Raises:
+      ValueError: if the shapes differ.
+
+    References:
+      Hinton, Vinyals, Dean, Distilling the Knowledge in a Neural Network, 2015.
+    """
+    student, teacher = at_least_float32(student), at_least_float32(teacher)
+    require_same_shape("knowledge_distillation", student, teacher)
+    return optax.losses.kl_divergence_with_log_targets(
+        jax.nn.log_softmax(student / temperature), jax.nn.log_softmax(teacher / temperature)
+    )

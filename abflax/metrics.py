@@ -1,0 +1,53 @@
+"""Agreement and error, pure functions."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from abflax.errors import InputError, require_same_shape
+from abflax.losses.activation import activation_indicator
+
+
+def activation_agreement(student: jax.Array, teacher: jax.Array) -> jax.Array:
+    """The share of neurons on whose indicator two networks agree: 1 − mean |ρ(T) − ρ(S)|.
+
+    Args:
+      student: pre-activations or booleans, of any shape; every entry is one neuron on one
+        example.
+      teacher: the same shape.
+
+    Returns:
+      A scalar in [0, 1]; two independent coins agree on a half.
+
+    Raises:
+      ValueError: if the shapes differ, or there is no neuron.
+    """
+    student, teacher = jnp.asarray(student), jnp.asarray(teacher)
+    require_same_shape("activation_agreement", student, teacher)
+    if student.size == 0:
+        raise InputError("activation_agreement: there is no neuron to agree on")
+    agrees = activation_indicator(student) == activation_indicator(teacher)
+    return jnp.mean(agrees, dtype=jnp.result_type(float))
+
+
+def misclassified(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """Whether the largest logit is not the label's, for each example.
+
+    Args:
+      logits: `[..., classes]`. Of equal largest logits the first counts.
+      labels: integers `[...]`.
+
+    Returns:
+      Booleans `[...]`.
+
+    Raises:
+      ValueError: if the leading shapes differ.
+    """
+    logits, labels = jnp.asarray(logits), jnp.asarray(labels)
+    if logits.shape[:-1] != labels.shape:
+        raise InputError(
+            f"misclassified: logits {logits.shape} need labels of shape {logits.shape[:-1]}, "
+            f"not {labels.shape}"
+        )
+    return jnp.argmax(logits, axis=-1) != labels

@@ -1,0 +1,198 @@
+"""The seam to the devices, and the only file that says pmap.
+
+The state is one logical copy on all devices (`in_axes=None`, `out_axes=None`), batches are split
+over them, gradients and statistics are averaged. `pmap` is `jit` + `shard_map` since JAX 0.8, so
+a move to `shard_map` is a change to this file alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from abflax.data import Preprocessing, augment, normalise
+from abflax.errors import InputError
+from abflax.optim import Optimiser, Span
+from abflax.step import (
+    Objective,
+    TrainState,
+    abstract_variables,
+    begin_phase,
+    eval_step,
+    train_step,
+    trained_parameters,
+)
+
+AXIS = "devices"
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """The compiled functions of one phase on some devices.
+
+    Attributes:
+      begin: (student variables, teacher statistics, key) -> `TrainState`.
+      train: (state, teacher params, data, key, examples, epochs, count) -> (state, metrics);
+        `examples` and `epochs` are `[devices, steps, share]`, of which the first `count` steps
+        are made; the metrics are `[steps]`. The state is donated.
+      evaluate: (params, batch_stats, teacher params, data, examples, mask) -> sums, `[batches]`
+        each; `examples` and `mask` are `[devices, batches, share]`.
+      schedule: the phase's own step -> learning rate.
+    """
+
+    begin: Callable[..., TrainState]
+    train: Callable[..., tuple[TrainState, dict[str, Any]]]
+    evaluate: Callable[..., dict[str, Any]]
+    schedule: Callable[[int], Any]
+
+
+def local_devices(count: int | None = None) -> tuple[jax.Device, ...]:
+    """The first `count` of this process's devices; None: all.
+
+    Raises:
+      ValueError: if there are fewer.
+    """
+    devices = jax.local_devices()
+    if count is not None and not 1 <= count <= len(devices):
+        raise InputError(f"there are {len(devices)} devices here, so {count} cannot be used")
+    return tuple(devices[:count])
+
+
+def default_steps_per_dispatch(devices: Sequence[jax.Device]) -> int:
+    """1 on CPUs, where XLA runs convolution gradients inside loops 40 times slower; else 100."""
+    return 1 if devices[0].platform == "cpu" else 100
+
+
+def replicate(tree: Any, devices: Sequence[jax.Device]) -> Any:
+    """One logical copy on all the devices."""
+    mesh = jax.sharding.Mesh(np.asarray(devices), (AXIS,))
+    return jax.device_put(tree, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()))
+
+
+def split(batch: np.ndarray, devices: Sequence[jax.Device]) -> np.ndarray:
+    """`[steps, batch]` -> `[devices, steps, share]`.
+
+    Raises:
+      ValueError: if the batch does not divide among the devices.
+    """
+    steps, size = batch.shape
+    if size % len(devices):
+        raise InputError(f"a batch of {size} does not divide among {len(devices)} devices")
+    return batch.reshape(steps, len(devices), -1).swapaxes(0, 1)
+
+
+@functools.lru_cache(maxsize=64)
+def compile_phase(
+    objective: Objective,
+    optimiser: Optimiser,
+    span: Span,
+    preprocessing: Preprocessing,
+    image_shape: tuple[int, ...],
+    devices: tuple[jax.Device, ...],
+    steps_per_dispatch: int,
+    dtype: np.dtype,
+) -> Program:
+    """The functions of a phase; the same ones for the same arguments, so seeds share them.
+
+    Args:
+      dtype: `jnp.result_type(float)`, which tracing depends on.
+    """
+    del dtype
+    transformation = optimiser.transformation(span, _trained(objective, image_shape))
+
+    def begin(student: Any, teacher_stats: Any, key: jax.Array) -> TrainState:
+        return begin_phase(objective, transformation, student, teacher_stats, key, image_shape)
+
+    train = functools.partial(_train_many, objective, transformation, preprocessing)
+    evaluate = functools.partial(_evaluate, objective, preprocessing)
+    mapped = functools.partial(jax.pmap, axis_name=AXIS, out_axes=None, devices=devices)
+    return Program(
+        begin=jax.jit(begin),
+        train=mapped(
+            functools.partial(train, steps_per_dispatch),
+            in_axes=(None, None, None, None, 0, 0, None),
+            donate_argnums=(0,),
+        ),
+        evaluate=mapped(evaluate, in_axes=(None, None, None, None, 0, 0)),
+        schedule=optimiser.schedule(span),
+    )
+
+
+def _trained(objective: Objective, image_shape: tuple[int, ...]) -> Any:
+    """Which parameters the phase trains."""
+    student = abstract_variables(objective.student, image_shape)
+    stats = {}
+    if objective.teacher is not None:
+        stats = abstract_variables(objective.teacher, image_shape)["batch_stats"]
+    state = jax.eval_shape(
+        lambda student, stats, key: begin_phase(
+            objective, optax.identity(), student, stats, key, image_shape
+        ),
+        student,
+        stats,
+        jax.random.key(0),
+    )
+    return trained_parameters(objective, state.params, state.batch_stats, image_shape)
+
+
+def _train_many(
+    objective: Objective,
+    optimiser: optax.GradientTransformation,
+    preprocessing: Preprocessing,
+    steps: int,
+    state: TrainState,
+    teacher_params: Any,
+    data: dict[str, jax.Array],
+    key: jax.Array,
+    examples: jax.Array,
+    epochs: jax.Array,
+    count: jax.Array,
+) -> tuple[TrainState, dict[str, Any]]:
+    """Up to `steps` optimisation steps, from indices to new state, without the host."""
+
+    def one(index: Any, state: TrainState) -> tuple[TrainState, dict[str, Any]]:
+        chosen = examples[index]
+        images = augment(data["images"][chosen], chosen, epochs[index], key, preprocessing)
+        images, labels = normalise(images, preprocessing), data["labels"][chosen]
+        return train_step(objective, optimiser, state, teacher_params, images, labels)
+
+    if steps == 1:
+        state, metrics = one(0, state)
+        return state, jax.tree.map(lambda leaf: leaf[None], metrics)
+
+    def body(index: jax.Array, carry: tuple[TrainState, Any]) -> tuple[TrainState, Any]:
+        state, metrics = one(index, carry[0])
+        return state, jax.tree.map(lambda all_, new: all_.at[index].set(new), carry[1], metrics)
+
+    shapes = jax.eval_shape(lambda state: one(0, state)[1], state)
+    metrics = jax.tree.map(lambda leaf: jnp.zeros((steps, *leaf.shape), leaf.dtype), shapes)
+    return jax.lax.fori_loop(0, count, body, (state, metrics))
+
+
+def _evaluate(
+    objective: Objective,
+    preprocessing: Preprocessing,
+    params: Any,
+    batch_stats: Any,
+    teacher_params: Any,
+    data: dict[str, jax.Array],
+    examples: jax.Array,
+    mask: jax.Array,
+) -> dict[str, Any]:
+    """The evaluation step over all batches in one dispatch."""
+
+    def one(_: None, batch: tuple[jax.Array, jax.Array]) -> tuple[None, dict[str, Any]]:
+        chosen, valid = batch
+        images = normalise(data["images"][chosen], preprocessing)
+        labels = data["labels"][chosen]
+        sums = eval_step(objective, params, batch_stats, teacher_params, images, labels, valid)
+        return None, jax.lax.psum(sums, AXIS)
+
+    return jax.lax.scan(one, None, (examples, mask))[1]

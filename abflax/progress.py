@@ -1,0 +1,148 @@
+"""Progress of a run: a live bar a phase on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
+from rich.text import Text
+
+_PLAIN_SECONDS = 10.0
+
+
+class Reporter(Protocol):
+    """What the training loop tells of itself."""
+
+    def phase(self, label: str, name: str, steps: int, done: int, epochs: int) -> None:
+        """A phase of so many steps begins, or goes on after `done` of them."""
+
+    def steps(self, count: int, images: int, epoch: float, loss: float | None) -> None:
+        """So many steps more were made; the loss is that of a recent one."""
+
+    def evaluated(self, entry: dict[str, Any]) -> None:
+        """An entry of the history was made."""
+
+    def finished(self, note: str = "") -> None:
+        """The phase is over, or (with a note) the run needs no training."""
+
+
+class Silent:
+    """A reporter that says nothing."""
+
+    def phase(self, label: str, name: str, steps: int, done: int, epochs: int) -> None: ...
+    def steps(self, count: int, images: int, epoch: float, loss: float | None) -> None: ...
+    def evaluated(self, entry: dict[str, Any]) -> None: ...
+    def finished(self, note: str = "") -> None: ...
+
+
+class Live:
+    """One line a phase: label, bar, epochs, loss, test error, images/s, time left.
+
+    Args:
+      console: where to; if it is no terminal, a plain line at most every ten seconds, and one at
+        the end of each phase.
+    """
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._bars = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=18),
+            _Summary(),
+            console=console,
+            refresh_per_second=4,
+            speed_estimate_period=20,
+        )
+        self._task: Any = None
+        self._fields: dict[str, Any] = {}
+
+    @contextmanager
+    def shown(self) -> Iterator[Live]:
+        """Shows the bars while the context lasts."""
+        if not self._console.is_terminal:
+            yield self
+            return
+        with self._bars:
+            yield self
+
+    def phase(self, label: str, name: str, steps: int, done: int, epochs: int) -> None:
+        self._fields = {"epochs": epochs, "epoch": 0.0, "loss": None, "error": None, "rate": 0.0}
+        self._label, self._done, self._total = f"{label}  {name}", done, steps
+        self._started = self._printed = time.perf_counter()
+        self._images, self._first = 0, None
+        if self._console.is_terminal:
+            description = f"[bold]{label}[/bold]  {name:<10}"
+            self._task = self._bars.add_task(
+                description, total=steps, completed=done, **self._fields
+            )
+
+    def steps(self, count: int, images: int, epoch: float, loss: float | None) -> None:
+        now = time.perf_counter()
+        self._done += count
+        if self._first is None:
+            self._first = now  # the first dispatch compiles, so the rate counts from its end
+        else:
+            self._images += images
+            self._fields["rate"] = self._images / max(now - self._first, 1e-9)
+        self._fields |= {"epoch": epoch, "loss": loss}
+        self._show()
+
+    def evaluated(self, entry: dict[str, Any]) -> None:
+        self._fields |= {"error": entry.get("test_error"), "loss": entry["loss"]}
+        self._fields["epoch"] = entry["epoch_of_phase"]
+        self._show()
+
+    def finished(self, note: str = "") -> None:
+        if note:
+            self._console.print(note, style="dim", highlight=False)
+            return
+        seconds = time.perf_counter() - self._started
+        if self._console.is_terminal:
+            self._bars.update(self._task, seconds=seconds, **self._fields)
+        else:
+            self._line(f"done in {seconds:.0f} s")
+
+    def _show(self) -> None:
+        if self._console.is_terminal:
+            self._bars.update(self._task, completed=self._done, **self._fields)
+        elif time.perf_counter() - self._printed > _PLAIN_SECONDS:
+            self._printed = time.perf_counter()
+            spent = self._printed - self._started
+            left = spent / max(self._done, 1) * (self._total - self._done)
+            self._line(f"{_duration(left)} left")
+
+    def _line(self, end: str) -> None:
+        text = f"{self._label}  {self._done}/{self._total}  {_describe(self._fields)}  {end}"
+        self._console.print(text, highlight=False, soft_wrap=True)
+
+
+class _Summary(ProgressColumn):
+    """Everything to the right of the bar."""
+
+    def render(self, task: Task) -> Text:
+        text = _describe(task.fields)
+        if task.finished:
+            return Text(f"{text}  {_duration(task.fields.get('seconds', task.elapsed or 0))}")
+        left = task.time_remaining
+        return Text(f"{text}  {_duration(left)} left" if left is not None else f"{text}  compiling")
+
+
+def _describe(fields: dict[str, Any]) -> str:
+    """The figures of one phase, in fixed order."""
+    loss = "-" if fields["loss"] is None else f"{fields['loss']:.4g}"
+    error = "-" if fields["error"] is None else f"{100 * fields['error']:.2f} %"
+    rate = f"{fields['rate']:,.0f}" if fields["rate"] else "-"
+    return (
+        f"epoch {fields['epoch']:.1f}/{fields['epochs']}  loss {loss}  "
+        f"test error {error}  {rate} images/s"
+    )
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(int(seconds + 0.5), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"

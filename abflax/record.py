@@ -1,0 +1,149 @@
+"""Records: one JSON file a run.
+
+Schema 1. A record is an object with
+
+- `schema`: 1; `hash`: the run's name; `config`: every field of `abflax.config.RunConfig`;
+- `state`: "finished"; a record is written once, when its run is;
+- `phases`: a list of {`name`, `steps`, `epochs`, `seconds`};
+- `history`: one entry an evaluation: {`epoch`, `step` (of the run), `phase`, `learning_rate`,
+  `loss`, `gradient_norm` (means since the entry before), `training` (what the terms measure, e.g.
+  `agreement` of each layer as training saw it; means), and where there is held-out data
+  `test_error` (a share), `test_cross_entropy` (nats), `agreement` (layer -> share of held-out
+  neurons on whose indicator student and teacher agree; only where both have the same neurons)};
+- `result`: `test_error` and `agreement` of the last entry, `best_test_error`, `best_epoch`, and
+  `initialise_agreement`: agreement at the end of the initialise phase, if there was one;
+- `seconds`: training and evaluation, compilation included, over all sittings;
+- `environment`: `abflax`, `python`, `jax`, `jaxlib`, `flax`, `optax`, `device`, `devices`,
+  `commit` (with "+" where the working tree was changed, null outside a repository);
+- `finished`: UTC, ISO 8601.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from abflax.config import RunConfig
+
+SCHEMA = 1
+
+
+def environment(devices: Sequence[jax.Device]) -> dict[str, Any]:
+    """Versions, commit and device, as records hold them."""
+    packages = ("jax", "jaxlib", "flax", "optax")
+    return {
+        "abflax": _version("abflax"),
+        "python": platform.python_version(),
+        **{name: _version(name) for name in packages},
+        "device": device_name(devices[0]),
+        "devices": len(devices),
+        "commit": _commit(),
+    }
+
+
+def device_name(device: jax.Device) -> str:
+    """What a reader would call the device; a CPU says how many cores the process may use."""
+    if device.platform != "cpu":
+        return device.device_kind
+    model = "CPU"
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        model = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        model = platform.processor() or model
+    return f"{model}, {len(os.sched_getaffinity(0))} cores"
+
+
+def make_record(
+    config: RunConfig,
+    phases: list[dict[str, Any]],
+    history: list[dict[str, Any]],
+    seconds: float,
+    devices: Sequence[jax.Device],
+) -> dict[str, Any]:
+    """The record of a finished run; see the schema above."""
+    last = history[-1]
+    result: dict[str, Any] = {}
+    if "test_error" in last:
+        best = min(history, key=lambda entry: entry["test_error"])
+        result = {
+            "test_error": last["test_error"],
+            "best_test_error": best["test_error"],
+            "best_epoch": best["epoch"],
+            "agreement": last["agreement"],
+        }
+        initialised = [entry for entry in history if entry["phase"] == "initialise"]
+        if initialised:
+            result["initialise_agreement"] = initialised[-1]["agreement"]
+    return {
+        "schema": SCHEMA,
+        "hash": config.hash,
+        "config": config.as_json(),
+        "state": "finished",
+        "phases": phases,
+        "history": history,
+        "result": result,
+        "seconds": round(seconds, 3),
+        "environment": environment(devices),
+        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def write_record(path: Path, record: dict[str, Any]) -> None:
+    """Writes a record whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
+    try:
+        with os.fdopen(handle, "w") as file:
+            json.dump(record, file, indent=1)
+            file.write("\n")
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def read_record(path: Path) -> dict[str, Any] | None:
+    """The record at that path; None: there is none, or none of this schema."""
+    try:
+        record = json.loads(path.read_text())
+    except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError):
+        return None
+    return record if isinstance(record, dict) and record.get("schema") == SCHEMA else None
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _commit() -> str | None:
+    """The commit of the repository that holds this file, and a "+" if its code was changed."""
+    here = Path(__file__).parent
+
+    def git(*arguments: str) -> str:
+        done = subprocess.run(
+            ["git", "-C", str(here), *arguments], capture_output=True, text=True, check=True
+        )
+        return done.stdout.strip()
+
+    try:
+        changed = git("status", "--porcelain", "--", ".", "../experiments/*.py")
+        return git("rev-parse", "HEAD") + ("+" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None

@@ -1,0 +1,305 @@
+"""One optimisation step and one evaluation step, pure functions of one device's share.
+
+Left of `make_targets` nothing is trained; right of it nothing knows where targets came from.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import linen as nn
+from flax import struct
+
+from abflax.connectors import Connectors, connect, shared_layers
+from abflax.losses import cross_entropy
+from abflax.methods import Phase
+from abflax.metrics import activation_agreement, misclassified
+from abflax.taps import Forward, run_model, tap_shapes
+
+
+@struct.dataclass
+class TrainState:
+    """All that training moves.
+
+    Attributes:
+      step: of the phase, from 0.
+      params: {"student": …, "connectors": {term: …}}.
+      batch_stats: running statistics of "student", "connectors" and "teacher".
+      opt_state: optax's.
+    """
+
+    step: jax.Array
+    params: dict[str, Any]
+    batch_stats: dict[str, Any]
+    opt_state: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Objective:
+    """A phase bound to two networks.
+
+    Attributes:
+      student, teacher: Linen modules; no teacher where no term needs one.
+      phase: what is optimised.
+      connectors: one for each term, None where a term has none.
+      measured: the layers whose agreement can be measured (after the connectors, if there are
+        any, both networks have the same neurons there).
+      axis_name: the mapped axis over which gradients and metrics are averaged.
+    """
+
+    student: nn.Module
+    teacher: nn.Module | None
+    phase: Phase
+    connectors: tuple[Connectors | None, ...]
+    measured: tuple[str, ...]
+    axis_name: str | None = None
+
+
+def bind(
+    student: nn.Module,
+    teacher: nn.Module | None,
+    phase: Phase,
+    image_shape: tuple[int, ...],
+    *,
+    axis_name: str | None = None,
+    **connector_fields: Any,
+) -> Objective:
+    """Binds a phase to two networks, and checks that its terms can compare them.
+
+    Raises:
+      ValueError: if a layer is missing in one of them, or their positions differ.
+    """
+    ours = tap_shapes(student, abstract_variables(student, image_shape), image_shape)
+    theirs = (
+        tap_shapes(teacher, abstract_variables(teacher, image_shape), image_shape)
+        if teacher is not None
+        else {}
+    )
+    connectors = tuple(
+        connect(
+            ours,
+            theirs,
+            shared_layers(ours, theirs, getattr(term, "layers", None)),
+            axis_name=axis_name,
+            **connector_fields,
+        )
+        if term.connects
+        else None
+        for _, term in phase.terms
+    )
+    used = next((each for each in connectors if each is not None), None)
+    same = tuple(name for name in ours if ours[name] == theirs.get(name))
+    measured = tuple(name for name, _ in used.widths) if used is not None else same
+    return Objective(student, teacher, phase, connectors, measured, axis_name)
+
+
+def abstract_variables(model: nn.Module, image_shape: tuple[int, ...]) -> Any:
+    """Shapes and dtypes of what `init_variables` makes."""
+    return jax.eval_shape(lambda key: init_variables(model, key, image_shape), jax.random.key(0))
+
+
+def init_variables(model: nn.Module, key: jax.Array, image_shape: tuple[int, ...]) -> Any:
+    """{"params", "batch_stats"} of a fresh network, floats in the default floating dtype."""
+    dtype = jnp.result_type(float)
+    variables = model.init(key, jnp.zeros((1, *image_shape), dtype), train=False)
+    return {"params": variables["params"], "batch_stats": variables.get("batch_stats", {})}
+
+
+def begin_phase(
+    objective: Objective,
+    optimiser: optax.GradientTransformation,
+    student: Any,
+    teacher_stats: Any,
+    key: jax.Array,
+    image_shape: tuple[int, ...],
+) -> TrainState:
+    """The state at the start of a phase: the student as it is, fresh connectors and optimiser."""
+    dtype = jnp.result_type(float)
+    images = jnp.zeros((1, *image_shape), dtype)
+    taps = run_model(objective.student, student, images, train=False).taps
+    params: dict[str, Any] = {"student": student["params"], "connectors": {}}
+    stats = {"student": student["batch_stats"], "connectors": {}, "teacher": teacher_stats}
+    for index, connectors in enumerate(objective.connectors):
+        if connectors is not None:
+            variables = connectors.init(jax.random.fold_in(key, index), taps, train=False)
+            params["connectors"][f"term{index}"] = variables.get("params", {})
+            stats["connectors"][f"term{index}"] = variables.get("batch_stats", {})
+    return TrainState(jnp.zeros((), jnp.int32), params, stats, optimiser.init(params))
+
+
+def make_targets(
+    objective: Objective, teacher_params: Any, teacher_stats: Any, images: jax.Array
+) -> tuple[tuple[Any, ...], Any]:
+    """What a batch needs of the teacher, term by term, and its running statistics afterwards."""
+    phase = objective.phase
+    if objective.teacher is None or not any(term.needs_teacher for _, term in phase.terms):
+        return tuple(None for _ in phase.terms), teacher_stats
+    forward = run_model(
+        objective.teacher,
+        {"params": teacher_params, "batch_stats": teacher_stats},
+        images,
+        train=phase.teacher_batch_statistics,
+    )
+    targets = tuple(term.targets(forward) if term.needs_teacher else None for _, term in phase.terms)
+    return jax.lax.stop_gradient((targets, forward.batch_stats))
+
+
+def student_loss(
+    objective: Objective,
+    params: Any,
+    batch_stats: Any,
+    targets: tuple[Any, ...],
+    images: jax.Array,
+    labels: jax.Array,
+) -> tuple[jax.Array, tuple[Any, dict[str, Any]]]:
+    """The phase's objective on one device's share: Σ weight · mean over the batch.
+
+    Returns:
+      The loss, and (new running statistics, what the terms measure).
+    """
+    variables = {"params": params["student"], "batch_stats": batch_stats["student"]}
+    student = run_model(objective.student, variables, images, train=True)
+    stats = {"student": student.batch_stats, "connectors": {}}
+    total, measures = jnp.zeros((), jnp.result_type(float)), {}
+    for index, (weight, term) in enumerate(objective.phase.terms):
+        forward, moved = _through_connectors(
+            objective.connectors[index], index, student, params, batch_stats, train=True
+        )
+        stats["connectors"] |= moved
+        total += weight * jnp.mean(term.loss(forward, targets[index], labels))
+        measures |= term.measures(forward, targets[index])
+    return total, (stats, measures)
+
+
+def trained_parameters(objective: Objective, params: Any, batch_stats: Any, image_shape: Any) -> Any:
+    """Which parameters the objective depends on, as a tree of booleans.
+
+    The others get no gradient, so they get no decay either (the classifier while initialising,
+    or all that lies behind the one layer that a term was given).
+
+    Args:
+      params, batch_stats: of a `TrainState`; abstract ones will do, and so does the teacher's
+        entry of the statistics.
+    """
+    dtype = jnp.result_type(float)
+    images = jax.ShapeDtypeStruct((2, *image_shape), dtype)
+    labels = jax.ShapeDtypeStruct((2,), jnp.int32)
+    teacher_params = {}
+    if objective.teacher is not None:
+        teacher_params = abstract_variables(objective.teacher, image_shape)["params"]
+
+    def loss(params: Any, teacher_params: Any, images: jax.Array, labels: jax.Array) -> jax.Array:
+        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), batch_stats)
+        targets, _ = make_targets(objective, teacher_params, zeros["teacher"], images)
+        return student_loss(objective, params, zeros, targets, images, labels)[0]
+
+    axes = [(objective.axis_name, 1)] if objective.axis_name else None
+    jaxpr = jax.make_jaxpr(loss, axis_env=axes)(params, teacher_params, images, labels).jaxpr
+    reached = {id(variable) for variable in jaxpr.outvars}
+    for equation in reversed(jaxpr.eqns):
+        if any(id(out) in reached for out in equation.outvars):
+            reached.update(id(variable) for variable in equation.invars)
+    leaves, tree = jax.tree.flatten(params)
+    inputs = jaxpr.invars[: len(leaves)]
+    return jax.tree.unflatten(tree, [id(variable) in reached for variable in inputs])
+
+
+def train_step(
+    objective: Objective,
+    optimiser: optax.GradientTransformation,
+    state: TrainState,
+    teacher_params: Any,
+    images: jax.Array,
+    labels: jax.Array,
+) -> tuple[TrainState, dict[str, Any]]:
+    """One optimisation step on one device's share of a batch.
+
+    Args:
+      images: normalised, `[share, height, width, channels]`.
+      labels: integers `[share]`.
+
+    Returns:
+      The new state, and metrics averaged over the devices: "loss", "gradient_norm" and what the
+      terms measure.
+    """
+    targets, teacher_stats = make_targets(
+        objective, teacher_params, state.batch_stats["teacher"], images
+    )
+    (loss, (stats, measures)), gradients = jax.value_and_grad(
+        lambda params: student_loss(objective, params, state.batch_stats, targets, images, labels),
+        has_aux=True,
+    )(state.params)
+    stats = stats | {"teacher": teacher_stats}
+    metrics = {"loss": loss, **measures}
+    if objective.axis_name is not None:
+        gradients, stats, metrics = jax.lax.pmean((gradients, stats, metrics), objective.axis_name)
+    updates, opt_state = optimiser.update(gradients, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    metrics["gradient_norm"] = optax.tree.norm(gradients)
+    return TrainState(state.step + 1, params, stats, opt_state), metrics
+
+
+def eval_step(
+    objective: Objective,
+    params: Any,
+    batch_stats: Any,
+    teacher_params: Any,
+    images: jax.Array,
+    labels: jax.Array,
+    mask: jax.Array,
+) -> dict[str, Any]:
+    """Sums over the unmasked examples of a device's share, in evaluation mode.
+
+    Returns:
+      "examples", "errors", "cross_entropy", and "agreement": layer -> the sum of the examples'
+      agreements.
+    """
+    variables = {"params": params["student"], "batch_stats": batch_stats["student"]}
+    student = run_model(objective.student, variables, images, train=False)
+    sums = {
+        "examples": mask.sum(),
+        "errors": (misclassified(student.logits, labels) & mask).sum(),
+        "cross_entropy": jnp.where(mask, cross_entropy(student.logits, labels), 0).sum(),
+        "agreement": {},
+    }
+    if objective.teacher is None or not objective.measured:
+        return sums
+    index = next((i for i, each in enumerate(objective.connectors) if each is not None), None)
+    if index is not None:
+        connectors = objective.connectors[index]
+        student, _ = _through_connectors(connectors, index, student, params, batch_stats, False)
+    teacher = run_model(
+        objective.teacher,
+        {"params": teacher_params, "batch_stats": batch_stats["teacher"]},
+        images,
+        train=False,
+    )
+    for layer in objective.measured:
+        share = jax.vmap(activation_agreement)(student.taps[layer], teacher.taps[layer])
+        sums["agreement"][layer] = jnp.where(mask, share, 0).sum()
+    return sums
+
+
+def _through_connectors(
+    connectors: Connectors | None,
+    index: int,
+    student: Forward,
+    params: Any,
+    batch_stats: Any,
+    train: bool,
+) -> tuple[Forward, dict[str, Any]]:
+    """The student as a term sees it, and the running statistics of its connectors."""
+    if connectors is None:
+        return student, {}
+    key = f"term{index}"
+    variables = {
+        "params": params["connectors"][key],
+        "batch_stats": batch_stats["connectors"][key],
+    }
+    taps, state = connectors.apply(variables, student.taps, train=train, mutable=["batch_stats"])
+    moved = state.get("batch_stats", batch_stats["connectors"][key])
+    return student.replace(taps={**student.taps, **taps}), {key: moved}

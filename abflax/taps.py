@@ -1,0 +1,125 @@
+"""Taps: a network's named pre-activations, and the one way to run a network for them."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from flax import linen as nn
+from flax import struct
+
+from abflax.errors import InputError, unknown
+
+_COLLECTION = "intermediates"  # Flax leaves this one out of what `init` returns
+_FEATURES = "features"
+
+
+def sow_tap(module: nn.Module, name: str, value: jax.Array) -> None:
+    """Sows a pre-activation under its name, as a bare array. Call it from the root module.
+
+    With Flax's default reducer the entry is a tuple that grows with every call; this one
+    overwrites. Where nobody asks for the taps, a sow costs nothing.
+    """
+    module.sow(_COLLECTION, name, value, reduce_fn=lambda _, new: new, init_fn=lambda: None)
+
+
+def sow_features(module: nn.Module, value: jax.Array) -> None:
+    """Sows what the classifier reads, `[batch, features]`. Call it from the root module."""
+    sow_tap(module, _FEATURES, value)
+
+
+@struct.dataclass
+class Forward:
+    """What one pass of a network gives.
+
+    Attributes:
+      logits: `[batch, classes]`.
+      taps: name -> pre-activations, `[batch, height, width, channels]` or `[batch, features]`,
+        in the order of the names (`layer1` is the shallowest).
+      features: what the classifier reads, `[batch, features]`; None where the network does not
+        say.
+      batch_stats: the running statistics after the pass; those before it in evaluation mode,
+        and {} for a network without any.
+    """
+
+    logits: jax.Array
+    taps: dict[str, jax.Array]
+    features: jax.Array | None
+    batch_stats: Any
+
+
+def run_model(
+    model: nn.Module,
+    variables: Mapping[str, Any],
+    images: jax.Array,
+    *,
+    train: bool,
+    tap_paths: Mapping[str, str] | None = None,
+) -> Forward:
+    """Runs a network once and returns its logits, taps and running statistics.
+
+    Args:
+      model: any Linen module that takes images; `train` is passed on where its `__call__` has
+        such an argument.
+      variables: its `params` and, if it has any, `batch_stats`. Other collections are passed on
+        unchanged.
+      images: `[batch, height, width, channels]`, normalised.
+      train: whether batch norms use the batch's statistics (and move the running ones).
+      tap_paths: name -> path of a submodule, e.g. `{"layer1": "Block_2/BatchNorm_0"}`; that
+        module's output becomes the tap. None: what the model has sown at its root with
+        `sow_tap`.
+
+    Raises:
+      ValueError: if a path is no submodule that ran, or one that ran more than once, or if it
+        puts out something else than one array.
+    """
+    wanted = {tuple(path.split("/")): name for name, path in (tap_paths or {}).items()}
+    capture = (lambda module, method: module.path in wanted) if wanted else False
+    takes_train = "train" in inspect.signature(type(model).__call__).parameters
+    mutable = [_COLLECTION] + (["batch_stats"] if train else [])
+    logits, state = model.apply(
+        {key: value for key, value in variables.items() if key != _COLLECTION},
+        images,
+        **({"train": train} if takes_train else {}),
+        mutable=mutable,
+        capture_intermediates=capture,
+    )
+    sown = state.get(_COLLECTION, {})
+    taps = (
+        {name: _output_of(sown, path, model) for path, name in wanted.items()}
+        if wanted
+        else {k: v for k, v in sown.items() if k != _FEATURES and isinstance(v, jax.Array)}
+    )
+    return Forward(
+        logits=logits,
+        taps=dict(sorted(taps.items())),
+        features=sown.get(_FEATURES) if isinstance(sown, Mapping) else None,
+        batch_stats=state.get("batch_stats", variables.get("batch_stats", {})),
+    )
+
+
+def tap_shapes(model: nn.Module, variables: Any, image_shape: tuple[int, ...]) -> dict[str, Any]:
+    """name -> shape of each tap for a batch of one image, without computing anything."""
+    dtype = jax.numpy.result_type(float)
+    images = jax.ShapeDtypeStruct((1, *image_shape), dtype)
+    run = jax.eval_shape(lambda v, x: run_model(model, v, x, train=False).taps, variables, images)
+    return {name: tap.shape for name, tap in run.items()}
+
+
+def _output_of(sown: Mapping[str, Any], path: tuple[str, ...], model: nn.Module) -> jax.Array:
+    """The one array that the submodule at `path` has put out."""
+    here: Any = sown
+    for part in path:
+        if not isinstance(here, Mapping) or part not in here:
+            known = here if isinstance(here, Mapping) else {}
+            raise unknown(f"submodule of {type(model).__name__} in tap path", "/".join(path), known)
+        here = here[part]
+    calls = here.get("__call__", ()) if isinstance(here, Mapping) else ()
+    if len(calls) != 1 or not isinstance(calls[0], jax.Array):
+        raise InputError(
+            f"tap path '{'/'.join(path)}' of {type(model).__name__}: a tap is one array, but the "
+            f"module there ran {len(calls)} times or puts out something else"
+        )
+    return calls[0]

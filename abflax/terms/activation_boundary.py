@@ -1,0 +1,52 @@
+"""The paper's own term."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, ClassVar
+
+import jax
+
+from abflax.errors import InputError
+from abflax.losses import activation_indicator, activation_transfer_hinge
+from abflax.metrics import activation_agreement
+from abflax.taps import Forward
+from abflax.terms.base import LayerTerm, per_example
+
+
+@dataclasses.dataclass(frozen=True)
+class ActivationBoundary(LayerTerm):
+    """Σ_l w_l · Σ_neurons hinge(r_l(S_l), T_l), for each example (Heo et al. 2019, equation 4).
+
+    r_l is the connector of layer l, w_l its weight (`LayerTerm`). Targets: one boolean for each
+    of the teacher's neurons.
+
+    Attributes:
+      margin: μ > 0.
+    """
+
+    connects: ClassVar[bool] = True
+    margin: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not self.margin > 0:
+            raise InputError(f"the margin must be above 0, not {self.margin}")
+
+    def targets(self, teacher: Forward) -> dict[str, jax.Array]:
+        return {name: activation_indicator(teacher.taps[name]) for name in self._chosen(teacher)}
+
+    def loss(self, student: Forward, targets: dict[str, jax.Array], labels: jax.Array) -> jax.Array:
+        del labels
+        return sum(
+            weight * per_example(
+                activation_transfer_hinge(student.taps[name], targets[name], self.margin)
+            )
+            for name, weight in self.layer_weights(student.taps).items()
+        )
+
+    def measures(self, student: Forward, targets: dict[str, jax.Array]) -> dict[str, Any]:
+        agree = {k: activation_agreement(student.taps[k], t) for k, t in targets.items()}
+        return {"agreement": agree}
+
+    def _chosen(self, forward: Forward) -> tuple[str, ...]:
+        return self.layers if self.layers is not None else tuple(forward.taps)

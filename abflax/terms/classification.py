@@ -1,0 +1,64 @@
+"""Terms on logits."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import ClassVar
+
+import jax
+
+from abflax.errors import InputError
+from abflax.losses import cross_entropy, knowledge_distillation
+from abflax.taps import Forward
+from abflax.terms.base import Term
+
+
+@dataclasses.dataclass(frozen=True)
+class CrossEntropy(Term):
+    """−log p(label), from the labels alone."""
+
+    needs_teacher: ClassVar[bool] = False
+
+    def targets(self, teacher: Forward) -> None:
+        return None
+
+    def loss(self, student: Forward, targets: None, labels: jax.Array) -> jax.Array:
+        return cross_entropy(student.logits, labels)
+
+
+@dataclasses.dataclass(frozen=True)
+class KnowledgeDistillation(Term):
+    """KL(softmax(T/τ) ‖ softmax(S/τ)) (Hinton, Vinyals, Dean 2015).
+
+    The published code of activation boundaries has τ = 3, no factor τ² and no cross-entropy;
+    those are the defaults. Targets: the teacher's logits.
+
+    Attributes:
+      temperature: τ > 0.
+      temperature_squared: multiply by τ², as Hinton et al. do.
+      cross_entropy_share: a in (1 − a)·KD + a·cross-entropy, in [0, 1].
+    """
+
+    temperature: float = 3.0
+    temperature_squared: bool = False
+    cross_entropy_share: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not self.temperature > 0:
+            raise InputError(f"the temperature must be above 0, not {self.temperature}")
+        if not 0 <= self.cross_entropy_share <= 1:
+            raise InputError(
+                f"the cross-entropy share must be in [0, 1], not {self.cross_entropy_share}"
+            )
+
+    def targets(self, teacher: Forward) -> jax.Array:
+        return teacher.logits
+
+    def loss(self, student: Forward, targets: jax.Array, labels: jax.Array) -> jax.Array:
+        softened = knowledge_distillation(student.logits, targets, self.temperature)
+        if self.temperature_squared:
+            softened = softened * self.temperature**2
+        if not self.cross_entropy_share:
+            return softened
+        share = self.cross_entropy_share
+        return (1 - share) * softened + share * cross_entropy(student.logits, labels)

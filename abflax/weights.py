@@ -1,0 +1,232 @@
+"""Weights on disk: published PyTorch state dicts, and a network's own variables."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import safetensors
+import safetensors.numpy
+from flax import linen as nn
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from abflax.errors import InputError
+from abflax.models import MODELS, WideResNet
+from abflax.networks import Network
+from abflax.step import abstract_variables
+
+# Flax path -> published name, first match wins: patterns on the module's path, by architecture.
+_NAMES: Mapping[type[nn.Module], tuple[tuple[str, str], ...]] = {
+    WideResNet: (
+        (r"stem", r"conv1"),
+        (r"norm", r"bn1"),
+        (r"classifier", r"fc"),
+        (r"group(\d+)_block(\d+)/norm(\d)", r"block\1.layer.\2.bn\3"),
+        (r"group(\d+)_block(\d+)/conv(\d)", r"block\1.layer.\2.conv\3"),
+        (r"group(\d+)_block(\d+)/shortcut", r"block\1.layer.\2.convShortcut"),
+    ),
+}
+_LEAVES = {
+    "kernel": "weight",
+    "scale": "weight",
+    "bias": "bias",
+    "mean": "running_mean",
+    "var": "running_var",
+}
+_IGNORED = "num_batches_tracked"
+
+
+def from_torch(name: str, state_dict: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Flax variables of a PyTorch-style state dict.
+
+    Convolutions go from OIHW to HWIO, dense weights are transposed, batch norms' weight, bias,
+    running mean and variance keep their values. `num_batches_tracked` is not needed.
+
+    Args:
+      name: of the architecture, in `MODELS`; the number of classes is read off the weights.
+      state_dict: name -> array, with the published names.
+      prefix: what all names begin with, e.g. "module.".
+
+    Returns:
+      {"params", "batch_stats"} as NumPy arrays of the state dict's dtypes.
+
+    Raises:
+      ValueError: if an entry is missing, misshapen or left over; the message names it.
+    """
+    given = {
+        key.removeprefix(prefix): np.asarray(value)
+        for key, value in state_dict.items()
+        if not key.endswith(_IGNORED)
+    }
+    model = _architecture(name, given)
+    flat, used = {}, set()
+    for path, leaf in flatten_dict(abstract_variables(model, (32, 32, 3))).items():
+        torch_name = _torch_name(type(model), path)
+        if torch_name not in given:
+            raise InputError(f"state dict for {name}: '{torch_name}' is missing")
+        value = _from_layout(given[torch_name])
+        if value.shape != leaf.shape:
+            raise InputError(
+                f"state dict for {name}: '{torch_name}' has shape {given[torch_name].shape}, "
+                f"expected {_to_layout(np.empty(leaf.shape, bool)).shape}"
+            )
+        if not np.issubdtype(value.dtype, np.floating) and value.dtype != jnp.bfloat16:
+            raise InputError(f"state dict for {name}: '{torch_name}' holds {value.dtype}, no floats")
+        flat[path] = value
+        used.add(torch_name)
+    if extra := sorted(set(given) - used):
+        raise InputError(f"state dict for {name}: '{extra[0]}' is no weight of this architecture")
+    return unflatten_dict(flat)
+
+
+def to_torch(model: nn.Module, variables: Any) -> dict[str, np.ndarray]:
+    """The inverse of `from_torch`: published names and layouts, without `num_batches_tracked`.
+
+    Raises:
+      ValueError: for an architecture without published names.
+    """
+    if type(model) not in _NAMES:
+        raise InputError(f"there are no published names for {type(model).__name__}")
+    return {
+        _torch_name(type(model), path): _to_layout(np.asarray(leaf))
+        for path, leaf in flatten_dict(variables).items()
+    }
+
+
+def read_state_dict(path: str | Path) -> dict[str, np.ndarray]:
+    """name -> array, from `.npz`, `.safetensors`, or `.pt`/`.pth` where torch is installed.
+
+    Nothing in a file is ever executed: pickled objects are refused.
+
+    Raises:
+      ValueError: if the file is missing, damaged, or of another kind.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"there is no weights file {path}")
+    if path.suffix not in _READERS:
+        raise InputError(
+            f"weights file {path} must end in one of {', '.join(_READERS)}, not '{path.suffix}'"
+        )
+    try:
+        return _READERS[path.suffix](path)
+    except InputError:
+        raise
+    except Exception as error:  # each reader has its own errors for a damaged file
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+        raise InputError(f"weights file {path} cannot be read: {reason}") from error
+
+
+def save_variables(path: str | Path, variables: Any) -> None:
+    """Writes a tree of arrays as `.safetensors`, under names such as `params/stem/kernel`."""
+    flat = flatten_dict(variables, sep="/")
+    flat = {name: np.ascontiguousarray(leaf) for name, leaf in flat.items()}
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".partial")
+    safetensors.numpy.save_file(flat, temporary)
+    temporary.replace(path)
+
+
+def load_network(name: str, path: str | Path, label: str | None = None) -> Network:
+    """The network of that architecture whose weights lie in a file.
+
+    Args:
+      name: of the architecture, in `MODELS`.
+      path: a file that `save_variables` wrote, or a published state dict.
+      label: the network's name in records; None: the architecture and a digest.
+
+    Raises:
+      ValueError: if the file cannot be read or does not fit the architecture.
+    """
+    arrays = read_state_dict(path)
+    if any(key.startswith("params/") for key in arrays):
+        own = unflatten_dict(arrays, sep="/")
+        variables = {"params": own["params"], "batch_stats": own.get("batch_stats", {})}
+        try:
+            classes = own["params"]["classifier"]["bias"].shape[0]
+        except KeyError:
+            raise InputError(f"weights file {path}: 'params/classifier/bias' is missing") from None
+        model = MODELS[name](num_classes=classes)
+        _require_fits(name, path, variables, abstract_variables(model, (32, 32, 3)))
+    else:
+        variables = from_torch(name, arrays)
+        model = _architecture(name, arrays)
+    return Network(model, variables, label)
+
+
+def _architecture(name: str, state_dict: Mapping[str, np.ndarray]) -> nn.Module:
+    """The module whose number of classes the classifier's bias tells."""
+    model = MODELS[name]()
+    if type(model) not in _NAMES:
+        raise InputError(f"there are no published names for {name}")
+    classifier = _torch_name(type(model), ("params", "classifier", "bias"))
+    if classifier not in state_dict:
+        raise InputError(f"state dict for {name}: '{classifier}' is missing")
+    return MODELS[name](num_classes=len(state_dict[classifier]))
+
+
+def _require_fits(name: str, path: str | Path, found: Any, wanted: Any) -> None:
+    found, wanted = flatten_dict(found, sep="/"), flatten_dict(wanted, sep="/")
+    for key in sorted({*found, *wanted}):
+        if key not in found or key not in wanted:
+            what = "is missing" if key not in found else "is no weight of this architecture"
+            raise InputError(f"weights file {path} for {name}: '{key}' {what}")
+        if found[key].shape != wanted[key].shape:
+            raise InputError(
+                f"weights file {path} for {name}: '{key}' has shape {found[key].shape}, "
+                f"expected {wanted[key].shape}"
+            )
+
+
+def _torch_name(architecture: type[nn.Module], path: tuple[str, ...]) -> str:
+    """The published name of a Flax leaf: (collection, modules …, leaf)."""
+    _, *modules, leaf = path
+    here = "/".join(modules)
+    for pattern, replacement in _NAMES[architecture]:
+        if match := re.fullmatch(pattern, here):
+            return f"{match.expand(replacement)}.{_LEAVES[leaf]}"
+    raise AssertionError(f"{architecture.__name__} has a module without published name: {here}")
+
+
+def _from_layout(array: np.ndarray) -> np.ndarray:
+    """OIHW -> HWIO, [out, in] -> [in, out]; vectors as they are."""
+    return array.transpose({4: (2, 3, 1, 0), 2: (1, 0)}.get(array.ndim, range(array.ndim)))
+
+
+def _to_layout(array: np.ndarray) -> np.ndarray:
+    """HWIO -> OIHW, [in, out] -> [out, in]; vectors as they are."""
+    return array.transpose({4: (3, 2, 0, 1), 2: (1, 0)}.get(array.ndim, range(array.ndim)))
+
+
+def _read_npz(path: Path) -> dict[str, np.ndarray]:
+    with np.load(path, allow_pickle=False) as file:
+        return dict(file)
+
+
+def _read_torch(path: Path) -> dict[str, np.ndarray]:
+    try:
+        import torch
+    except ImportError:
+        raise InputError(
+            f"reading {path} needs PyTorch (pip install torch); or convert it to .safetensors"
+        ) from None
+    loaded = torch.load(path, map_location="cpu", weights_only=True)
+    loaded = loaded.get("state_dict", loaded)
+    return {
+        key: np.asarray(jax.dlpack.from_dlpack(value.float().contiguous().detach()))
+        for key, value in loaded.items()
+    }
+
+
+_READERS = {
+    ".npz": _read_npz,
+    ".safetensors": safetensors.numpy.load_file,
+    ".pt": _read_torch,
+    ".pth": _read_torch,
+}

@@ -1,0 +1,40 @@
+"""Installation. `pip install -e .` is enough to run everything; the extras are listed below."""
+
+from setuptools import find_packages, setup
+
+setup(
+    name="abflax",
+    version="0.1.0",
+    description="Knowledge distillation for JAX and Flax, centred on activation boundaries",
+    long_description=open("README.md", encoding="utf-8").read(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["abflax*", "experiments*"]),
+    package_data={"abflax": ["py.typed"], "experiments": ["teachers/*", "records/*.json"]},
+    install_requires=[
+        # jaxlib 0.10.2 miscompiles on CPUs (jax-ml/jax#39103), and jax 0.10.2 asks for it. jaxlib
+        # is named too, so that no resolver pairs it with another jax.
+        "jax>=0.10.1,!=0.10.2",
+        "jaxlib>=0.10.1,!=0.10.2",
+        "flax>=0.12.6",
+        "optax>=0.2.8",
+        "orbax-checkpoint>=0.12",
+        "chex>=0.1.91",
+        "tensorflow-datasets>=4.9.10",
+        # tensorflow-datasets 4.9.10 imports it on Python 3.11, but does not install it.
+        "importlib_resources",
+        "array-record>=0.8",
+        "safetensors>=0.5",
+        "scikit-learn>=1.5",
+        "matplotlib>=3.9",
+        "rich>=13.9",
+    ],
+    extras_require={
+        "test": ["pytest>=8", "ruff>=0.9", "mypy>=1.15"],
+        "prepare": ["tensorflow>=2.16"],  # only to download and prepare a TFDS data set
+        "torch": ["torch>=2.4"],  # only to read .pt and .pth files
+        "cuda": ["jax[cuda12]>=0.10.1,!=0.10.2"],
+        "tpu": ["jax[tpu]>=0.10.1,!=0.10.2"],
+    },
+)
