@@ -139,6 +139,7 @@ def distill(
         if force:
             for old in (directory / "checkpoints", directory / "record.json"):
                 shutil.rmtree(old) if old.is_dir() else old.unlink(missing_ok=True)
+        write_record(directory / "config.json", config.as_json())
         return run.train(directory)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 import os
 from pathlib import Path
 
@@ -26,6 +27,7 @@ def _read(name: str, split: str, data_dir: str | None) -> tuple[np.ndarray, np.n
     """Images and labels of a prepared data set; prepares it first where nothing lies there."""
     import tensorflow_datasets as tfds  # takes seconds to import, and the digits need none of it
 
+    logging.getLogger("absl").setLevel(logging.ERROR)  # it would rather have OpenCV, and says so
     where = Path(data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets")
     where = where.expanduser()
     if not list(where.glob(f"{name}/*/dataset_info.json")):

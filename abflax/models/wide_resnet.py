@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from abflax.models.convolution import convolve
 from abflax.taps import sow_features, sow_tap
 
 # N(0, √(2 / (k²·C_out))), and PyTorch's default for dense layers, as in the published code.
@@ -108,6 +109,7 @@ def _layers(module: WideBlock | WideResNet, train: bool):
             dtype=module.dtype,
             param_dtype=module.param_dtype,
             kernel_init=_CONV_INIT,
+            conv_general_dilated=convolve,
             name=name,
         )
 

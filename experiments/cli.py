@@ -1,0 +1,112 @@
+"""What all commands share: a parser with manners, one way to fail, and the compilation cache."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import logging
+import platform
+import signal
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import jax
+from rich.console import Console
+
+from abflax.errors import InputError, NonFiniteError
+from abflax.interrupt import Interrupted
+
+WORKDIR = Path("workdir")
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose complaints are one sentence, with near matches, and exit code 2."""
+
+    def __init__(self, **options: Any) -> None:
+        options.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
+        super().__init__(allow_abbrev=False, **options)
+
+    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
+        found, left = self.parse_known_args(args, namespace)
+        if left:
+            flags = [flag for action in self._actions for flag in action.option_strings]
+            near = difflib.get_close_matches(left[0].split("=")[0], flags, n=2)
+            hint = f"did you mean {' or '.join(near)}?" if near else "see --help"
+            self.error(f"unknown argument '{left[0]}'; {hint}")
+        return found
+
+    def error(self, message: str) -> NoReturn:
+        print(f"error: {message}", file=sys.stderr)
+        raise SystemExit(2)
+
+
+def main(command: Callable[[Console], None]) -> NoReturn:
+    """Runs a command and turns what it raises on purpose into one sentence and an exit code.
+
+    0: done. 1: the numbers went wrong. 2: something given cannot be right. 130, 143: stopped by
+    Ctrl-C or SIGTERM, to be gone on with by the same command. Anything else is a bug and shows
+    its traceback.
+    """
+    logging.getLogger("absl").setLevel(logging.ERROR)
+    warnings.showwarning = lambda text, *_, **__: print(f"warning: {text}", file=sys.stderr)
+    console = Console(highlight=False)
+    try:
+        command(console)
+    except InputError as error:
+        _leave(f"error: {error}", 2)
+    except NonFiniteError as error:
+        _leave(f"error: {error}", 1)
+    except Interrupted as stop:
+        _leave(str(stop), 128 + stop.signal)
+    except KeyboardInterrupt:
+        _leave("stopped", 128 + signal.SIGINT)
+    raise SystemExit(0)
+
+
+def _leave(message: str, code: int) -> NoReturn:
+    print(message, file=sys.stderr)
+    raise SystemExit(code)
+
+
+def cache_compilation(workdir: Path) -> None:
+    """Keeps compiled programs in the workdir, by CPU model, so that a second start is quick."""
+    machine = platform.machine()
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        flags = next(line for line in lines if line.startswith(("flags", "Features")))
+        machine += f"-{abs(hash_text(flags))}"
+    except (OSError, StopIteration):
+        pass
+    jax.config.update("jax_compilation_cache_dir", str((workdir / "compiled" / machine).absolute()))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+def hash_text(text: str) -> int:
+    """A short number for a text, the same in every process."""
+    import zlib
+
+    return zlib.crc32(text.encode())
+
+
+def epochs_type(text: str) -> tuple[int, int]:
+    """ "I+C" -> (I, C); "C" alone -> (0, C)."""
+    parts = text.split("+")
+    if len(parts) > 2 or not all(part.isdigit() for part in parts):
+        raise argparse.ArgumentTypeError(f"'{text}' is not I+C, such as 20+100")
+    numbers = [int(part) for part in parts]
+    return (numbers[0], numbers[1]) if len(numbers) == 2 else (0, numbers[0])
+
+
+def seeds_type(text: str) -> tuple[int, ...]:
+    """ "3" -> (0, 1, 2); "4," -> (4,); "0,2" -> (0, 2)."""
+    parts = [part for part in text.split(",") if part]
+    if not parts or not all(part.isdigit() for part in parts):
+        raise argparse.ArgumentTypeError(f"'{text}' is neither a count nor a list of seeds")
+    if "," in text:
+        return tuple(int(part) for part in parts)
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError("at least one seed is needed")
+    return tuple(range(int(text)))

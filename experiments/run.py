@@ -1,0 +1,240 @@
+"""Train teachers, distil students, evaluate networks, list runs.
+
+examples:
+  python -m experiments.run --epochs 1+1 --protocol official --seeds 3
+      distil the shipped wrn16-2 into a wrn16-1 on CIFAR-10, three seeds
+  python -m experiments.run --method kd --fraction 0.1 --epochs 20+100
+  python -m experiments.run --student wrn22-4 --method cross-entropy --epochs 0+200
+      train a teacher; --teacher wrn22-4 --teacher-weights RUN uses it afterwards
+  python -m experiments.run evaluate --teacher wrn16-2
+  python -m experiments.run list
+
+The same command again goes on where it stopped; a finished run is not run twice.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from abflax import Resources, distill, evaluate, load
+from abflax.config import PRECISIONS, RunConfig
+from abflax.data import DATASETS
+from abflax.errors import InputError
+from abflax.methods import METHODS, PROTOCOLS
+from abflax.models import MODELS
+from abflax.progress import Live
+from abflax.record import read_record
+from experiments import cli
+from experiments.teachers import find_teacher
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    methods = "\n".join(
+        f"  {name:<20} {METHODS.describe(name).summary} [{METHODS.describe(name).reference}]"
+        for name in METHODS
+    )
+    protocols = "\n".join(
+        f"  {name:<20} {settings['cifar'].summary}" for name, settings in PROTOCOLS.items()
+    )
+    description, examples = (__doc__ or "").split("\n\n", 1)
+    parser = cli.Parser(
+        prog="python -m experiments.run",
+        description=description,
+        epilog=f"methods (they add up with +):\n{methods}\n\nprotocols:\n{protocols}\n\n{examples}",
+    )
+    add = parser.add_argument
+    add("command", nargs="?", default="train", help="train (default), evaluate or list")
+    add("--dataset", default="cifar10", help=f"{' or '.join(DATASETS)} (default cifar10)")
+    add("--data-dir", help="of TensorFlow Datasets; default: TFDS_DATA_DIR")
+    add("--teacher", help="architecture, such as wrn22-4 (default wrn16-2), or none")
+    add("--teacher-weights", help="file or run; default: what the repository ships")
+    add("--student", default="wrn16-1", help="architecture (default wrn16-1)")
+    add("--method", default="activation-boundary", help="see below (default activation-boundary)")
+    add("--protocol", default="paper", help=f"{' or '.join(PROTOCOLS)} (default paper)")
+    add("--epochs", type=cli.epochs_type, default=(20, 100), metavar="I+C",
+        help="of initialise + classify (default 20+100)")  # fmt: skip
+    add("--fraction", type=float, default=1.0, help="share of the training data (default 1)")
+    add("--batch-size", type=int, default=128)
+    add("--seeds", type=cli.seeds_type, default=(0,), metavar="N",
+        help="how many, or a list such as 0,3 (default 1)")  # fmt: skip
+    add("--margin", type=float, help="of the activation transfer hinge (default 1)")
+    add("--layers", help="taps compared, such as layer2,layer3 (default all)")
+    add("--temperature", type=float, help="of knowledge distillation")
+    add("--transfer-weight", type=float, help="factor on the transfer loss (default 1)")
+    add("--evaluate-every", type=int, default=1, metavar="EPOCHS")
+    add("--precision", default="float32", help=" or ".join(PRECISIONS))
+    add("--workdir", type=Path, default=cli.WORKDIR, help="where all goes (default ./workdir)")
+    add("--devices", type=int, help="how many (default all)")
+    add("--steps-per-dispatch", type=int, help="default: 1 on CPUs, 100 elsewhere")
+    add("--checkpoint-seconds", type=float, default=60.0)
+    add("--force", action="store_true", help="run again what is finished")
+    add("--json", action="store_true", help="print the result as JSON, progress to stderr")
+    return parser.parse_args(arguments)
+
+
+def main(console: Console) -> None:
+    arguments = parse()
+    commands = {"train": train, "evaluate": evaluate_network, "list": list_runs}
+    if arguments.command not in commands:
+        from abflax.errors import unknown
+
+        raise unknown("command", arguments.command, commands)
+    cli.cache_compilation(arguments.workdir)
+    commands[arguments.command](arguments, Console(stderr=True) if arguments.json else console)
+
+
+def train(arguments: argparse.Namespace, console: Console) -> None:
+    """One run a seed, then their mean."""
+    options = _options(arguments)
+    # Everything that can be wrong is looked at before the data is read.
+    RunConfig(
+        dataset=arguments.dataset,
+        student=arguments.student,
+        method=arguments.method,
+        protocol=arguments.protocol,
+        options=tuple(sorted(options.items())),
+        epochs=arguments.epochs,
+        batch_size=arguments.batch_size,
+        fraction=arguments.fraction,
+        evaluate_every=arguments.evaluate_every,
+        precision=arguments.precision,
+    )
+    MODELS[arguments.student]
+    teacher = _teacher(arguments)
+    data = load(arguments.dataset, "train", arguments.data_dir)
+    test = load(arguments.dataset, "test", arguments.data_dir)
+    student = MODELS[arguments.student](num_classes=data.num_classes)
+    resources = Resources(
+        arguments.devices, arguments.steps_per_dispatch, arguments.checkpoint_seconds
+    )
+    live = Live(console)
+    with live.shown():
+        results = [
+            distill(
+                student,
+                teacher,
+                data,
+                test=test,
+                method=arguments.method,
+                protocol=arguments.protocol,
+                epochs=arguments.epochs,
+                batch_size=arguments.batch_size,
+                fraction=arguments.fraction,
+                evaluate_every=arguments.evaluate_every,
+                seeds=seed,
+                precision=arguments.precision,
+                workdir=arguments.workdir,
+                force=arguments.force,
+                resources=resources,
+                reporter=live,
+                **options,
+            )
+            for seed in arguments.seeds
+        ]
+    if arguments.json:
+        json.dump([result.record for result in results], sys.stdout, indent=1)
+        return
+    for result in results:
+        console.print(f"{result.directory}  {_percent(result.record["result"]["test_error"])}", soft_wrap=True)
+    errors = [100 * result.record["result"]["test_error"] for result in results]
+    spread = f" ± {statistics.stdev(errors):.2f} (n = {len(errors)})" if len(errors) > 1 else ""
+    console.print(
+        f"{arguments.method}, {arguments.student} on {arguments.dataset}: "
+        f"test error {statistics.mean(errors):.2f}{spread} %"
+    )
+
+
+def evaluate_network(arguments: argparse.Namespace, console: Console) -> None:
+    """The test error of --teacher."""
+    name = arguments.teacher or "wrn16-2"
+    network = find_teacher(name, arguments.dataset, arguments.teacher_weights, arguments.workdir)
+    test = load(arguments.dataset, "test", arguments.data_dir)
+    found = evaluate(network, test, arguments.devices)
+    if arguments.json:
+        json.dump({"network": network.name, "dataset": arguments.dataset, **found}, sys.stdout)
+        return
+    console.print(
+        f"{network.name} on {arguments.dataset}: test error {_percent(found['test_error'])} "
+        f"({found['errors']:,} of {found['examples']:,}), "
+        f"cross-entropy {found['test_cross_entropy']:.4f}"
+    )
+
+
+def list_runs(arguments: argparse.Namespace, console: Console) -> None:
+    """Every run of the workdir, with its state and result."""
+    rows = [_row(path) for path in sorted((arguments.workdir / "runs").glob("*/config.json"))]
+    if arguments.json:
+        json.dump(rows, sys.stdout, indent=1)
+        return
+    if not rows:
+        console.print(f"no runs in {arguments.workdir}")
+        return
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in rows[0]:
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        table.add_row(*(str(value) for value in row.values()))
+    console.print(table)
+
+
+def _row(path: Path) -> dict[str, Any]:
+    config = json.loads(path.read_text())
+    record = read_record(path.parent / "record.json")
+    steps = [int(p.name) for p in (path.parent / "checkpoints").glob("*") if p.name.isdigit()]
+    error = record["result"].get("test_error") if record else None
+    return {
+        "run": path.parent.name,
+        "method": config["method"],
+        "student": config["student"],
+        "teacher": (config["teacher"] or "-").split(":")[0],
+        "data": f"{config['dataset']} {100 * config['fraction']:g} %",
+        "protocol": config["protocol"],
+        "epochs": "+".join(map(str, config["epochs"])),
+        "seed": config["seeds"]["weights"],
+        "state": "finished" if record else f"step {max(steps)}" if steps else "begun",
+        "test error": _percent(error) if error is not None else "-",
+    }
+
+
+def _teacher(arguments: argparse.Namespace) -> Any:
+    """The teacher; None where the method needs none and none was asked for."""
+    phases = METHODS[arguments.method](protocol=arguments.protocol, **_options(arguments))
+    needed = any(term.needs_teacher for phase in phases for _, term in phase.terms)
+    if arguments.teacher == "none" or (arguments.teacher is None and not needed):
+        if needed:
+            raise InputError(f"method {arguments.method} needs a teacher")
+        return None
+    return find_teacher(
+        arguments.teacher or "wrn16-2",
+        arguments.dataset,
+        arguments.teacher_weights,
+        arguments.workdir,
+    )
+
+
+def _options(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The method's options that were given."""
+    given = {
+        "margin": arguments.margin,
+        "layers": tuple(arguments.layers.split(",")) if arguments.layers else None,
+        "temperature": arguments.temperature,
+        "transfer_weight": arguments.transfer_weight,
+    }
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.2f} %"
+
+
+if __name__ == "__main__":
+    cli.main(main)

@@ -1,0 +1,46 @@
+"""Where a teacher's weights come from: a file, a run, or what the repository ships."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from abflax.errors import InputError
+from abflax.models import MODELS
+from abflax.networks import Network
+from abflax.record import read_record
+from abflax.weights import load_network
+
+SHIPPED = Path(__file__).parent / "teachers"
+
+
+def find_teacher(name: str, dataset: str, weights: str | None, workdir: Path) -> Network:
+    """The teacher of that architecture, with its weights.
+
+    Args:
+      name: of the architecture, in `MODELS`.
+      dataset: what it was trained on.
+      weights: a file, or the hash of a finished run; None: what the repository ships for the
+        pair of name and dataset.
+      workdir: where runs are looked for.
+
+    Raises:
+      ValueError: if there are no such weights, or they do not fit.
+    """
+    MODELS[name]  # an unknown name is what should be complained of first
+    if weights is None:
+        shipped = SHIPPED / f"{name}-{dataset}.npz"
+        if not shipped.is_file():
+            raise InputError(
+                f"no {name} trained on {dataset} is shipped; give its weights with "
+                f"--teacher-weights FILE or RUN, or train one: python -m experiments.run "
+                f"--dataset {dataset} --student {name} --method cross-entropy --epochs 0+200"
+            )
+        return load_network(name, shipped)
+    run = workdir / "runs" / weights
+    if record := read_record(run / "record.json"):
+        if record["config"]["student"] != name:
+            raise InputError(
+                f"run {weights} trained a {record['config']['student']}, not a {name}"
+            )
+        return load_network(name, run / "student.safetensors", f"{name}:run-{weights}")
+    return load_network(name, weights)
