@@ -144,12 +144,14 @@ def train(arguments: argparse.Namespace, console: Console) -> None:
         json.dump([result.record for result in results], sys.stdout, indent=1)
         return
     for result in results:
-        console.print(f"{result.directory}  {_percent(result.record["result"]["test_error"])}", soft_wrap=True)
+        error = result.record["result"]["test_error"]
+        console.print(f"{result.directory}  {_percent(error)}", soft_wrap=True)
     errors = [100 * result.record["result"]["test_error"] for result in results]
     spread = f" ± {statistics.stdev(errors):.2f} (n = {len(errors)})" if len(errors) > 1 else ""
     console.print(
         f"{arguments.method}, {arguments.student} on {arguments.dataset}: "
-        f"test error {statistics.mean(errors):.2f}{spread} %"
+        f"test error {statistics.mean(errors):.2f}{spread} %",
+        soft_wrap=True,
     )
 
 
@@ -165,7 +167,8 @@ def evaluate_network(arguments: argparse.Namespace, console: Console) -> None:
     console.print(
         f"{network.name} on {arguments.dataset}: test error {_percent(found['test_error'])} "
         f"({found['errors']:,} of {found['examples']:,}), "
-        f"cross-entropy {found['test_cross_entropy']:.4f}"
+        f"cross-entropy {found['test_cross_entropy']:.4f}",
+        soft_wrap=True,
     )
 
 
