@@ -1,12 +1,14 @@
 """Installation. `pip install -e .` is enough to run everything; the extras are listed below."""
 
+from pathlib import Path
+
 from setuptools import find_packages, setup
 
 setup(
     name="abflax",
     version="0.1.0",
     description="Knowledge distillation for JAX and Flax, centred on activation boundaries",
-    long_description=open("README.md", encoding="utf-8").read(),
+    long_description=Path("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",

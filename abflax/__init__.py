@@ -3,8 +3,9 @@
 from abflax.config import RunConfig, Seeds
 from abflax.data import Dataset, load
 from abflax.errors import InputError, NonFiniteError
+from abflax.evaluation import evaluate
 from abflax.interrupt import Interrupted
-from abflax.loop import Resources, Result, distill, evaluate
+from abflax.loop import Resources, Result, distill
 from abflax.networks import Network
 
 __version__ = "0.1.0"

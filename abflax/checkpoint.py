@@ -105,4 +105,5 @@ class Checkpoints:
 
 def _warn_unreadable(path: Path, error: Exception) -> None:
     reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
-    warnings.warn(f"checkpoint {path} cannot be read ({reason}); trying the one before", stacklevel=3)
+    message = f"checkpoint {path} cannot be read ({reason}); trying the one before"
+    warnings.warn(message, stacklevel=3)

@@ -104,8 +104,8 @@ def connect(
         ours, theirs = student[layer][1:-1], teacher[layer][1:-1]
         if ours != theirs:
             raise InputError(
-                f"{layer}: the student's positions {_by(ours)} are not the teacher's {_by(theirs)}; "
-                "activation boundaries are compared neuron by neuron"
+                f"{layer}: the student's positions {_by(ours)} are not the teacher's "
+                f"{_by(theirs)}; activation boundaries are compared neuron by neuron"
             )
     return Connectors(tuple((layer, teacher[layer][-1]) for layer in layers), **fields)
 

@@ -1,4 +1,4 @@
-"""The front door: `distill` runs a method's phases, and `evaluate` measures a network."""
+"""The front door: `distill` runs the phases of a method, evaluates, saves and records."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import shutil
 import time
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -14,24 +13,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
-from flax.traverse_util import flatten_dict, unflatten_dict
+from flax.traverse_util import flatten_dict
 
 from abflax import parallel
 from abflax.checkpoint import Checkpoints
 from abflax.config import RunConfig, Seeds
-from abflax.data import Dataset, Preprocessing, Stream, subset
+from abflax.data import Dataset, Stream, subset
 from abflax.errors import InputError, NonFiniteError
+from abflax.evaluation import Evaluation
 from abflax.interrupt import Interrupted, StopRequest
-from abflax.methods import METHODS, Phase
+from abflax.journal import Journal, evaluation_steps, phases_and_spans
+from abflax.methods import Phase
 from abflax.models import model_name
 from abflax.networks import Network, prepared
 from abflax.optim import Span
 from abflax.progress import Reporter, Silent
-from abflax.record import make_record, read_record, write_record
-from abflax.step import TrainState, bind, init_variables
+from abflax.record import make_record, read_record, require_writable, write_record
+from abflax.step import TrainState
 from abflax.weights import save_variables
-
-_EVAL_BATCH = 250  # for each device
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,90 +134,12 @@ def distill(
         run = _Run(config, student, teacher, data, test, resources, reporter, stop)
         if directory is None:
             return run.train(None)
-        _make_writable(directory)
+        require_writable(directory)
         if force:
             for old in (directory / "checkpoints", directory / "record.json"):
                 shutil.rmtree(old) if old.is_dir() else old.unlink(missing_ok=True)
         write_record(directory / "config.json", config.as_json())
         return run.train(directory)
-
-
-def evaluate(network: Network, test: Dataset, devices: int | None = None) -> dict[str, Any]:
-    """A network's error on held-out data, each example counted once.
-
-    Returns:
-      {"test_error": share, "errors": count, "examples": count, "test_cross_entropy": nats}.
-    """
-    used = parallel.local_devices(devices)
-    model = prepared(network.model, "float32", parallel.AXIS)
-    phase = METHODS["cross-entropy"]()[0]
-    objective = bind(model, None, phase, test.image_shape, axis_name=parallel.AXIS)
-    program = parallel.compile_phase(
-        objective, phase.optimiser, Span(0, 1, 0, 1, 1, Fraction(1)), test.preprocessing,
-        test.image_shape, used, 1, jnp.result_type(float),
-    )  # fmt: skip
-    params = {"student": network.variables["params"], "connectors": {}}
-    stats = {
-        "student": network.variables.get("batch_stats", {}),
-        "connectors": {},
-        "teacher": {},
-    }
-    params, stats = parallel.replicate((params, stats), used)
-    return _Evaluation(test, used)(program, params, stats, {})
-
-
-class _Evaluation:
-    """Held-out data on the devices, and the one dispatch that measures a student on it."""
-
-    def __init__(self, test: Dataset, devices: tuple[jax.Device, ...]) -> None:
-        batch = _EVAL_BATCH * len(devices)
-        batches = -(-len(test) // batch)
-        index = np.arange(batches * batch, dtype=np.int32).reshape(batches, batch)
-        # The last, partial batch is padded with example 0 and masked.
-        self._mask = parallel.split(index < len(test), devices)
-        self._examples = parallel.split(np.where(index < len(test), index, 0), devices)
-        self._data = parallel.replicate(_arrays(test), devices)
-
-    def __call__(
-        self, program: parallel.Program, params: Any, batch_stats: Any, teacher_params: Any
-    ) -> dict[str, Any]:
-        sums = program.evaluate(
-            params, batch_stats, teacher_params, self._data, self._examples, self._mask
-        )
-        total = jax.tree.map(lambda leaf: float(np.asarray(leaf, np.float64).sum()), sums)
-        examples = total["examples"]
-        return {
-            "test_error": total["errors"] / examples,
-            "errors": int(total["errors"]),
-            "examples": int(examples),
-            "test_cross_entropy": total["cross_entropy"] / examples,
-            "agreement": {k: v / examples for k, v in total["agreement"].items()},
-        }
-
-
-@dataclasses.dataclass
-class _Journal:
-    """How far a run has come, and what it has to tell: the JSON part of its checkpoints."""
-
-    step: int = 0
-    phase: int = 0
-    history: list[dict[str, Any]] = dataclasses.field(default_factory=list)
-    seconds: dict[str, float] = dataclasses.field(default_factory=dict)
-    counted: int = 0  # steps since the last evaluation, and the sums of their metrics
-    sums: dict[str, float] = dataclasses.field(default_factory=dict)
-
-    def add(self, metrics: dict[str, np.ndarray], count: int) -> None:
-        for index in range(count):
-            for name, values in metrics.items():
-                self.sums[name] = self.sums.get(name, 0.0) + float(values[index])
-        self.counted += count
-
-    def means(self) -> dict[str, Any]:
-        means = {name: value / self.counted for name, value in self.sums.items()}
-        self.counted, self.sums = 0, {}
-        nested = unflatten_dict(means, sep="/")
-        loss, norm = nested.pop("loss"), nested.pop("gradient_norm")
-        return {"loss": loss, "gradient_norm": norm, "training": nested}
 
 
 class _Run:
@@ -254,19 +175,19 @@ class _Run:
             self.teacher_stats = variables.get("batch_stats", {})
             self.teacher_params = parallel.replicate(variables["params"], self.devices)
         self.stream = Stream(len(data), config.batch_size, config.seeds.order)
-        self.phases, self.spans = _spans(config, len(data))
-        self.stops = _evaluation_steps(config, self.phases, self.spans, len(data))
+        self.phases, self.spans = phases_and_spans(config, len(data))
+        self.stops = evaluation_steps(config, self.spans, len(data))
         parallel.split(np.zeros((1, config.batch_size)), self.devices)
         self.programs = [
             self._program(phase, span) for phase, span in zip(self.phases, self.spans, strict=True)
         ]
         self._require_synchronised()
-        self.data = parallel.replicate(_arrays(data), self.devices)
-        self.evaluation = _Evaluation(test, self.devices) if test is not None else None
+        self.data = parallel.replicate(data.arrays(), self.devices)
+        self.evaluation = Evaluation(test, self.devices) if test is not None else None
 
     def train(self, directory: Path | None) -> Result:
         """Runs what is left of the phases, and writes record and weights."""
-        journal, state = _Journal(), None
+        journal, state = Journal(), None
         with contextlib.ExitStack() as stack:
             self.checkpoints = None
             if directory is not None:
@@ -299,7 +220,7 @@ class _Run:
             shutil.rmtree(directory / "checkpoints")
         return Result(record, variables, directory)
 
-    def _train_phase(self, journal: _Journal, state: TrainState) -> TrainState:
+    def _train_phase(self, journal: Journal, state: TrainState) -> TrainState:
         """Dispatches the steps of one phase, evaluating and saving between them."""
         span, phase = self.spans[journal.phase], self.phases[journal.phase]
         program = self.programs[journal.phase]
@@ -326,7 +247,7 @@ class _Run:
                 self._collect(journal, waiting, keep=0)
                 if journal.step == target:
                     self._evaluate(journal, state)
-                began = _clock(journal, phase, began)
+                began = journal.clock(phase.name, began)
                 saved = time.perf_counter()
                 self._save(journal, state)
                 self._stop_if_asked(journal, phase)
@@ -334,7 +255,7 @@ class _Run:
         return state
 
     def _collect(
-        self, journal: _Journal, waiting: list[tuple[int, dict[str, Any], int]], keep: int
+        self, journal: Journal, waiting: list[tuple[int, dict[str, Any], int]], keep: int
     ) -> float | None:
         """Fetches the metrics of all but the last `keep` dispatches, and checks that they are
         finite. Returns the newest loss among them."""
@@ -350,7 +271,7 @@ class _Run:
             loss = float(flat["loss"][count - 1])
         return loss
 
-    def _not_finite(self, journal: _Journal, name: str, step: int) -> None:
+    def _not_finite(self, journal: Journal, name: str, step: int) -> None:
         phase, span = self.phases[journal.phase], self.spans[journal.phase]
         where = "there is no checkpoint, since the run has no workdir"
         if self.checkpoints is not None:
@@ -366,7 +287,7 @@ class _Run:
             f"{phase.name} (step {step} of the run); {where}"
         )
 
-    def _evaluate(self, journal: _Journal, state: TrainState) -> None:
+    def _evaluate(self, journal: Journal, state: TrainState) -> None:
         """Appends an entry to the history."""
         span, phase = self.spans[journal.phase], self.phases[journal.phase]
         program = self.programs[journal.phase]
@@ -391,9 +312,7 @@ class _Run:
         """The state at the start of a phase: the student of the phase before, or a fresh one."""
         key = jax.random.key(self.config.seeds.weights)
         if before is None:
-            student = jax.jit(lambda key: init_variables(self.student, key, self.shape))(
-                jax.random.fold_in(key, 0)
-            )
+            student = self.programs[index].init(jax.random.fold_in(key, 0))
             teacher_stats = self.teacher_stats
         else:
             student = {
@@ -405,7 +324,7 @@ class _Run:
         state = self.programs[index].begin(student, teacher_stats, connectors_key)
         return parallel.replicate(jax.tree.map(np.array, state), self.devices)
 
-    def _resume(self, journal: _Journal) -> tuple[_Journal, TrainState | None]:
+    def _resume(self, journal: Journal) -> tuple[Journal, TrainState | None]:
         """Journal and state of the newest checkpoint, if there is one."""
         assert self.checkpoints is not None
         if (latest := self.checkpoints.latest()) is None:
@@ -418,22 +337,22 @@ class _Run:
                 f"the checkpoint in {self.checkpoints.directory} is of another configuration: "
                 f"{', '.join(f'{k} is {other.get(k)!r}, not {own.get(k)!r}' for k in differing)}"
             )
-        journal = _Journal(**meta["journal"])
+        journal = Journal(**meta["journal"])
         target = jax.eval_shape(lambda: self._abstract_state(journal.phase))
         state = self.checkpoints.restore(step, target)
         return journal, parallel.replicate(state, self.devices)
 
     def _abstract_state(self, index: int) -> TrainState:
         key = jax.random.key(0)
-        student = init_variables(self.student, key, self.shape)
+        student = self.programs[index].init(key)
         return self.programs[index].begin(student, self.teacher_stats, key)
 
-    def _save(self, journal: _Journal, state: TrainState) -> None:
+    def _save(self, journal: Journal, state: TrainState) -> None:
         if self.checkpoints is not None:
             meta = {"config": self.config.as_json(), "journal": dataclasses.asdict(journal)}
             self.checkpoints.save(journal.step, state, meta)
 
-    def _stop_if_asked(self, journal: _Journal, phase: Phase) -> None:
+    def _stop_if_asked(self, journal: Journal, phase: Phase) -> None:
         if self.stop.signal is None:
             return
         kept = "nothing is kept, since the run has no workdir"
@@ -444,15 +363,8 @@ class _Run:
         raise Interrupted(message, self.stop.signal)
 
     def _program(self, phase: Phase, span: Span) -> parallel.Program:
-        fields = {
-            "dtype": jnp.bfloat16 if self.config.precision == "bfloat16" else None,
-            "param_dtype": jnp.result_type(float),
-        }
-        objective = bind(
-            self.student, self.teacher, phase, self.shape, axis_name=parallel.AXIS, **fields
-        )
         return parallel.compile_phase(
-            objective, phase.optimiser, span, self.preprocessing, self.shape, self.devices,
+            self.student, self.teacher, phase, span, self.preprocessing, self.shape, self.devices,
             self.per_dispatch, jnp.result_type(float),
         )  # fmt: skip
 
@@ -470,42 +382,6 @@ class _Run:
         return f"{self.config.method} seed {self.config.seeds.weights}"
 
 
-def _spans(config: RunConfig, examples: int) -> tuple[list[Phase], list[Span]]:
-    """The phases that have steps, and where each lies in the run."""
-    per_epoch = Fraction(examples, config.batch_size)
-    lengths = {"initialise": config.epochs[0], "classify": config.epochs[1]}
-    lengths["joint"] = sum(config.epochs)
-    phases, spans, before = [], [], 0
-    for phase in config.phases():
-        after = before + lengths[phase.name]
-        start, end = int(before * per_epoch), int(after * per_epoch)
-        if end > start:
-            phases.append(phase)
-            spans.append(
-                Span(start, end - start, before, after - before, sum(config.epochs), per_epoch)
-            )
-        before = after
-    if not phases:
-        raise InputError(
-            f"{sum(config.epochs)} epochs of {examples} examples are less than one batch of "
-            f"{config.batch_size}"
-        )
-    return phases, spans
-
-
-def _evaluation_steps(
-    config: RunConfig, phases: list[Phase], spans: list[Span], examples: int
-) -> dict[int, int]:
-    """step of the run -> epoch, for each evaluation; ends of phases included."""
-    del phases
-    ends = {span.epochs_before + span.epochs for span in spans}
-    steps = {}
-    for epoch in range(1, sum(config.epochs) + 1):
-        if epoch in ends or epoch % config.evaluate_every == 0:
-            steps[int(epoch * Fraction(examples, config.batch_size))] = epoch
-    return {step: epoch for step, epoch in steps.items() if step > 0}
-
-
 def _require_compatible(
     config: RunConfig, teacher: Network | None, data: Dataset, test: Dataset | None
 ) -> None:
@@ -515,28 +391,5 @@ def _require_compatible(
         raise InputError(f"method {config.method} needs a teacher")
     if test is not None and test.image_shape != data.image_shape:
         raise InputError(
-            f"the test images have shape {test.image_shape}, the training images "
-            f"{data.image_shape}"
+            f"the test images have shape {test.image_shape}, the training images {data.image_shape}"
         )
-
-
-def _arrays(data: Dataset) -> dict[str, Any]:
-    return {"images": data.images, "labels": data.labels}
-
-
-def _clock(journal: _Journal, phase: Phase, began: float) -> float:
-    """Adds the time since `began` to the phase's seconds, and returns now."""
-    now = time.perf_counter()
-    journal.seconds[phase.name] = journal.seconds.get(phase.name, 0.0) + now - began
-    return now
-
-
-def _make_writable(directory: Path) -> None:
-    """Makes the directory, and raises where nothing can be written into it."""
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        probe = directory / ".writable"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise InputError(f"cannot write to {directory}: {error.strerror}") from error

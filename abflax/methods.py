@@ -206,8 +206,12 @@ def _fields(kind: type[Term], protocol: Protocol, options: dict[str, Any]) -> di
 
 def _check_options(name: str, kinds: set[type[Term]], options: dict[str, Any]) -> None:
     """Raises for an option that no term has, or whose value is of another type."""
-    hints = {key: hint for kind in kinds for key, hint in typing.get_type_hints(kind).items()
-             if key in {field.name for field in dataclasses.fields(kind)}}
+    hints = {
+        key: hint
+        for kind in kinds
+        for key, hint in typing.get_type_hints(kind).items()
+        if key in {field.name for field in dataclasses.fields(kind)}
+    }
     for option, value in options.items():
         if option not in hints:
             raise unknown(f"option of method {name}", option, {*hints, "transfer_weight"})

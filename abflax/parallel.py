@@ -16,16 +16,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from flax import linen as nn
 
 from abflax.data import Preprocessing, augment, normalise
 from abflax.errors import InputError
-from abflax.optim import Optimiser, Span
+from abflax.methods import Phase
+from abflax.optim import Span
 from abflax.step import (
     Objective,
     TrainState,
     abstract_variables,
     begin_phase,
+    bind,
     eval_step,
+    init_variables,
     train_step,
     trained_parameters,
 )
@@ -38,6 +42,7 @@ class Program:
     """The compiled functions of one phase on some devices.
 
     Attributes:
+      init: key -> variables of a fresh student.
       begin: (student variables, teacher statistics, key) -> `TrainState`.
       train: (state, teacher params, data, key, examples, epochs, count) -> (state, metrics);
         `examples` and `epochs` are `[devices, steps, share]`, of which the first `count` steps
@@ -47,6 +52,7 @@ class Program:
       schedule: the phase's own step -> learning rate.
     """
 
+    init: Callable[[jax.Array], Any]
     begin: Callable[..., TrainState]
     train: Callable[..., tuple[TrainState, dict[str, Any]]]
     evaluate: Callable[..., dict[str, Any]]
@@ -90,8 +96,9 @@ def split(batch: np.ndarray, devices: Sequence[jax.Device]) -> np.ndarray:
 
 @functools.lru_cache(maxsize=64)
 def compile_phase(
-    objective: Objective,
-    optimiser: Optimiser,
+    student: nn.Module,
+    teacher: nn.Module | None,
+    phase: Phase,
     span: Span,
     preprocessing: Preprocessing,
     image_shape: tuple[int, ...],
@@ -103,17 +110,23 @@ def compile_phase(
 
     Args:
       dtype: `jnp.result_type(float)`, which tracing depends on.
+
+    Raises:
+      ValueError: if the phase cannot compare the two networks (see `bind`).
     """
     del dtype
+    objective = bind(student, teacher, phase, image_shape, axis_name=AXIS)
+    optimiser = phase.optimiser
     transformation = optimiser.transformation(span, _trained(objective, image_shape))
 
-    def begin(student: Any, teacher_stats: Any, key: jax.Array) -> TrainState:
-        return begin_phase(objective, transformation, student, teacher_stats, key, image_shape)
+    def begin(variables: Any, teacher_stats: Any, key: jax.Array) -> TrainState:
+        return begin_phase(objective, transformation, variables, teacher_stats, key, image_shape)
 
     train = functools.partial(_train_many, objective, transformation, preprocessing)
     evaluate = functools.partial(_evaluate, objective, preprocessing)
     mapped = functools.partial(jax.pmap, axis_name=AXIS, out_axes=None, devices=devices)
     return Program(
+        init=jax.jit(lambda key: init_variables(student, key, image_shape)),
         begin=jax.jit(begin),
         train=mapped(
             functools.partial(train, steps_per_dispatch),

@@ -5,11 +5,12 @@ Schema 1. A record is an object with
 - `schema`: 1; `hash`: the run's name; `config`: every field of `abflax.config.RunConfig`;
 - `state`: "finished"; a record is written once, when its run is;
 - `phases`: a list of {`name`, `steps`, `epochs`, `seconds`};
-- `history`: one entry an evaluation: {`epoch`, `step` (of the run), `phase`, `learning_rate`,
-  `loss`, `gradient_norm` (means since the entry before), `training` (what the terms measure, e.g.
-  `agreement` of each layer as training saw it; means), and where there is held-out data
-  `test_error` (a share), `test_cross_entropy` (nats), `agreement` (layer -> share of held-out
-  neurons on whose indicator student and teacher agree; only where both have the same neurons)};
+- `history`: one entry an evaluation: {`epoch` and `step` (of the run), `phase`,
+  `epoch_of_phase`, `learning_rate`, `loss`, `gradient_norm` (means since the entry before),
+  `training` (what the terms measure, e.g. `agreement` of each layer as training saw it; means),
+  and where there is held-out data `test_error` (a share), `test_cross_entropy` (nats),
+  `agreement` (layer -> share of held-out neurons on whose indicator student and teacher agree;
+  only where both have the same neurons)};
 - `result`: `test_error` and `agreement` of the last entry, `best_test_error`, `best_epoch`, and
   `initialise_agreement`: agreement at the end of the initialise phase, if there was one;
 - `seconds`: training and evaluation, compilation included, over all sittings;
@@ -34,6 +35,7 @@ from typing import Any
 import jax
 
 from abflax.config import RunConfig
+from abflax.errors import InputError
 
 SCHEMA = 1
 
@@ -114,6 +116,16 @@ def write_record(path: Path, record: dict[str, Any]) -> None:
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+
+
+def require_writable(directory: Path) -> None:
+    """Makes a directory, and raises `InputError` where nothing can be written into it."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=directory):
+            pass
+    except OSError as error:
+        raise InputError(f"cannot write to {directory}: {error.strerror}") from error
 
 
 def read_record(path: Path) -> dict[str, Any] | None:

@@ -66,9 +66,10 @@ def bind(
     image_shape: tuple[int, ...],
     *,
     axis_name: str | None = None,
-    **connector_fields: Any,
 ) -> Objective:
     """Binds a phase to two networks, and checks that its terms can compare them.
+
+    Connectors compute in the student's dtypes.
 
     Raises:
       ValueError: if a layer is missing in one of them, or their positions differ.
@@ -79,13 +80,14 @@ def bind(
         if teacher is not None
         else {}
     )
+    fields = {k: getattr(student, k) for k in ("dtype", "param_dtype") if hasattr(student, k)}
     connectors = tuple(
         connect(
             ours,
             theirs,
             shared_layers(ours, theirs, getattr(term, "layers", None)),
             axis_name=axis_name,
-            **connector_fields,
+            **fields,
         )
         if term.connects
         else None
@@ -144,7 +146,9 @@ def make_targets(
         images,
         train=phase.teacher_batch_statistics,
     )
-    targets = tuple(term.targets(forward) if term.needs_teacher else None for _, term in phase.terms)
+    targets = tuple(
+        term.targets(forward) if term.needs_teacher else None for _, term in phase.terms
+    )
     return jax.lax.stop_gradient((targets, forward.batch_stats))
 
 
@@ -175,7 +179,9 @@ def student_loss(
     return total, (stats, measures)
 
 
-def trained_parameters(objective: Objective, params: Any, batch_stats: Any, image_shape: Any) -> Any:
+def trained_parameters(
+    objective: Objective, params: Any, batch_stats: Any, image_shape: tuple[int, ...]
+) -> Any:
     """Which parameters the objective depends on, as a tree of booleans.
 
     The others get no gradient, so they get no decay either (the classifier while initialising,

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 from flax import linen as nn
 from flax import struct
+from flax.traverse_util import flatten_dict
 
 from abflax.errors import InputError, unknown
 
@@ -88,7 +89,7 @@ def run_model(
     )
     sown = state.get(_COLLECTION, {})
     taps = (
-        {name: _output_of(sown, path, model) for path, name in wanted.items()}
+        {name: _output_of(sown, path, variables) for path, name in wanted.items()}
         if wanted
         else {k: v for k, v in sown.items() if k != _FEATURES and isinstance(v, jax.Array)}
     )
@@ -108,18 +109,22 @@ def tap_shapes(model: nn.Module, variables: Any, image_shape: tuple[int, ...]) -
     return {name: tap.shape for name, tap in run.items()}
 
 
-def _output_of(sown: Mapping[str, Any], path: tuple[str, ...], model: nn.Module) -> jax.Array:
+def _output_of(
+    sown: Mapping[str, Any], path: tuple[str, ...], variables: Mapping[str, Any]
+) -> jax.Array:
     """The one array that the submodule at `path` has put out."""
-    here: Any = sown
-    for part in path:
-        if not isinstance(here, Mapping) or part not in here:
-            known = here if isinstance(here, Mapping) else {}
-            raise unknown(f"submodule of {type(model).__name__} in tap path", "/".join(path), known)
-        here = here[part]
-    calls = here.get("__call__", ()) if isinstance(here, Mapping) else ()
+    name, flat = "/".join(path), flatten_dict(sown)
+    if (*path, "__call__") not in flat:
+        modules = {
+            "/".join(leaf[:depth])
+            for leaf in flatten_dict(variables.get("params", {}))
+            for depth in range(1, len(leaf))
+        }
+        raise unknown("tap path", name, modules)
+    calls = flat[(*path, "__call__")]
     if len(calls) != 1 or not isinstance(calls[0], jax.Array):
         raise InputError(
-            f"tap path '{'/'.join(path)}' of {type(model).__name__}: a tap is one array, but the "
-            f"module there ran {len(calls)} times or puts out something else"
+            f"tap path '{name}': a tap is one array, but the module there ran {len(calls)} times "
+            "or puts out something else"
         )
     return calls[0]

@@ -76,7 +76,9 @@ def from_torch(name: str, state_dict: Mapping[str, Any], prefix: str = "") -> di
                 f"expected {_to_layout(np.empty(leaf.shape, bool)).shape}"
             )
         if not np.issubdtype(value.dtype, np.floating) and value.dtype != jnp.bfloat16:
-            raise InputError(f"state dict for {name}: '{torch_name}' holds {value.dtype}, no floats")
+            raise InputError(
+                f"state dict for {name}: '{torch_name}' holds {value.dtype}, no floats"
+            )
         flat[path] = value
         used.add(torch_name)
     if extra := sorted(set(given) - used):

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import difflib
 import logging
 import platform
 import signal
 import sys
 import warnings
+import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -74,21 +76,12 @@ def _leave(message: str, code: int) -> NoReturn:
 def cache_compilation(workdir: Path) -> None:
     """Keeps compiled programs in the workdir, by CPU model, so that a second start is quick."""
     machine = platform.machine()
-    try:
+    with contextlib.suppress(OSError, StopIteration):
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         flags = next(line for line in lines if line.startswith(("flags", "Features")))
-        machine += f"-{abs(hash_text(flags))}"
-    except (OSError, StopIteration):
-        pass
+        machine += f"-{zlib.crc32(flags.encode()):08x}"
     jax.config.update("jax_compilation_cache_dir", str((workdir / "compiled" / machine).absolute()))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
-
-
-def hash_text(text: str) -> int:
-    """A short number for a text, the same in every process."""
-    import zlib
-
-    return zlib.crc32(text.encode())
 
 
 def epochs_type(text: str) -> tuple[int, int]:

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import sys
 from pathlib import Path
 from typing import Any
@@ -27,12 +26,13 @@ from rich.table import Table
 from abflax import Resources, distill, evaluate, load
 from abflax.config import PRECISIONS, RunConfig
 from abflax.data import DATASETS
-from abflax.errors import InputError
+from abflax.errors import InputError, unknown
 from abflax.methods import METHODS, PROTOCOLS
 from abflax.models import MODELS
 from abflax.progress import Live
 from abflax.record import read_record
 from experiments import cli
+from experiments.statistics import mean_and_std, percent
 from experiments.teachers import find_teacher
 
 
@@ -85,8 +85,6 @@ def main(console: Console) -> None:
     arguments = parse()
     commands = {"train": train, "evaluate": evaluate_network, "list": list_runs}
     if arguments.command not in commands:
-        from abflax.errors import unknown
-
         raise unknown("command", arguments.command, commands)
     cli.cache_compilation(arguments.workdir)
     commands[arguments.command](arguments, Console(stderr=True) if arguments.json else console)
@@ -145,12 +143,11 @@ def train(arguments: argparse.Namespace, console: Console) -> None:
         return
     for result in results:
         error = result.record["result"]["test_error"]
-        console.print(f"{result.directory}  {_percent(error)}", soft_wrap=True)
-    errors = [100 * result.record["result"]["test_error"] for result in results]
-    spread = f" ± {statistics.stdev(errors):.2f} (n = {len(errors)})" if len(errors) > 1 else ""
+        console.print(f"{result.directory}  {percent(error)} %", soft_wrap=True)
+    errors = [result.record["result"]["test_error"] for result in results]
     console.print(
         f"{arguments.method}, {arguments.student} on {arguments.dataset}: "
-        f"test error {statistics.mean(errors):.2f}{spread} %",
+        f"test error {mean_and_std(errors)} % (n = {len(errors)})",
         soft_wrap=True,
     )
 
@@ -165,7 +162,7 @@ def evaluate_network(arguments: argparse.Namespace, console: Console) -> None:
         json.dump({"network": network.name, "dataset": arguments.dataset, **found}, sys.stdout)
         return
     console.print(
-        f"{network.name} on {arguments.dataset}: test error {_percent(found['test_error'])} "
+        f"{network.name} on {arguments.dataset}: test error {percent(found['test_error'])} % "
         f"({found['errors']:,} of {found['examples']:,}), "
         f"cross-entropy {found['test_cross_entropy']:.4f}",
         soft_wrap=True,
@@ -183,10 +180,10 @@ def list_runs(arguments: argparse.Namespace, console: Console) -> None:
         return
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in rows[0]:
-        table.add_column(column, overflow="fold")
+        table.add_column(column, no_wrap=True)
     for row in rows:
         table.add_row(*(str(value) for value in row.values()))
-    console.print(table)
+    console.print(table, soft_wrap=True)
 
 
 def _row(path: Path) -> dict[str, Any]:
@@ -204,7 +201,7 @@ def _row(path: Path) -> dict[str, Any]:
         "epochs": "+".join(map(str, config["epochs"])),
         "seed": config["seeds"]["weights"],
         "state": "finished" if record else f"step {max(steps)}" if steps else "begun",
-        "test error": _percent(error) if error is not None else "-",
+        "test error": f"{percent(error)} %" if error is not None else "-",
     }
 
 
@@ -233,10 +230,6 @@ def _options(arguments: argparse.Namespace) -> dict[str, Any]:
         "transfer_weight": arguments.transfer_weight,
     }
     return {name: value for name, value in given.items() if value is not None}
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.2f} %"
 
 
 if __name__ == "__main__":

@@ -39,8 +39,6 @@ def find_teacher(name: str, dataset: str, weights: str | None, workdir: Path) ->
     run = workdir / "runs" / weights
     if record := read_record(run / "record.json"):
         if record["config"]["student"] != name:
-            raise InputError(
-                f"run {weights} trained a {record['config']['student']}, not a {name}"
-            )
+            raise InputError(f"run {weights} trained a {record['config']['student']}, not a {name}")
         return load_network(name, run / "student.safetensors", f"{name}:run-{weights}")
     return load_network(name, weights)

@@ -45,9 +45,7 @@ def test_training_mode_moves_the_running_statistics_once(network):
 def test_round_trip_is_exact(network):
     data, model, variables, _ = network
     original = {
-        k: v
-        for k, v in under("state_dict/", data).items()
-        if not k.endswith("num_batches_tracked")
+        k: v for k, v in under("state_dict/", data).items() if not k.endswith("num_batches_tracked")
     }
     chex.assert_trees_all_equal(to_torch(model, variables), original)
 

@@ -14,7 +14,7 @@ from flax.traverse_util import flatten_dict
 from abflax.methods import METHODS
 from abflax.models import MODELS
 from abflax.optim import Span
-from abflax.step import bind, begin_phase, train_step, trained_parameters
+from abflax.step import begin_phase, bind, train_step, trained_parameters
 from abflax.weights import from_torch, to_torch
 from tests.conftest import under
 
@@ -50,7 +50,7 @@ class Trajectory:
 
     def _run(self, phase, student, teacher_stats, connectors=False):
         models = MODELS["wrn10-1"](), MODELS["wrn10-2"]()
-        objective = bind(*models, phase, (32, 32, 3), param_dtype=jnp.float64)
+        objective = bind(*models, phase, (32, 32, 3))
         probe = begin_phase(objective, optax.identity(), student, teacher_stats,
                             jax.random.key(0), (32, 32, 3))  # fmt: skip
         mask = trained_parameters(objective, probe.params, probe.batch_stats, (32, 32, 3))
@@ -74,7 +74,8 @@ class Trajectory:
         tree = {}
         for index in range(3):
             name = f"layer{index + 1}"
-            get = lambda leaf: np.asarray(before[f"{index}.{leaf}"], np.float64)
+            own = under(f"{index}.", before)
+            get = lambda leaf, own=own: np.asarray(own[leaf], np.float64)
             if collection == "params":
                 tree[f"{name}_conv"] = {"kernel": get("0.weight")[:, :, 0, 0].T}
                 tree[f"{name}_norm"] = {"scale": get("1.weight"), "bias": get("1.bias")}
@@ -107,8 +108,9 @@ def test_connectors_after_initialise(trajectory):
     before, after = under("connectors/before/", data), under("connectors/after_init/", data)
     for index, side in enumerate((32, 16, 8)):
         name = f"layer{index + 1}"
-        close = lambda ours, leaf: chex.assert_trees_all_close(
-            ours, after[f"{index}.{leaf}"].astype(np.float64), rtol=1e-9, atol=1e-9
+        own = {k: v.astype(np.float64) for k, v in under(f"{index}.", after).items()}
+        close = lambda ours, leaf, own=own: chex.assert_trees_all_close(
+            ours, own[leaf], rtol=1e-9, atol=1e-9
         )
         close(params[f"{name}_conv/kernel"].T[:, :, None, None], "0.weight")
         close(params[f"{name}_norm/scale"], "1.weight")

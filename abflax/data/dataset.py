@@ -45,7 +45,8 @@ class Dataset:
         classes = self.num_classes or int(labels.max()) + 1
         if labels.min() < 0 or labels.max() >= classes:
             raise InputError(
-                f"labels must lie in [0, {classes}), but reach from {labels.min()} to {labels.max()}"
+                f"labels must lie in [0, {classes}), but reach from {labels.min()} to "
+                f"{labels.max()}"
             )
         if np.issubdtype(images.dtype, np.floating) and not np.isfinite(images).all():
             bad = int(np.argmin(np.isfinite(images).all(axis=(1, 2, 3))))
@@ -64,6 +65,10 @@ class Dataset:
     def image_shape(self) -> tuple[int, int, int]:
         """(height, width, channels)."""
         return self.images.shape[1:]
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """{"images", "labels"}, as the devices hold them."""
+        return {"images": self.images, "labels": self.labels}
 
     def take(self, indices: np.ndarray) -> Dataset:
         """The examples of these indices, under the same name."""

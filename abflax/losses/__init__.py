@@ -10,12 +10,34 @@ from abflax.losses.activation import (
     activation_transfer_hinge,
     activation_transfer_loss,
 )
+from abflax.losses.attention import attention_map, attention_transfer
 from abflax.losses.classification import cross_entropy, knowledge_distillation
+from abflax.losses.features import feature_difference, positions_pooled
+from abflax.losses.gram import fsp, gram_between
+from abflax.losses.jacobian import (
+    attention_pixel_cotangent,
+    jacobian_difference,
+    largest_attention_pixel,
+)
+from abflax.losses.logits import centred_logits_difference
+from abflax.losses.nst import channel_patterns, neuron_selectivity
 
 __all__ = [
     "activation_indicator",
     "activation_transfer_hinge",
     "activation_transfer_loss",
+    "attention_map",
+    "attention_pixel_cotangent",
+    "attention_transfer",
+    "centred_logits_difference",
+    "channel_patterns",
     "cross_entropy",
+    "feature_difference",
+    "fsp",
+    "gram_between",
+    "jacobian_difference",
     "knowledge_distillation",
+    "largest_attention_pixel",
+    "neuron_selectivity",
+    "positions_pooled",
 ]

@@ -38,9 +38,8 @@ class ActivationBoundary(LayerTerm):
     def loss(self, student: Forward, targets: dict[str, jax.Array], labels: jax.Array) -> jax.Array:
         del labels
         return sum(
-            weight * per_example(
-                activation_transfer_hinge(student.taps[name], targets[name], self.margin)
-            )
+            weight
+            * per_example(activation_transfer_hinge(student.taps[name], targets[name], self.margin))
             for name, weight in self.layer_weights(student.taps).items()
         )
 

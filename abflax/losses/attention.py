@@ -1,0 +1,56 @@
+"""Attention transfer: where a layer looks (Zagoruyko, Komodakis, ICLR 2017)."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from abflax.losses.dtypes import at_least_float32
+from abflax.losses.features import positions_pooled, require_feature_map, unit_length
+
+
+def attention_map(features: jax.Array) -> jax.Array:
+    """a(F) = vec(mean_c F²)/‖vec(mean_c F²)‖₂ for each example.
+
+    Args:
+      features: F `[batch, height, width, channels]`.
+
+    Returns:
+      `[batch, height · width]`, >= 0, float32 at least. An all-zero F gives zeros, with gradient
+      zero.
+
+    Raises:
+      ValueError: if F is no feature map.
+
+    References:
+      Zagoruyko, Komodakis, Paying More Attention to Attention, ICLR 2017, section 3.1: F²_sum,
+      normalised as in equation (2) (so that mean and sum over the channels are one).
+    """
+    features = at_least_float32(features)
+    require_feature_map("attention_map", features)
+    energy = jnp.mean(jnp.square(features), axis=-1)
+    return unit_length(energy.reshape(energy.shape[0], -1), axis=-1)
+
+
+def attention_transfer(student: jax.Array, teacher: jax.Array) -> jax.Array:
+    """The mean over positions of (a(S) − a(T))² for each example; a: `attention_map`.
+
+    The map that is larger in height and width is average-pooled to the smaller, before it is
+    squared.
+
+    Args:
+      student: S `[batch, height, width, channels]`.
+      teacher: T `[batch, height', width', channels']`, see `positions_pooled`.
+
+    Returns:
+      `[batch]`, float32 at least.
+
+    Raises:
+      ValueError: as `positions_pooled`.
+
+    References:
+      Zagoruyko, Komodakis, ICLR 2017, equation (2), with the squared norm of their published
+      code, and its mean over positions.
+    """
+    student, teacher = positions_pooled(student, teacher)
+    return jnp.mean(jnp.square(attention_map(student) - attention_map(teacher)), axis=-1)

@@ -1,0 +1,121 @@
+"""Taps compared neuron by neuron, and what the losses on feature maps share."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from abflax.errors import InputError, require_same_shape
+from abflax.losses.dtypes import at_least_float32
+
+_SMOOTHING = 1e-3  # ε of `feature_difference` for p < 1, in units of pre-activation
+
+
+def feature_difference(student: jax.Array, teacher: jax.Array, power: float = 2.0) -> jax.Array:
+    """|σ(T) − σ(S)|^p, elementwise; for p < 1 smoothed at 0.
+
+    σ is the ReLU. With d = σ(T) − σ(S):
+
+    * p >= 1: exactly |d|^p; its gradient at d = 0 is 0, for p = 1 too.
+    * p < 1: (d² + ε²)^(p/2) − ε^p with ε = 1e-3, because the gradient of |d|^p grows without
+      bound towards 0. This lies between |d|^p − ε^p and |d|^p and is 0 at d = 0. Its gradient in
+      d is p·d·(d² + ε²)^(p/2 − 1): continuous, 0 at d = 0, below p·ε^(p−1) everywhere, and that
+      of |d|^p up to a factor (1 + ε²/d²)^(p/2 − 1).
+
+    Args:
+      student: pre-activations S, of any shape.
+      teacher: pre-activations T of the same shape.
+      power: p > 0, a Python number.
+
+    Returns:
+      An array of that shape, >= 0, float32 at least.
+
+    Raises:
+      ValueError: if the shapes differ, or p is not above 0.
+
+    References:
+      p = 2: Romero et al., FitNets: Hints for Thin Deep Nets, ICLR 2015, equation (3), before
+      its sum.
+    """
+    student, teacher = at_least_float32(student), at_least_float32(teacher)
+    require_same_shape("feature_difference", student, teacher)
+    if not power > 0:
+        raise InputError(f"feature_difference: the power must be above 0, not {power}")
+    difference = jax.nn.relu(teacher) - jax.nn.relu(student)
+    if power == 2:
+        return jnp.square(difference)
+    if power >= 1:
+        # Not jnp.abs, whose gradient at 0 is 1.
+        return (jnp.sign(difference) * difference) ** power
+    # The formula above, without the cancellation that it has near 0.
+    growth = jnp.expm1(power / 2 * jnp.log1p(jnp.square(difference / _SMOOTHING)))
+    return _SMOOTHING**power * growth
+
+
+def positions_pooled(student: jax.Array, teacher: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Two feature maps on the same positions: the larger is average-pooled to the smaller's.
+
+    Args:
+      student: `[batch, height, width, channels]`.
+      teacher: `[batch, height', width', channels']`. The sides of one of the two are whole
+        multiples of the other's.
+
+    Returns:
+      Both, with the smaller height and width, float32 at least.
+
+    Raises:
+      ValueError: if one of them is no feature map, the batches differ, or neither's sides are
+        whole multiples of the other's.
+    """
+    student, teacher = at_least_float32(student), at_least_float32(teacher)
+    for features in (student, teacher):
+        require_feature_map("positions_pooled", features)
+    if student.shape[0] != teacher.shape[0]:
+        raise InputError(
+            f"positions_pooled: {student.shape} and {teacher.shape} are not of one batch"
+        )
+    if _divides(teacher, student):
+        return _pooled(student, teacher.shape[1:3]), teacher
+    if _divides(student, teacher):
+        return student, _pooled(teacher, student.shape[1:3])
+    raise InputError(
+        f"positions_pooled: of {student.shape} and {teacher.shape}, neither's height and width "
+        "are whole multiples of the other's"
+    )
+
+
+def require_feature_map(what: str, features: jax.Array) -> None:
+    """Raises `InputError` where an array is not `[batch, height, width, channels]`."""
+    if features.ndim != 4:
+        raise InputError(
+            f"{what}: a feature map is [batch, height, width, channels], not {features.shape}"
+        )
+
+
+def unit_length(x: jax.Array, axis: int | tuple[int, ...]) -> jax.Array:
+    """x/‖x‖₂ along `axis`; where x is all zero, 0 with gradient 0.
+
+    Neither the norm's square nor its inverse's overflows or vanishes: x is first divided by its
+    largest entry, which the result does not depend on. Entries all below the smallest normal
+    number count as zero. NaN and infinity come out as NaN.
+    """
+    largest = jax.lax.stop_gradient(jnp.max(jnp.abs(x), axis=axis, keepdims=True))
+    vanishes = largest < jnp.finfo(x.dtype).tiny
+    # Both branches of a `where` are differentiated: the one not taken must be finite too.
+    scaled = jnp.where(vanishes, 1.0, x / jnp.where(vanishes, 1.0, largest))
+    norm = jnp.sqrt(jnp.sum(jnp.square(scaled), axis=axis, keepdims=True))
+    return jnp.where(vanishes, 0.0, scaled / norm)
+
+
+def _divides(small: jax.Array, large: jax.Array) -> bool:
+    """Whether the sides of `large` are whole multiples of those of `small`."""
+    sides = zip(small.shape[1:3], large.shape[1:3], strict=True)
+    return all(0 < ours <= theirs and theirs % ours == 0 for ours, theirs in sides)
+
+
+def _pooled(features: jax.Array, sides: tuple[int, int]) -> jax.Array:
+    """Non-overlapping means down to `sides`; a reshape, as convolutions are slow on the CPU."""
+    batch, height, width, channels = features.shape
+    rows, columns = sides
+    blocks = (batch, rows, height // rows, columns, width // columns, channels)
+    return features.reshape(blocks).mean(axis=(2, 4))

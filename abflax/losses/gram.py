@@ -1,0 +1,56 @@
+"""The flow of solution procedure between two layers (Yim et al., CVPR 2017)."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from abflax.errors import require_same_shape
+from abflax.losses.dtypes import at_least_float32
+from abflax.losses.features import positions_pooled
+
+
+def gram_between(first: jax.Array, second: jax.Array) -> jax.Array:
+    """G = F₁ᵀF₂/(HW) for each example, F a tap as an [HW, C] matrix.
+
+    The map that is larger in height and width is average-pooled to the smaller; H and W are the
+    smaller's.
+
+    Args:
+      first: F₁ `[batch, height, width, C₁]`.
+      second: F₂ `[batch, height', width', C₂]` of the same network, see `positions_pooled`.
+
+    Returns:
+      `[batch, C₁, C₂]`, float32 at least.
+
+    Raises:
+      ValueError: as `positions_pooled`.
+
+    References:
+      Yim et al., A Gift from Knowledge Distillation, CVPR 2017, equation (1).
+    """
+    first, second = positions_pooled(first, second)
+    positions = first.shape[1] * first.shape[2]
+    # "highest": accelerators multiply float32 matrices in less than float32 by default.
+    return jnp.einsum("bhwc,bhwd->bcd", first, second, precision="highest") / positions
+
+
+def fsp(student_gram: jax.Array, teacher_gram: jax.Array) -> jax.Array:
+    """The mean over a Gram matrix of (G_S − G_T)², for each example.
+
+    Args:
+      student_gram: G_S `[batch, C₁, C₂]`, from `gram_between`.
+      teacher_gram: G_T of the same shape.
+
+    Returns:
+      `[batch]`, float32 at least.
+
+    Raises:
+      ValueError: if the shapes differ.
+
+    References:
+      Yim et al., CVPR 2017, equation (2), with the mean over the entries for the sum.
+    """
+    student_gram, teacher_gram = at_least_float32(student_gram), at_least_float32(teacher_gram)
+    require_same_shape("fsp", student_gram, teacher_gram)
+    return jnp.mean(jnp.square(student_gram - teacher_gram), axis=(-2, -1))

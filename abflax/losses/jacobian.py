@@ -1,0 +1,88 @@
+"""Matching input-gradients of attention (Srinivas, Fleuret, ICML 2018)."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from abflax.errors import InputError, require_same_shape
+from abflax.losses.dtypes import at_least_float32
+from abflax.losses.features import require_feature_map, unit_length
+
+
+def jacobian_difference(student: jax.Array, teacher: jax.Array) -> jax.Array:
+    """‖J_T/‖J_T‖ − J_S/‖J_S‖‖² for each example.
+
+    Args:
+      student: J_S, the gradient of one number of the student's with respect to its image,
+        `[batch, height, width, channels]`.
+      teacher: J_T, the teacher's, of the same shape.
+
+    Returns:
+      `[batch]`, in [0, 4], float32 at least. An all-zero J counts as J/‖J‖ = 0, with gradient
+      zero.
+
+    Raises:
+      ValueError: if the shapes differ, or they are no images.
+
+    References:
+      Srinivas, Fleuret, Knowledge Transfer with Jacobian Matching, ICML 2018: the loss of
+      attention maps' Jacobians.
+    """
+    student, teacher = at_least_float32(student), at_least_float32(teacher)
+    require_same_shape("jacobian_difference", student, teacher)
+    require_feature_map("jacobian_difference", student)
+    axes = (1, 2, 3)
+    return jnp.sum(jnp.square(unit_length(teacher, axes) - unit_length(student, axes)), axis=axes)
+
+
+def largest_attention_pixel(features: jax.Array) -> jax.Array:
+    """The position where mean_c F² is largest, for each example; of equals the first.
+
+    Args:
+      features: F `[batch, height, width, channels]`.
+
+    Returns:
+      Integers `[batch]`, in [0, height · width), counted along the rows.
+
+    Raises:
+      ValueError: if F is no feature map.
+    """
+    features = at_least_float32(features)
+    require_feature_map("largest_attention_pixel", features)
+    energy = jnp.mean(jnp.square(features), axis=-1)
+    return jnp.argmax(energy.reshape(energy.shape[0], -1), axis=-1)
+
+
+def attention_pixel_cotangent(features: jax.Array, index: jax.Array) -> jax.Array:
+    """2F/C at one position of each example, 0 elsewhere: the gradient in F of mean_c F² there.
+
+    Pulled back through the network (`Forward.pullback`), it gives the gradient of that pixel of
+    the attention map, before normalisation, with respect to the images: J of
+    `jacobian_difference`. It depends on F, so that what is pulled back can be differentiated in
+    turn.
+
+    Args:
+      features: F `[batch, height, width, channels]`.
+      index: the position of each example, integers `[batch]` in [0, height · width), e.g. the
+        teacher's `largest_attention_pixel`. One outside gives zeros.
+
+    Returns:
+      An array of the shape and the dtype of F, as a cotangent has to be; computed in float32 at
+      least.
+
+    Raises:
+      ValueError: if F is no feature map, or there is not one index for each example.
+    """
+    features, index = jnp.asarray(features), jnp.asarray(index)
+    require_feature_map("attention_pixel_cotangent", features)
+    batch, height, width, channels = features.shape
+    if index.shape != (batch,):
+        raise InputError(
+            f"attention_pixel_cotangent: features {features.shape} need an index of shape "
+            f"{(batch,)}, not {index.shape}"
+        )
+    wide = at_least_float32(features)
+    chosen = jax.nn.one_hot(index, height * width, dtype=wide.dtype)
+    cotangent = 2 / channels * wide * chosen.reshape(batch, height, width, 1)
+    return cotangent.astype(features.dtype)

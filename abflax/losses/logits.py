@@ -1,0 +1,33 @@
+"""Logits compared as numbers (Srinivas, Fleuret, ICML 2018)."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from abflax.errors import require_same_shape
+from abflax.losses.dtypes import at_least_float32
+
+
+def centred_logits_difference(student: jax.Array, teacher: jax.Array) -> jax.Array:
+    """((S − mean S) − (T − mean T))², elementwise; the means are over an example's classes.
+
+    A constant added to all of an example's logits changes no probability, and nothing here.
+
+    Args:
+      student: logits S `[..., classes]`.
+      teacher: logits T of the same shape.
+
+    Returns:
+      An array of that shape, float32 at least.
+
+    Raises:
+      ValueError: if the shapes differ.
+
+    References:
+      Srinivas, Fleuret, Knowledge Transfer with Jacobian Matching, ICML 2018.
+    """
+    student, teacher = at_least_float32(student), at_least_float32(teacher)
+    require_same_shape("centred_logits_difference", student, teacher)
+    difference = student - teacher
+    return jnp.square(difference - jnp.mean(difference, axis=-1, keepdims=True))

@@ -1,0 +1,133 @@
+"""Distil a network on real images in a few minutes: scikit-learn's digits, nothing to download.
+
+A wide ResNet learns all 1,297 training digits. Then a shallower one of the same widths learns a
+tenth of them (129) from labels alone, from the teacher's logits, and from the teacher's activation
+boundaries first; three seeds each. Error and agreement are measured on 500 held-out digits.
+
+About three minutes on two CPU cores, compilation included.
+
+examples:
+  python -m experiments.quickstart
+  python -m experiments.quickstart --seeds 5 --workdir /tmp/abflax
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from abflax import Network, distill, load
+from abflax.models import MODELS
+from abflax.progress import Live
+from abflax.record import require_writable
+from abflax.weights import load_network
+from experiments import cli, plots
+from experiments.statistics import mean_and_std, percent
+
+TEACHER, STUDENT = "wrn16-2", "wrn10-2"
+METHODS = ("cross-entropy", "kd", "activation-boundary")
+# Chosen once, for the time they take: every method has the same 240 steps.
+TEACHER_EPOCHS, EPOCHS = 12, (20, 40)
+FRACTION = 0.1
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    description, examples = (__doc__ or "").split("examples:")
+    parser = cli.Parser(
+        prog="python -m experiments.quickstart",
+        description=description,
+        epilog="examples:" + examples,
+    )
+    parser.add_argument("--seeds", type=cli.seeds_type, default=(0, 1, 2), metavar="N",
+                        help="how many, or a list such as 0,3 (default 3)")  # fmt: skip
+    parser.add_argument("--workdir", type=Path, default=cli.WORKDIR, help="default ./workdir")
+    parser.add_argument("--force", action="store_true", help="run again what is finished")
+    return parser.parse_args(arguments)
+
+
+def main(console: Console) -> None:
+    arguments = parse()
+    began = time.perf_counter()
+    require_writable(arguments.workdir)
+    cli.cache_compilation(arguments.workdir)
+    train, test = load("digits", "train"), load("digits", "test")
+    live = Live(console)
+    common: dict[str, Any] = {
+        "test": test,
+        "protocol": "official",
+        "workdir": arguments.workdir,
+        "force": arguments.force,
+        "reporter": live,
+    }
+    with live.shown():
+        taught = distill(
+            MODELS[TEACHER](),
+            None,
+            train,
+            method="cross-entropy",
+            epochs=(0, TEACHER_EPOCHS),
+            batch_size=64,
+            evaluate_every=3,
+            **common,
+        )
+        assert taught.directory is not None
+        weights = load_network(TEACHER, taught.directory / "student.safetensors")
+        teacher = Network(weights.model, weights.variables, f"{TEACHER}:{taught.record['hash']}")
+        records = {
+            method: [
+                distill(
+                    MODELS[STUDENT](),
+                    teacher,
+                    train,
+                    method=method,
+                    epochs=EPOCHS,
+                    batch_size=32,
+                    fraction=FRACTION,
+                    evaluate_every=5,
+                    seeds=seed,
+                    **common,
+                ).record
+                for seed in arguments.seeds
+            ]
+            for method in METHODS
+        }
+    console.print(_table(records, taught.record))
+    picture = arguments.workdir / "quickstart.png"
+    title = (
+        f"{STUDENT} taught by {TEACHER} on {round(FRACTION * len(train))} handwritten digits"
+        f" ({len(arguments.seeds)} seeds, mean ± std)"
+    )
+    plots.curves(records, picture, title)
+    seconds = time.perf_counter() - began
+    console.print(f"picture: {picture}   total: {seconds:.0f} s", soft_wrap=True)
+
+
+def _table(records: dict[str, list[dict[str, Any]]], taught: dict[str, Any]) -> Table:
+    """Method by method: error, agreement, seconds; means over the seeds."""
+    title = (
+        f"{STUDENT} on {100 * FRACTION:g} % of the digits; teacher {TEACHER}, all of them: "
+        f"{percent(taught['result']['test_error'])} % error"
+    )
+    table = Table(title=title, title_justify="left", box=None, header_style="bold")
+    layers = sorted(next(iter(records.values()))[0]["result"]["agreement"])
+    for column in ("method", "test error %", *(f"{layer} agrees %" for layer in layers), "s"):
+        table.add_column(column, justify="left" if column == "method" else "right", no_wrap=True)
+    for method, runs in records.items():
+        results = [run["result"] for run in runs]
+        table.add_row(
+            method,
+            mean_and_std([each["test_error"] for each in results]),
+            *(mean_and_std([each["agreement"][layer] for each in results], 1) for layer in layers),
+            f"{sum(run['seconds'] for run in runs) / len(runs):.0f}",
+        )
+    return table
+
+
+if __name__ == "__main__":
+    cli.main(main)

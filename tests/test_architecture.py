@@ -1,0 +1,98 @@
+"""The rooms of the house: who may know whom, and how large a file may be."""
+
+import ast
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+# room -> what it may import of abflax, besides errors and itself
+MAY_KNOW = {
+    "losses": set(),
+    "metrics": {"losses"},  # the indicator
+    "taps": set(),
+    "models": {"taps"},
+    "connectors": set(),
+    "optim": set(),
+    "data": set(),
+    "interrupt": set(),
+    "progress": set(),
+    "checkpoint": set(),
+    "terms": {"losses", "metrics", "taps", "connectors"},
+    "methods": {"terms", "optim"},
+    "networks": {"models"},
+    "step": {"losses", "metrics", "taps", "connectors", "methods"},
+    "weights": {"models", "networks", "step"},
+    "config": {"methods"},
+    "record": {"config"},
+    "journal": {"config", "methods", "optim"},
+    "parallel": {"data", "methods", "optim", "step"},
+    "evaluation": {"data", "methods", "networks", "optim", "parallel"},
+    "loop": {
+        "checkpoint",
+        "config",
+        "data",
+        "evaluation",
+        "interrupt",
+        "journal",
+        "methods",
+        "models",
+        "networks",
+        "optim",
+        "parallel",
+        "progress",
+        "record",
+        "step",
+        "weights",
+    },  # fmt: skip
+}
+
+
+def _imports(path: Path) -> set[str]:
+    """Top-level rooms of abflax and experiments that a file imports."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
+            names = [node.module] + [f"{node.module}.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        else:
+            continue
+        found.update(name for name in names if name.split(".")[0] in ("abflax", "experiments"))
+    return found
+
+
+def _room(path: Path) -> str:
+    return path.relative_to(ROOT / "abflax").parts[0].removesuffix(".py")
+
+
+def test_imports_point_one_way():
+    rooms = set()
+    for path in (ROOT / "abflax").rglob("*.py"):
+        room = _room(path)
+        rooms.add(room)
+        if room in ("__init__", "errors"):
+            continue
+        allowed = MAY_KNOW[room] | {"errors", room}
+        for name in _imports(path):
+            parts = name.split(".")
+            assert parts[0] == "abflax", f"{path} imports {name}: abflax knows no experiments"
+            if len(parts) > 1:
+                is_room = (ROOT / "abflax" / parts[1]).is_dir() or (
+                    ROOT / "abflax" / f"{parts[1]}.py"
+                ).is_file()
+                assert not is_room or parts[1] in allowed, f"{path} may not import {name}"
+    assert set(MAY_KNOW) == rooms - {"__init__", "errors"}
+
+
+def test_pmap_is_said_in_one_file():
+    saying = [
+        path.name for path in (ROOT / "abflax").rglob("*.py")
+        if any(isinstance(node, ast.Attribute) and node.attr in ("pmap", "shard_map")
+               for node in ast.walk(ast.parse(path.read_text())))
+    ]  # fmt: skip
+    assert saying == ["parallel.py"]
+
+
+def test_no_file_is_long():
+    for folder in ("abflax", "experiments", "tests"):
+        for path in (ROOT / folder).rglob("*.py"):
+            assert len(path.read_text().splitlines()) <= 400, path

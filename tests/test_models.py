@@ -1,0 +1,150 @@
+"""The registry, parameter counts, taps, and the convolution's two formulations."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import jax.test_util
+import numpy as np
+import pytest
+from flax import linen as nn
+
+from abflax.errors import InputError
+from abflax.models import MODELS, model_name
+from abflax.models.convolution import convolve
+from abflax.step import abstract_variables
+from abflax.taps import run_model, tap_shapes
+
+# Parameters with ten classes; wrn16-2 is stated beside the shipped teacher, the ratios in the
+# paper's Table 3 (wrn16-2 is 16.1 % of wrn22-4, wrn10-1 1.8 %, wrn10-4 27.9 %, of wrn16-4 25.2 %).
+PARAMETERS = {
+    "wrn10-1": 77850, "wrn10-4": 1198810, "wrn16-1": 175066, "wrn16-2": 691674,
+    "wrn16-4": 2748890, "wrn22-4": 4298970,
+}  # fmt: skip
+
+
+def _count(variables):
+    return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(variables))
+
+
+def test_every_listed_model_has_its_count_stated():
+    assert set(PARAMETERS) == set(MODELS)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_parameters_and_taps(name):
+    model = MODELS[name]()
+    variables = abstract_variables(model, (32, 32, 3))
+    assert _count(variables["params"]) == PARAMETERS[name]
+    width = model.width
+    assert tap_shapes(model, variables, (32, 32, 3)) == {
+        "layer1": (1, 32, 32, 16 * width),
+        "layer2": (1, 16, 16, 32 * width),
+        "layer3": (1, 8, 8, 64 * width),
+    }
+    assert set(variables) == {"params", "batch_stats"}
+    assert model_name(model) == name
+
+
+def test_size_ratios_are_the_papers():
+    share = lambda small, large: round(100 * PARAMETERS[small] / PARAMETERS[large], 1)
+    assert share("wrn10-4", "wrn22-4") == 27.9
+    assert share("wrn16-2", "wrn16-4") == 25.2
+    assert share("wrn16-2", "wrn22-4") == 16.1
+    assert share("wrn10-1", "wrn22-4") == 1.8
+
+
+@pytest.mark.parametrize("name", ["wrn17-2", "wrn4-1", "wrn16-0", "wrn-1", "vgg16", "wrn16"])
+def test_illegal_names(name):
+    with pytest.raises(InputError, match=name):
+        MODELS[name]
+    assert name not in MODELS
+
+
+def test_any_legal_depth_and_width_is_parsed():
+    model = MODELS["wrn28-10"](num_classes=100)
+    assert (model.depth, model.width, model.num_classes) == (28, 10, 100)
+
+
+def test_run_model_gives_features_and_logits_that_fit():
+    model = MODELS["wrn10-1"]()
+    images = jax.random.normal(jax.random.key(0), (2, 8, 8, 1))
+    variables = model.init(jax.random.key(1), images, train=False)
+    assert set(variables) == {"params", "batch_stats"}
+    forward = run_model(model, variables, images, train=False)
+    pooled = nn.relu(forward.taps["layer3"]).mean(axis=(1, 2))
+    chex.assert_trees_all_close(forward.features, pooled, rtol=1e-5)
+    dense = variables["params"]["classifier"]
+    chex.assert_trees_all_close(
+        forward.logits, pooled @ dense["kernel"] + dense["bias"], rtol=1e-4, atol=1e-5
+    )
+    chex.assert_trees_all_equal(forward.batch_stats, variables["batch_stats"])
+    again = run_model(model, {**variables, "intermediates": {"layer1": 0}}, images, train=False)
+    chex.assert_trees_all_equal(again.taps, forward.taps)
+
+
+class _Foreign(nn.Module):
+    """A network that knows nothing of abflax."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.BatchNorm(use_running_average=True, name="norm")(nn.Conv(4, (3, 3), name="conv")(x))
+        return nn.Dense(3, name="head")(nn.relu(x).mean(axis=(1, 2)))
+
+
+def test_taps_by_path():
+    model, images = _Foreign(), jnp.ones((2, 4, 4, 1))
+    variables = model.init(jax.random.key(0), images)
+    forward = run_model(model, variables, images, train=False, tap_paths={"a": "norm"})
+    conv = nn.Conv(4, (3, 3)).apply({"params": variables["params"]["conv"]}, images)
+    norm = nn.BatchNorm(use_running_average=True).apply(
+        {k: v["norm"] for k, v in variables.items() if "norm" in v}, conv
+    )
+    chex.assert_trees_all_close(forward.taps, {"a": norm}, rtol=1e-6)
+    assert forward.features is None
+    with pytest.raises(InputError, match=r"'nrom'.*did you mean norm"):
+        run_model(model, variables, images, train=False, tap_paths={"a": "nrom"})
+
+
+SHAPES = [  # batch, size, channels, features, kernel, stride
+    (32, 8, 3, 5, 3, 1), (6, 7, 4, 2, 3, 2), (1, 5, 2, 3, 3, 1), (4, 6, 3, 2, 1, 2),
+    (4, 6, 3, 2, 1, 1),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("batch", "size", "channels", "features", "kernel", "stride"), SHAPES)
+def test_convolve_is_lax_convolution(x64, batch, size, channels, features, kernel, stride):
+    rng = np.random.default_rng(0)
+    images = rng.standard_normal((batch, size, size, channels))
+    weights = rng.standard_normal((kernel, kernel, channels, features))
+    settings = (stride, stride), [(kernel // 2,) * 2] * 2
+
+    def plain(x, w):
+        layout = ("NHWC", "HWIO", "NHWC")
+        return jax.lax.conv_general_dilated(x, w, *settings, dimension_numbers=layout)
+
+    ours = lambda x, w: convolve(x, w, *settings)
+    cotangent = rng.standard_normal(plain(images, weights).shape)
+    for one, other in zip(
+        jax.tree.leaves(jax.jit(lambda *a: _with_gradients(ours, cotangent, *a))(images, weights)),
+        jax.tree.leaves(_with_gradients(plain, cotangent, images, weights)),
+        strict=True,
+    ):
+        chex.assert_trees_all_close(one, other, rtol=1e-12, atol=1e-12)
+
+
+def test_convolve_to_second_order(x64):
+    rng = np.random.default_rng(1)
+    images, weights = rng.standard_normal((2, 4, 4, 2)), rng.standard_normal((3, 3, 2, 2))
+    loss = lambda x, w: jnp.sin(convolve(x, w, (1, 1), [(1, 1), (1, 1)])).sum()
+    jax.test_util.check_grads(loss, (images, weights), order=2, modes=["rev"])
+
+
+def test_convolve_refuses_groups():
+    with pytest.raises(NotImplementedError, match="groups"):
+        convolve(jnp.ones((1, 4, 4, 2)), jnp.ones((3, 3, 1, 2)), (1, 1), [(1, 1)] * 2,
+                 feature_group_count=2)  # fmt: skip
+
+
+def _with_gradients(function, cotangent, *arguments):
+    value, pullback = jax.vjp(function, *arguments)
+    return value, pullback(cotangent)
