@@ -30,7 +30,7 @@ from abflax.optim import Span
 from abflax.progress import Reporter, Silent
 from abflax.record import make_record, read_record, require_writable, write_record
 from abflax.step import TrainState
-from abflax.weights import save_variables
+from abflax.weights import require_fits, save_variables
 
 
 @dataclasses.dataclass(frozen=True)
@@ -389,6 +389,8 @@ def _require_compatible(
     needs = any(term.needs_teacher for phase in config.phases() for _, term in phase.terms)
     if needs and teacher is None:
         raise InputError(f"method {config.method} needs a teacher")
+    if teacher is not None:
+        require_fits("the teacher's weights", teacher.model, teacher.variables, data.image_shape)
     if test is not None and test.image_shape != data.image_shape:
         raise InputError(
             f"the test images have shape {test.image_shape}, the training images {data.image_shape}"

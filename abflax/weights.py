@@ -16,7 +16,7 @@ from flax import linen as nn
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from abflax.errors import InputError
-from abflax.models import MODELS, WideResNet
+from abflax.models import MODELS, WideResNet, model_name
 from abflax.networks import Network
 from abflax.step import abstract_variables
 
@@ -48,7 +48,8 @@ def from_torch(name: str, state_dict: Mapping[str, Any], prefix: str = "") -> di
     running mean and variance keep their values. `num_batches_tracked` is not needed.
 
     Args:
-      name: of the architecture, in `MODELS`; the number of classes is read off the weights.
+      name: of the architecture, in `MODELS`; the numbers of classes and of the images' channels
+        are read off the weights.
       state_dict: name -> array, with the published names.
       prefix: what all names begin with, e.g. "module.".
 
@@ -63,9 +64,9 @@ def from_torch(name: str, state_dict: Mapping[str, Any], prefix: str = "") -> di
         for key, value in state_dict.items()
         if not key.endswith(_IGNORED)
     }
-    model = _architecture(name, given)
+    model, image_shape = _architecture(name, given)
     flat, used = {}, set()
-    for path, leaf in flatten_dict(abstract_variables(model, (32, 32, 3))).items():
+    for path, leaf in flatten_dict(abstract_variables(model, image_shape)).items():
         torch_name = _torch_name(type(model), path)
         if torch_name not in given:
             raise InputError(f"state dict for {name}: '{torch_name}' is missing")
@@ -150,40 +151,55 @@ def load_network(name: str, path: str | Path, label: str | None = None) -> Netwo
     if any(key.startswith("params/") for key in arrays):
         own = unflatten_dict(arrays, sep="/")
         variables = {"params": own["params"], "batch_stats": own.get("batch_stats", {})}
-        try:
-            classes = own["params"]["classifier"]["bias"].shape[0]
-        except KeyError:
-            raise InputError(f"weights file {path}: 'params/classifier/bias' is missing") from None
-        model = MODELS[name](num_classes=classes)
-        _require_fits(name, path, variables, abstract_variables(model, (32, 32, 3)))
+        for key in ("params/stem/kernel", "params/classifier/bias"):
+            if key not in arrays:
+                raise InputError(f"weights file {path} for {name}: '{key}' is missing")
+        model = MODELS[name](num_classes=len(arrays["params/classifier/bias"]))
+        channels = arrays["params/stem/kernel"].shape[2]
+        require_fits(f"weights file {path}", model, variables, (32, 32, channels))
     else:
         variables = from_torch(name, arrays)
-        model = _architecture(name, arrays)
+        model, _ = _architecture(name, arrays)
     return Network(model, variables, label)
 
 
-def _architecture(name: str, state_dict: Mapping[str, np.ndarray]) -> nn.Module:
-    """The module whose number of classes the classifier's bias tells."""
+def require_fits(what: str, model: nn.Module, variables: Any, image_shape: tuple[int, ...]) -> None:
+    """Raises `InputError` where variables are not those of a model on such images.
+
+    Args:
+      what: what the message begins with.
+    """
+    found = flatten_dict(dict(variables), sep="/")
+    wanted = flatten_dict(abstract_variables(model, image_shape), sep="/")
+    name = model_name(model)
+    for key in sorted({*found, *wanted}):
+        if key not in found or key not in wanted:
+            problem = "is missing" if key not in found else "is no weight of this architecture"
+            raise InputError(f"{what} for {name}: '{key}' {problem}")
+        if found[key].shape != wanted[key].shape:
+            raise InputError(
+                f"{what} for {name}: '{key}' has shape {found[key].shape}, where images of "
+                f"{image_shape[-1]} channels need {wanted[key].shape}"
+            )
+
+
+def _architecture(
+    name: str, state_dict: Mapping[str, np.ndarray]
+) -> tuple[nn.Module, tuple[int, int, int]]:
+    """The module whose number of classes the classifier tells, and the shape of an image whose
+    number of channels the stem tells."""
     model = MODELS[name]()
     if type(model) not in _NAMES:
         raise InputError(f"there are no published names for {name}")
-    classifier = _torch_name(type(model), ("params", "classifier", "bias"))
-    if classifier not in state_dict:
-        raise InputError(f"state dict for {name}: '{classifier}' is missing")
-    return MODELS[name](num_classes=len(state_dict[classifier]))
-
-
-def _require_fits(name: str, path: str | Path, found: Any, wanted: Any) -> None:
-    found, wanted = flatten_dict(found, sep="/"), flatten_dict(wanted, sep="/")
-    for key in sorted({*found, *wanted}):
-        if key not in found or key not in wanted:
-            what = "is missing" if key not in found else "is no weight of this architecture"
-            raise InputError(f"weights file {path} for {name}: '{key}' {what}")
-        if found[key].shape != wanted[key].shape:
-            raise InputError(
-                f"weights file {path} for {name}: '{key}' has shape {found[key].shape}, "
-                f"expected {wanted[key].shape}"
-            )
+    needed = {}
+    for path in (("params", "classifier", "bias"), ("params", "stem", "kernel")):
+        torch_name = _torch_name(type(model), path)
+        if torch_name not in state_dict:
+            raise InputError(f"state dict for {name}: '{torch_name}' is missing")
+        needed[path[1]] = state_dict[torch_name].shape
+    if len(needed["stem"]) != 4:
+        raise InputError(f"state dict for {name}: the first convolution has {needed['stem']}")
+    return MODELS[name](num_classes=needed["classifier"][0]), (32, 32, needed["stem"][1])
 
 
 def _torch_name(architecture: type[nn.Module], path: tuple[str, ...]) -> str:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from abflax.errors import InputError
+from abflax.data import DATASETS
+from abflax.errors import InputError, unknown
 from abflax.models import MODELS
 from abflax.networks import Network
 from abflax.record import read_record
@@ -27,6 +28,8 @@ def find_teacher(name: str, dataset: str, weights: str | None, workdir: Path) ->
       ValueError: if there are no such weights, or they do not fit.
     """
     MODELS[name]  # an unknown name is what should be complained of first
+    if dataset not in DATASETS:
+        raise unknown("dataset", dataset, DATASETS)
     if weights is None:
         shipped = SHIPPED / f"{name}-{dataset}.npz"
         if not shipped.is_file():

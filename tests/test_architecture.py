@@ -25,7 +25,7 @@ MAY_KNOW = {
     "record": {"config"},
     "journal": {"config", "methods", "optim"},
     "parallel": {"data", "methods", "optim", "step"},
-    "evaluation": {"data", "methods", "networks", "optim", "parallel"},
+    "evaluation": {"data", "methods", "networks", "optim", "parallel", "weights"},
     "loop": {
         "checkpoint",
         "config",

@@ -67,7 +67,7 @@ def augment(
         own = jax.random.fold_in(jax.random.fold_in(key, epoch), example)
         limits = jnp.array([2 * pad + 1, 2 * pad + 1, 1 + preprocessing.flip], jnp.int32)
         row, column, mirrored = jax.random.randint(own, (3,), 0, limits, jnp.int32)
-        crop = jax.lax.dynamic_slice(image, (row, column, 0), images.shape[1:])
+        crop = jax.lax.dynamic_slice(image, (row, column, jnp.zeros_like(row)), images.shape[1:])
         return jnp.where(mirrored, crop[:, ::-1], crop)
 
     return jax.vmap(one)(padded, examples, epochs)

@@ -1,0 +1,126 @@
+"""The command line: bad input gets one sentence and exit code 2, and nothing is written."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+
+from abflax.methods import METHODS
+from abflax.weights import read_state_dict
+from experiments import cli, quickstart, run
+from experiments.teachers import SHIPPED
+
+
+@pytest.fixture
+def command(monkeypatch, capsys, tmp_path):
+    """Runs a command in this process: (exit code, stdout, stderr)."""
+    monkeypatch.setattr(cli, "cache_compilation", lambda workdir: None)
+
+    def call(*arguments, module=run):
+        monkeypatch.setattr(sys, "argv", ["x", *arguments])
+        with pytest.raises(SystemExit) as left:
+            cli.main(module.main)
+        out, err = capsys.readouterr()
+        return left.value.code, out, err
+
+    return call
+
+
+DIGITS = ("--dataset", "digits", "--epochs", "1+1")
+MISTAKES = [
+    (("--method", "activation-bondary"), "did you mean activation-boundary?"),
+    (("--metod", "kd"), "did you mean --method?"),
+    (("--protocol", "offical"), "unknown protocol 'offical'; did you mean official?"),
+    (("--dataset", "cifar11"), "unknown dataset 'cifar11'; did you mean cifar10?"),
+    (("--student", "resnet18"), "unknown model 'resnet18'; known: wrn10-1"),
+    (("--student", "wrn17-2"), "the nearest is wrn16-2"),
+    ((*DIGITS, "--teacher", "wrn11-2"), "'wrn11-2' is no wide ResNet"),
+    ((*DIGITS, "--teacher", "wrn22-4"), "no wrn22-4 trained on digits is shipped"),
+    ((*DIGITS, "--method", "kd", "--teacher", "none"), "method kd needs a teacher"),
+    ((*DIGITS, "--method", "kd", "--teacher-weights", "no.npz"), "there is no weights file no.npz"),
+    (("--epochs", "one"), "'one' is not I+C, such as 20+100"),
+    (("--epochs", "0+0"), "not both 0"),
+    (("--fraction", "0"), "must be in (0, 1], not 0.0"),
+    (("--batch-size", "0"), "batch_size must be at least 1, not 0"),
+    (("--batch-size", "many"), "argument --batch-size: invalid int value: 'many'"),
+    (("--seeds", "0"), "at least one seed"),
+    (("--seeds", "a,b"), "'a,b' is neither a count nor a list of seeds"),
+    (("--margin", "-1"), "the margin must be above 0, not -1.0"),
+    (("--method", "kd", "--margin", "2"), "unknown option of method kd 'margin'"),
+    (("--precision", "float16"), "unknown precision 'float16'"),
+    (("--evaluate-every", "0"), "evaluate_every must be at least 1"),
+    ((*DIGITS, "--method", "cross-entropy", "--devices", "99"), "99 cannot be used"),
+    (("evalute",), "unknown command 'evalute'; did you mean evaluate?"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("arguments", "sentence"), MISTAKES, ids=lambda x: " ".join(x)[:40])
+def test_mistakes(command, tmp_path, arguments, sentence):
+    code, out, err = command(*arguments, "--workdir", str(tmp_path / "workdir"))
+    assert code == 2
+    assert sentence in err
+    assert err.startswith("error: ") and err.count("\n") == 1 and "Traceback" not in err
+    assert out == "" and not list(tmp_path.iterdir())
+
+
+def test_an_empty_data_dir(command, tmp_path, monkeypatch):
+    import importlib.util
+
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    code, out, err = command("--data-dir", str(tmp_path), "--workdir", str(tmp_path / "w"))
+    assert code == 2 and "there is no prepared cifar10 in" in err and "pip install" in err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("module", [run, quickstart])
+def test_a_workdir_that_cannot_be_written(command, tmp_path, module):
+    (tmp_path / "file").write_text("kept")
+    arguments = (*DIGITS, "--method", "cross-entropy") if module is run else ()
+    code, out, err = command(*arguments, "--workdir", str(tmp_path / "file"), module=module)
+    assert (code, out) == (2, "") and "cannot write to" in err and err.count("\n") == 1
+    assert (tmp_path / "file").read_text() == "kept"
+
+
+@pytest.mark.parametrize("module", [run, quickstart])
+def test_help(command, module):
+    code, out, err = command("--help", module=module)
+    assert code == 0 and "examples:" in out and "--workdir" in out
+    if module is run:
+        for name in METHODS:
+            assert METHODS.describe(name).reference in out and f"  {name} " in out
+
+
+def test_nothing_to_list(command, tmp_path):
+    assert command("list", "--workdir", str(tmp_path))[:2] == (0, f"no runs in {tmp_path}\n")
+
+
+def test_train_list_and_evaluate(command, tmp_path):
+    here = ("--workdir", str(tmp_path), "--dataset", "digits")
+    train = ("--student", "wrn10-1", "--method", "cross-entropy", "--epochs", "0+1", "--fraction",
+             "0.1", "--batch-size", "32", "--devices", "1", *here)  # fmt: skip
+    code, out, err = command(*train)
+    assert code == 0, err
+    assert "test error" in out and "(n = 1)" in out
+    code, out, err = command(*train, "--json")
+    (record,) = json.loads(out)
+    assert "is finished already" in err
+    name = record["hash"]
+    code, out, _ = command("list", "--json", *here)
+    (row,) = json.loads(out)
+    error = f"{100 * record['result']['test_error']:.2f} %"
+    assert (row["run"], row["state"], row["test error"]) == (name, "finished", error)
+    code, out, _ = command(
+        "evaluate", "--teacher", "wrn10-1", "--teacher-weights", name, "--devices", "1", *here
+    )
+    assert code == 0 and error in out
+    code, _, err = command("evaluate", "--teacher", "wrn16-1", "--teacher-weights", name, *here)
+    assert code == 2 and f"run {name} trained a wrn10-1, not a wrn16-1" in err
+
+
+def test_shipped_teachers_can_be_read():
+    names = [path.name for path in SHIPPED.glob("*.npz")]
+    assert "wrn16-2-cifar10.npz" in names
+    for name in names:
+        weights = read_state_dict(SHIPPED / name)
+        assert all(np.isfinite(value).all() for value in weights.values())
