@@ -17,6 +17,9 @@ PRECISIONS = ("float32", "bfloat16", "float64")
 class Seeds:
     """Each source of randomness, so that one can be varied alone.
 
+    A teacher that was trained with its student's `weights` seed began from the same weights
+    wherever the two have layers of one name and shape: give teachers a seed of their own.
+
     Attributes:
       weights: the student's initial weights and the connectors'.
       order: the order of the examples.

@@ -73,7 +73,7 @@ class Live:
         self._fields = {"epochs": epochs, "epoch": 0.0, "loss": None, "error": None, "rate": 0.0}
         self._label, self._done, self._total = f"{label}  {name}", done, steps
         self._started = self._printed = time.perf_counter()
-        self._images, self._first = 0, None
+        self._images, self._busy, self._last = 0, 0.0, None
         if self._console.is_terminal:
             description = f"[bold]{label}[/bold]  {name:<10}"
             self._task = self._bars.add_task(
@@ -83,17 +83,18 @@ class Live:
     def steps(self, count: int, images: int, epoch: float, loss: float | None) -> None:
         now = time.perf_counter()
         self._done += count
-        if self._first is None:
-            self._first = now  # the first dispatch compiles, so the rate counts from its end
-        else:
+        if self._last is not None:  # neither compilation nor evaluation is in the rate
             self._images += images
-            self._fields["rate"] = self._images / max(now - self._first, 1e-9)
+            self._busy += now - self._last
+            self._fields["rate"] = self._images / max(self._busy, 1e-9)
+        self._last = now
         self._fields |= {"epoch": epoch, "loss": loss}
         self._show()
 
     def evaluated(self, entry: dict[str, Any]) -> None:
         self._fields |= {"error": entry.get("test_error"), "loss": entry["loss"]}
         self._fields["epoch"] = entry["epoch_of_phase"]
+        self._last = None
         self._show()
 
     def finished(self, note: str = "") -> None:

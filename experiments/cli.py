@@ -54,7 +54,8 @@ def main(command: Callable[[Console], None]) -> NoReturn:
     """
     logging.getLogger("absl").setLevel(logging.ERROR)
     warnings.showwarning = lambda text, *_, **__: print(f"warning: {text}", file=sys.stderr)
-    console = Console(highlight=False)
+    # Where nobody looks at the width, tables are as wide as they need to be.
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
     try:
         command(console)
     except InputError as error:

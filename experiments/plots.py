@@ -16,6 +16,7 @@ from matplotlib.axes import Axes  # noqa: E402
 # Okabe and Ito's palette, and a marker each, so that colour is never the only difference.
 _COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000")
 _MARKERS = "osD^vPX"
+_TICKS = (0.5, 1, 2, 5, 10, 20, 50, 100)
 _STYLE = {
     "font.size": 10,
     "axes.spines.top": False,
@@ -46,13 +47,15 @@ def curves(records: Records, path: Path, title: str) -> None:
         error, *agreement = axes[0]
         _panel(error, records, lambda entry: entry["test_error"])
         error.set(title="test error", ylabel="held-out examples wrong, %", yscale="log")
-        error.yaxis.set_major_formatter("{x:g}")
-        error.yaxis.set_minor_formatter("{x:g}")
-        error.tick_params(axis="y", which="minor", labelsize=8)
+        error.set_yticks(_TICKS, labels=[f"{tick:g}" for tick in _TICKS])
+        error.minorticks_off()
+        error.set_ylim(0.7 * min(_means(records)), 110)
         for axis, layer in zip(agreement, layers, strict=True):
             _panel(axis, records, lambda entry, layer=layer: entry["agreement"].get(layer))
             axis.axhline(50, color="0.5", linewidth=0.8, linestyle=":")
             axis.set(title=f"agreement, {layer}", ylim=(45, 100))
+        for axis in axes[0]:
+            _shade_initialise(axis, records)
         if agreement:
             agreement[0].set_ylabel("neurons that fire alike, %")
         figure.legend(
@@ -63,6 +66,29 @@ def curves(records: Records, path: Path, title: str) -> None:
         figure.suptitle(title, fontsize=11)
         figure.savefig(path, dpi=150)
         plt.close(figure)
+
+
+def _means(records: Records) -> list[float]:
+    """The mean test error of each method at the end, in percent."""
+    return [
+        100 * float(np.mean([run["result"]["test_error"] for run in runs]))
+        for runs in records.values()
+    ]
+
+
+def _shade_initialise(axis: Axes, records: Records) -> None:
+    """Shades the epochs in which a two-stage method sees no label and no logit."""
+    ends = [
+        entry["epoch"]
+        for runs in records.values()
+        for entry in runs[0]["history"]
+        if entry["phase"] == "initialise"
+    ]
+    if ends:
+        axis.axvspan(0, max(ends), color="0.92", zorder=0, linewidth=0)
+        axis.text(0.4, 1.0, "initialise", transform=axis.get_xaxis_transform(), fontsize=8,
+                  color="0.35", va="top")  # fmt: skip
+    axis.set_xlim(left=0)
 
 
 def _panel(

@@ -17,7 +17,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-_CHUNKS = 16
+_MOST_CHUNKS = 16
+_FEWEST_POSITIONS = 512  # of a chunk: below, there is nothing to gain, and more to compile
 
 
 def convolve(
@@ -78,7 +79,9 @@ def _backward(static: Any, residuals: tuple[jax.Array, jax.Array], cotangent: ja
         return jax.linear_transpose(lambda w: _plain(images, w, static), kernel)(cotangent)[0]
 
     def in_chunks(images: jax.Array, cotangent: jax.Array) -> jax.Array:
-        chunks = math.gcd(len(images), _CHUNKS)
+        chunks = math.gcd(len(images), _MOST_CHUNKS)
+        while chunks > 1 and math.prod(cotangent.shape[:3]) < chunks * _FEWEST_POSITIONS:
+            chunks //= 2
         pieces = zip(jnp.split(images, chunks), jnp.split(cotangent, chunks), strict=True)
         return functools.reduce(jnp.add, (to_kernel(*piece) for piece in pieces))
 
