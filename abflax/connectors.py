@@ -1,8 +1,8 @@
-"""Connectors: from a student's tap to the teacher's width, trained with the student.
+"""From a student's taps to the teacher's shape: connectors for the width, pooling for positions.
 
-A 1×1 convolution without bias and a batch norm, thrown away after the phase that trained it. Left
-out where the widths are equal already (Heo et al., AAAI 2019, section "Distillation of hidden
-layers").
+A connector is a 1×1 convolution without bias and a batch norm, trained with the student and
+thrown away after the phase that trained it. Left out where the widths are equal already
+(Heo et al., AAAI 2019).
 """
 
 from __future__ import annotations
@@ -14,7 +14,9 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from abflax.errors import InputError, unknown
+from abflax.errors import InputError
+from abflax.losses.features import average_pooled
+from abflax.taps import Forward
 
 # N(0, √(2 / C_out)): for a 1×1 kernel, the published N(0, √(2 / (k²·C_out))).
 _INIT = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
@@ -63,51 +65,81 @@ class Connectors(nn.Module):
         )(tap)
 
 
-def shared_layers(
-    student: Iterable[str], teacher: Iterable[str], layers: tuple[str, ...] | None = None
-) -> tuple[str, ...]:
-    """The taps that a term compares: those chosen, or all, which both networks must have.
-
-    Raises:
-      ValueError: if a chosen layer is missing, or the networks do not have the same taps.
-    """
-    student, teacher = sorted(student), sorted(teacher)
-    for layer in layers or ():
-        if layer not in student or layer not in teacher:
-            raise unknown("layer", layer, set(student) & set(teacher))
-    if layers is None and student != teacher:
-        raise InputError(
-            f"the student's taps {', '.join(student) or 'none'} are not the teacher's "
-            f"{', '.join(teacher) or 'none'}: choose layers that both have"
-        )
-    return tuple(layers) if layers is not None else tuple(student)
-
-
 def connect(
-    student: Mapping[str, tuple[int, ...]],
-    teacher: Mapping[str, tuple[int, ...]],
-    layers: tuple[str, ...],
-    **fields: Any,
+    teacher: Mapping[str, tuple[int, ...]], layers: tuple[str, ...], **fields: Any
 ) -> Connectors:
     """Connectors for the chosen layers.
 
     Args:
-      student: tap -> shape, with a leading batch dimension.
-      teacher: the same of the teacher.
+      teacher: tap -> shape, with a leading batch dimension.
       layers: which of them to connect.
       **fields: `dtype`, `param_dtype` and `axis_name` of `Connectors`.
-
-    Raises:
-      ValueError: if a layer's positions (height and width) differ between the networks.
     """
+    return Connectors(tuple((layer, teacher[layer][-1]) for layer in layers), **fields)
+
+
+def require_same_taps(student: Iterable[str], teacher: Iterable[str]) -> None:
+    """Raises `InputError` where two networks do not have the same taps."""
+    student, teacher = sorted(student), sorted(teacher)
+    if student != teacher:
+        raise InputError(
+            f"the student's taps {', '.join(student) or 'none'} are not the teacher's "
+            f"{', '.join(teacher) or 'none'}: choose layers that both have"
+        )
+
+
+def require_same_positions(
+    student: Mapping[str, tuple[int, ...]],
+    teacher: Mapping[str, tuple[int, ...]],
+    layers: tuple[str, ...],
+) -> None:
+    """Raises `InputError` where a layer's height or width differs between the networks."""
     for layer in layers:
         ours, theirs = student[layer][1:-1], teacher[layer][1:-1]
         if ours != theirs:
             raise InputError(
                 f"{layer}: the student's positions {_by(ours)} are not the teacher's "
-                f"{_by(theirs)}; activation boundaries are compared neuron by neuron"
+                f"{_by(theirs)}; the method compares neuron by neuron"
             )
-    return Connectors(tuple((layer, teacher[layer][-1]) for layer in layers), **fields)
+
+
+def common_positions(
+    student: Mapping[str, tuple[int, ...]],
+    teacher: Mapping[str, tuple[int, ...]],
+    layers: tuple[str, ...],
+) -> tuple[tuple[str, tuple[int, int]], ...]:
+    """(layer, (height, width)) to which the larger map of a layer is pooled, where they differ.
+
+    Raises:
+      ValueError: where neither map's sides are whole multiples of the other's.
+    """
+    common = []
+    for layer in layers:
+        small, large = sorted((student[layer][1:-1], teacher[layer][1:-1]))
+        if small == large:
+            continue
+        if len(small) != 2 or len(large) != 2 or large[0] % small[0] or large[1] % small[1]:
+            raise InputError(
+                f"{layer}: of the student's positions {_by(student[layer][1:-1])} and the "
+                f"teacher's {_by(teacher[layer][1:-1])}, neither can be pooled to the other"
+            )
+        common.append((layer, small))
+    return tuple(common)
+
+
+def pool_positions(forward: Forward, positions: tuple[tuple[str, tuple[int, int]], ...]) -> Forward:
+    """A pass whose named taps are average-pooled to the given sides, pullback included."""
+
+    def pool(taps: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        return {**taps, **{name: average_pooled(taps[name], sides) for name, sides in positions}}
+
+    if not positions:
+        return forward
+    if forward.pullback is None:
+        return forward.replace(taps=pool(forward.taps))
+    taps, to_taps = jax.vjp(pool, forward.taps)
+    inner = forward.pullback
+    return forward.replace(taps=taps, pullback=lambda cotangents: inner(*to_taps(cotangents)))
 
 
 def _by(positions: tuple[int, ...]) -> str:

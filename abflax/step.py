@@ -14,11 +14,19 @@ import optax
 from flax import linen as nn
 from flax import struct
 
-from abflax.connectors import Connectors, connect, shared_layers
+from abflax.connectors import (
+    Connectors,
+    common_positions,
+    connect,
+    pool_positions,
+    require_same_positions,
+    require_same_taps,
+)
 from abflax.losses import cross_entropy
 from abflax.methods import Phase
 from abflax.metrics import activation_agreement, misclassified
 from abflax.taps import Forward, run_model, tap_shapes
+from abflax.terms import LayerTerm
 
 
 @struct.dataclass
@@ -46,6 +54,7 @@ class Objective:
       student, teacher: Linen modules; no teacher where no term needs one.
       phase: what is optimised.
       connectors: one for each term, None where a term has none.
+      pooled: for each term, the layers whose larger map is pooled, and to which positions.
       measured: the layers whose agreement can be measured (after the connectors, if there are
         any, both networks have the same neurons there).
       axis_name: the mapped axis over which gradients and metrics are averaged.
@@ -55,6 +64,7 @@ class Objective:
     teacher: nn.Module | None
     phase: Phase
     connectors: tuple[Connectors | None, ...]
+    pooled: tuple[tuple[tuple[str, tuple[int, int]], ...], ...]
     measured: tuple[str, ...]
     axis_name: str | None = None
 
@@ -81,22 +91,24 @@ def bind(
         else {}
     )
     fields = {k: getattr(student, k) for k in ("dtype", "param_dtype") if hasattr(student, k)}
-    connectors = tuple(
-        connect(
-            ours,
-            theirs,
-            shared_layers(ours, theirs, getattr(term, "layers", None)),
-            axis_name=axis_name,
-            **fields,
+    connectors, pooled = [], []
+    for _, term in phase.terms:
+        layers = term.chosen(ours)
+        if isinstance(term, LayerTerm):
+            everything = term.layers is None
+            require_same_taps(ours if everything else layers, term.chosen(theirs))
+        if term.positions == "same":
+            require_same_positions(ours, theirs, layers)
+        pools = term.positions == "pooled"
+        pooled.append(common_positions(ours, theirs, layers) if pools else ())
+        connected = (
+            connect(theirs, layers, axis_name=axis_name, **fields) if term.connects else None
         )
-        if term.connects
-        else None
-        for _, term in phase.terms
-    )
+        connectors.append(connected)
     used = next((each for each in connectors if each is not None), None)
     same = tuple(name for name in ours if ours[name] == theirs.get(name))
     measured = tuple(name for name, _ in used.widths) if used is not None else same
-    return Objective(student, teacher, phase, connectors, measured, axis_name)
+    return Objective(student, teacher, phase, tuple(connectors), tuple(pooled), measured, axis_name)
 
 
 def abstract_variables(model: nn.Module, image_shape: tuple[int, ...]) -> Any:
@@ -145,9 +157,11 @@ def make_targets(
         {"params": teacher_params, "batch_stats": teacher_stats},
         images,
         train=phase.teacher_batch_statistics,
+        pullback=_needs_pullback(phase),
     )
     targets = tuple(
-        term.targets(forward) if term.needs_teacher else None for _, term in phase.terms
+        term.targets(pool_positions(forward, pooled)) if term.needs_teacher else None
+        for (_, term), pooled in zip(phase.terms, objective.pooled, strict=True)
     )
     return jax.lax.stop_gradient((targets, forward.batch_stats))
 
@@ -166,12 +180,18 @@ def student_loss(
       The loss, and (new running statistics, what the terms measure).
     """
     variables = {"params": params["student"], "batch_stats": batch_stats["student"]}
-    student = run_model(objective.student, variables, images, train=True)
+    pullback = _needs_pullback(objective.phase)
+    student = run_model(objective.student, variables, images, train=True, pullback=pullback)
     stats = {"student": student.batch_stats, "connectors": {}}
     total, measures = jnp.zeros((), jnp.result_type(float)), {}
     for index, (weight, term) in enumerate(objective.phase.terms):
         forward, moved = _through_connectors(
-            objective.connectors[index], index, student, params, batch_stats, train=True
+            objective.connectors[index],
+            index,
+            pool_positions(student, objective.pooled[index]),
+            params,
+            batch_stats,
+            train=True,
         )
         stats["connectors"] |= moved
         total += weight * jnp.mean(term.loss(forward, targets[index], labels))
@@ -288,6 +308,10 @@ def eval_step(
         share = jax.vmap(activation_agreement)(student.taps[layer], teacher.taps[layer])
         sums["agreement"][layer] = jnp.where(mask, share, 0).sum()
     return sums
+
+
+def _needs_pullback(phase: Phase) -> bool:
+    return any(term.needs_pullback for _, term in phase.terms)
 
 
 def _through_connectors(

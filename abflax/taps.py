@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -43,12 +43,17 @@ class Forward:
         say.
       batch_stats: the running statistics after the pass; those before it in evaluation mode,
         and {} for a network without any.
+      pullback: {tap: cotangent} -> the gradient with respect to the images, `jax.vjp` of that
+        same pass; None where `run_model` was not asked for it.
     """
 
     logits: jax.Array
     taps: dict[str, jax.Array]
     features: jax.Array | None
     batch_stats: Any
+    pullback: Callable[[dict[str, jax.Array]], jax.Array] | None = struct.field(
+        pytree_node=False, default=None
+    )
 
 
 def run_model(
@@ -58,6 +63,7 @@ def run_model(
     *,
     train: bool,
     tap_paths: Mapping[str, str] | None = None,
+    pullback: bool = False,
 ) -> Forward:
     """Runs a network once and returns its logits, taps and running statistics.
 
@@ -71,6 +77,7 @@ def run_model(
       tap_paths: name -> path of a submodule, e.g. `{"layer1": "Block_2/BatchNorm_0"}`; that
         module's output becomes the tap. None: what the model has sown at its root with
         `sow_tap`.
+      pullback: whether `Forward.pullback` is wanted; it cannot leave a `jax.jit`.
 
     Raises:
       ValueError: if a path is no submodule that ran, or one that ran more than once, or if it
@@ -80,25 +87,30 @@ def run_model(
     capture = (lambda module, method: module.path in wanted) if wanted else False
     takes_train = "train" in inspect.signature(type(model).__call__).parameters
     mutable = [_COLLECTION] + (["batch_stats"] if train else [])
-    logits, state = model.apply(
-        {key: value for key, value in variables.items() if key != _COLLECTION},
-        images,
-        **({"train": train} if takes_train else {}),
-        mutable=mutable,
-        capture_intermediates=capture,
-    )
-    sown = state.get(_COLLECTION, {})
-    taps = (
-        {name: _output_of(sown, path, variables) for path, name in wanted.items()}
-        if wanted
-        else {k: v for k, v in sown.items() if k != _FEATURES and isinstance(v, jax.Array)}
-    )
-    return Forward(
-        logits=logits,
-        taps=dict(sorted(taps.items())),
-        features=sown.get(_FEATURES) if isinstance(sown, Mapping) else None,
-        batch_stats=state.get("batch_stats", variables.get("batch_stats", {})),
-    )
+
+    def run(images: jax.Array) -> tuple[dict[str, jax.Array], Forward]:
+        logits, state = model.apply(
+            {key: value for key, value in variables.items() if key != _COLLECTION},
+            images,
+            **({"train": train} if takes_train else {}),
+            mutable=mutable,
+            capture_intermediates=capture,
+        )
+        sown = state.get(_COLLECTION, {})
+        taps = (
+            {name: _output_of(sown, path, variables) for path, name in wanted.items()}
+            if wanted
+            else {k: v for k, v in sown.items() if k != _FEATURES and isinstance(v, jax.Array)}
+        )
+        stats = state.get("batch_stats", variables.get("batch_stats", {}))
+        forward = Forward(logits, {}, sown.get(_FEATURES), stats)
+        return dict(sorted(taps.items())), forward
+
+    if not pullback:
+        taps, forward = run(images)
+        return forward.replace(taps=taps)
+    taps, to_images, forward = jax.vjp(run, images, has_aux=True)
+    return forward.replace(taps=taps, pullback=lambda cotangents: to_images(cotangents)[0])
 
 
 def tap_shapes(model: nn.Module, variables: Any, image_shape: tuple[int, ...]) -> dict[str, Any]:

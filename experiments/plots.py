@@ -49,7 +49,7 @@ def curves(records: Records, path: Path, title: str) -> None:
         error.set(title="test error", ylabel="held-out examples wrong, %", yscale="log")
         error.set_yticks(_TICKS, labels=[f"{tick:g}" for tick in _TICKS])
         error.minorticks_off()
-        error.set_ylim(0.7 * min(_means(records)), 110)
+        error.set_ylim(0.5 * min(_means(records)), 110)
         for axis, layer in zip(agreement, layers, strict=True):
             _panel(axis, records, lambda entry, layer=layer: entry["agreement"].get(layer))
             axis.axhline(50, color="0.5", linewidth=0.8, linestyle=":")

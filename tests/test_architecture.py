@@ -10,7 +10,7 @@ MAY_KNOW = {
     "metrics": {"losses"},  # the indicator
     "taps": set(),
     "models": {"taps"},
-    "connectors": set(),
+    "connectors": {"losses", "taps"},
     "optim": set(),
     "data": set(),
     "interrupt": set(),
@@ -19,7 +19,7 @@ MAY_KNOW = {
     "terms": {"losses", "metrics", "taps", "connectors"},
     "methods": {"terms", "optim"},
     "networks": {"models"},
-    "step": {"losses", "metrics", "taps", "connectors", "methods"},
+    "step": {"losses", "metrics", "taps", "connectors", "methods", "terms"},
     "weights": {"models", "networks", "step"},
     "config": {"methods"},
     "record": {"config"},

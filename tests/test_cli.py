@@ -124,3 +124,22 @@ def test_shipped_teachers_can_be_read():
     for name in names:
         weights = read_state_dict(SHIPPED / name)
         assert all(np.isfinite(value).all() for value in weights.values())
+
+
+def test_numbers_that_are_none_leave_with_1(command, tmp_path):
+    import jax
+
+    from abflax.models import MODELS
+    from abflax.step import init_variables
+    from abflax.weights import to_torch
+
+    model = MODELS["wrn10-1"]()
+    weights = to_torch(model, init_variables(model, jax.random.key(0), (8, 8, 1)))
+    weights["fc.bias"] = np.full(10, np.nan, np.float32)
+    np.savez(tmp_path / "nan.npz", **weights)
+    code, _, err = command(
+        *DIGITS, "--method", "kd", "--teacher", "wrn10-1", "--student", "wrn10-1", "--devices",
+        "1", "--teacher-weights", str(tmp_path / "nan.npz"), "--workdir", str(tmp_path),
+    )  # fmt: skip
+    assert code == 1 and err.count("\n") == 1
+    assert err.startswith("error: the loss is not finite at step 0 of phase joint")

@@ -75,9 +75,9 @@ def positions_pooled(student: jax.Array, teacher: jax.Array) -> tuple[jax.Array,
             f"positions_pooled: {student.shape} and {teacher.shape} are not of one batch"
         )
     if _divides(teacher, student):
-        return _pooled(student, teacher.shape[1:3]), teacher
+        return average_pooled(student, teacher.shape[1:3]), teacher
     if _divides(student, teacher):
-        return student, _pooled(teacher, student.shape[1:3])
+        return student, average_pooled(teacher, student.shape[1:3])
     raise InputError(
         f"positions_pooled: of {student.shape} and {teacher.shape}, neither's height and width "
         "are whole multiples of the other's"
@@ -113,7 +113,7 @@ def _divides(small: jax.Array, large: jax.Array) -> bool:
     return all(0 < ours <= theirs and theirs % ours == 0 for ours, theirs in sides)
 
 
-def _pooled(features: jax.Array, sides: tuple[int, int]) -> jax.Array:
+def average_pooled(features: jax.Array, sides: tuple[int, int]) -> jax.Array:
     """Non-overlapping means down to `sides`; a reshape, as convolutions are slow on the CPU."""
     batch, height, width, channels = features.shape
     rows, columns = sides

@@ -33,7 +33,9 @@ class ActivationBoundary(LayerTerm):
             raise InputError(f"the margin must be above 0, not {self.margin}")
 
     def targets(self, teacher: Forward) -> dict[str, jax.Array]:
-        return {name: activation_indicator(teacher.taps[name]) for name in self._chosen(teacher)}
+        return {
+            name: activation_indicator(teacher.taps[name]) for name in self.chosen(teacher.taps)
+        }
 
     def loss(self, student: Forward, targets: dict[str, jax.Array], labels: jax.Array) -> jax.Array:
         del labels
@@ -46,6 +48,3 @@ class ActivationBoundary(LayerTerm):
     def measures(self, student: Forward, targets: dict[str, jax.Array]) -> dict[str, Any]:
         agree = {k: activation_agreement(student.taps[k], t) for k, t in targets.items()}
         return {"agreement": agree}
-
-    def _chosen(self, forward: Forward) -> tuple[str, ...]:
-        return self.layers if self.layers is not None else tuple(forward.taps)

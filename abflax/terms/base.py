@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, ClassVar
+from collections.abc import Iterable
+from typing import Any, ClassVar, Literal
 
 import jax
 
+from abflax.errors import unknown
 from abflax.taps import Forward
 
 
@@ -18,12 +20,26 @@ class Term:
     the teacher and no more; no gradient flows into it, so it can be computed once and kept.
 
     Class attributes:
+      transfers: True for a method's own transfer loss, which has a weight to be searched; False
+        for the supervision by labels or logits.
       needs_teacher: False for a term that compares with nothing.
+      needs_pullback: True for a term that uses `Forward.pullback`.
       connects: True for a term whose student taps go through connectors before `loss` sees them.
+      positions: what is done where a layer's height and width differ between the networks:
+        "same" refuses, "pooled" average-pools the larger map to the smaller before the term sees
+        it, "free" leaves both alone.
     """
 
+    transfers: ClassVar[bool] = False
     needs_teacher: ClassVar[bool] = True
+    needs_pullback: ClassVar[bool] = False
     connects: ClassVar[bool] = False
+    positions: ClassVar[Literal["same", "pooled", "free"]] = "same"
+
+    def chosen(self, taps: Iterable[str]) -> tuple[str, ...]:
+        """Which of a network's taps the term compares."""
+        del taps
+        return ()
 
     def targets(self, teacher: Forward) -> Any:
         """A pytree of arrays with a leading batch dimension."""
@@ -44,20 +60,32 @@ class LayerTerm(Term):
     """A term that compares taps, layer by layer, and adds them up with a weight each.
 
     Attributes:
-      layers: the taps compared; None: all.
+      layers: the taps compared; "last" is the deepest; None: all.
       layer_ratio: the weight of a layer relative to the next deeper one. Of L taps in all, the
         l-th has ratio^(L − l): the deepest has 1, and ½ gives ¼, ½, 1. A layer keeps its weight
         when others are left out.
     """
 
+    transfers: ClassVar[bool] = True
     layers: tuple[str, ...] | None = None
     layer_ratio: float = 1.0
 
-    def layer_weights(self, taps: dict[str, jax.Array]) -> dict[str, float]:
+    def chosen(self, taps: Iterable[str]) -> tuple[str, ...]:
+        """The chosen layers, the shallowest first. Raises `ValueError` for an unknown one."""
+        names = sorted(taps)
+        if self.layers is None:
+            return tuple(names)
+        wanted = {names[-1] if layer == "last" and names else layer for layer in self.layers}
+        for layer in wanted:
+            if layer not in names:
+                raise unknown("layer", layer, names)
+        return tuple(sorted(wanted))
+
+    def layer_weights(self, taps: Iterable[str]) -> dict[str, float]:
         """layer -> weight, of the chosen layers among all the taps of a network."""
         depth = {name: index for index, name in enumerate(sorted(taps))}
-        chosen = self.layers if self.layers is not None else tuple(depth)
-        return {name: self.layer_ratio ** (len(depth) - 1 - depth[name]) for name in chosen}
+        last = len(depth) - 1
+        return {name: self.layer_ratio ** (last - depth[name]) for name in self.chosen(depth)}
 
 
 def per_example(elementwise: jax.Array) -> jax.Array:

@@ -1,0 +1,42 @@
+"""Terms that compare activations neuron by neuron: FitNets and l_p."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import ClassVar
+
+import jax
+
+from abflax.errors import InputError
+from abflax.losses import feature_difference
+from abflax.taps import Forward
+from abflax.terms.base import LayerTerm, per_example
+
+
+@dataclasses.dataclass(frozen=True)
+class FeatureDifference(LayerTerm):
+    """Σ_l w_l · Σ_neurons |σ(T_l) − σ(r_l(S_l))|^p, for each example.
+
+    p = 2 on the last layer is FitNets (Romero et al. 2015); p = 2, 1, ½ on all layers are the
+    comparison of Heo et al. 2019, Table 7. Targets: the teacher's activations.
+
+    Attributes:
+      power: p > 0; see `feature_difference` for p < 1.
+    """
+
+    connects: ClassVar[bool] = True
+    power: float = 2.0
+
+    def __post_init__(self) -> None:
+        if not self.power > 0:
+            raise InputError(f"the power must be above 0, not {self.power}")
+
+    def targets(self, teacher: Forward) -> dict[str, jax.Array]:
+        return {name: jax.nn.relu(teacher.taps[name]) for name in self.chosen(teacher.taps)}
+
+    def loss(self, student: Forward, targets: dict[str, jax.Array], labels: jax.Array) -> jax.Array:
+        del labels
+        return sum(
+            weight * per_example(feature_difference(student.taps[name], targets[name], self.power))
+            for name, weight in self.layer_weights(student.taps).items()
+        )

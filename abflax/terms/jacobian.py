@@ -1,0 +1,67 @@
+"""Jacobian matching (Srinivas, Fleuret 2018)."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+
+from abflax.losses import (
+    attention_map,
+    attention_pixel_cotangent,
+    jacobian_difference,
+    largest_attention_pixel,
+)
+from abflax.taps import Forward
+from abflax.terms.base import LayerTerm
+
+
+@dataclasses.dataclass(frozen=True)
+class JacobianMatching(LayerTerm):
+    """Σ_l w_l · (‖J_T/‖J_T‖ − J_S/‖J_S‖‖² + α · attention transfer).
+
+    J is the gradient, with respect to the image, of the attention at the pixel where the teacher's
+    is largest; the same pixel for both networks. One backward pass more per layer and network,
+    through the same forward pass. Targets: pixel, Jacobian and attention map of each layer.
+
+    Attributes:
+      attention_share: α, the weight of the attention loss beside the Jacobian's. Its mean over
+        positions is small beside a squared distance of unit vectors, hence the large default.
+    """
+
+    needs_pullback: ClassVar[bool] = True
+    positions: ClassVar = "pooled"
+    attention_share: float = 100.0
+
+    def targets(self, teacher: Forward) -> dict[str, Any]:
+        found = {}
+        for name in self.chosen(teacher.taps):
+            pixel = largest_attention_pixel(teacher.taps[name])
+            found[name] = {
+                "pixel": pixel,
+                "jacobian": _jacobian(teacher, name, pixel),
+                "attention": attention_map(teacher.taps[name]),
+            }
+        return found
+
+    def loss(self, student: Forward, targets: dict[str, Any], labels: jax.Array) -> jax.Array:
+        del labels
+        total = 0.0
+        for name, weight in self.layer_weights(student.taps).items():
+            target = targets[name]
+            jacobian = _jacobian(student, name, target["pixel"])
+            attention = jnp.square(attention_map(student.taps[name]) - target["attention"])
+            total += weight * (
+                jacobian_difference(jacobian, target["jacobian"])
+                + self.attention_share * jnp.mean(attention, axis=-1)
+            )
+        return total
+
+
+def _jacobian(forward: Forward, layer: str, pixel: jax.Array) -> jax.Array:
+    """∂ attention of `layer` at `pixel` / ∂ image, `[batch, height, width, channels]`."""
+    cotangents = {name: jnp.zeros_like(tap) for name, tap in forward.taps.items()}
+    cotangents[layer] = attention_pixel_cotangent(forward.taps[layer], pixel)
+    return forward.pullback(cotangents)

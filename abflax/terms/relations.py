@@ -1,0 +1,88 @@
+"""Terms that compare what a layer's neurons have in common, not neuron with neuron."""
+
+from __future__ import annotations
+
+import dataclasses
+from itertools import pairwise
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+
+from abflax.losses import attention_map, fsp, gram_between, neuron_selectivity
+from abflax.taps import Forward
+from abflax.terms.base import LayerTerm
+
+
+@dataclasses.dataclass(frozen=True)
+class FlowOfSolution(LayerTerm):
+    """Mean squared difference of the Gram matrices between consecutive layers (Yim et al. 2017).
+
+    G = F₁ᵀF₂/(HW) of the chosen layers, a pair at a time; each pair has the weight of its deeper
+    layer. One layer alone has no pair: FᵀF/(HW) is taken, a departure that the single-layer
+    columns of Heo et al. 2019, Table 6 need. Targets: the teacher's Gram matrices.
+    """
+
+    connects: ClassVar[bool] = True
+    positions: ClassVar = "free"
+
+    def targets(self, teacher: Forward) -> dict[str, jax.Array]:
+        return self._grams(teacher)
+
+    def loss(self, student: Forward, targets: dict[str, jax.Array], labels: jax.Array) -> jax.Array:
+        del labels
+        weights, grams = self.layer_weights(student.taps), self._grams(student)
+        return sum(weights[name] * fsp(grams[name], targets[name]) for name in grams)
+
+    def _grams(self, forward: Forward) -> dict[str, jax.Array]:
+        """deeper layer of each pair -> `[batch, channels, channels]`."""
+        chosen = self.chosen(forward.taps)
+        pairs = list(pairwise(chosen)) or [(chosen[0], chosen[0])]
+        return {
+            second: gram_between(forward.taps[first], forward.taps[second])
+            for first, second in pairs
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionTransfer(LayerTerm):
+    """Σ_l w_l · mean over positions of (a(T_l) − a(S_l))² (Zagoruyko, Komodakis 2017).
+
+    a(F) = vec(mean_c F²)/‖·‖₂. Targets: the teacher's attention maps.
+    """
+
+    positions: ClassVar = "pooled"
+
+    def targets(self, teacher: Forward) -> dict[str, jax.Array]:
+        return {name: attention_map(teacher.taps[name]) for name in self.chosen(teacher.taps)}
+
+    def loss(self, student: Forward, targets: dict[str, jax.Array], labels: jax.Array) -> jax.Array:
+        del labels
+        return sum(
+            weight * jnp.mean(jnp.square(attention_map(student.taps[name]) - targets[name]), -1)
+            for name, weight in self.layer_weights(student.taps).items()
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class NeuronSelectivity(LayerTerm):
+    """Σ_l w_l · squared MMD of the channels' selectivity patterns (Huang, Wang 2017).
+
+    Targets: the teacher's taps, whose patterns the kernel compares with the student's.
+
+    Attributes:
+      kernel: "linear", "polynomial" or "gaussian".
+    """
+
+    positions: ClassVar = "pooled"
+    kernel: str = "polynomial"
+
+    def targets(self, teacher: Forward) -> dict[str, jax.Array]:
+        return {name: teacher.taps[name] for name in self.chosen(teacher.taps)}
+
+    def loss(self, student: Forward, targets: dict[str, jax.Array], labels: jax.Array) -> jax.Array:
+        del labels
+        return sum(
+            weight * neuron_selectivity(student.taps[name], targets[name], self.kernel)
+            for name, weight in self.layer_weights(student.taps).items()
+        )
