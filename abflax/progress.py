@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
+from rich.table import Column
 from rich.text import Text
 
 _PLAIN_SECONDS = 10.0
@@ -50,9 +51,9 @@ class Live:
     def __init__(self, console: Console) -> None:
         self._console = console
         self._bars = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=18),
-            _Summary(),
+            TextColumn("{task.description}", table_column=Column(no_wrap=True)),
+            BarColumn(bar_width=12),
+            _Summary(table_column=Column(no_wrap=True, overflow="ellipsis")),
             console=console,
             refresh_per_second=4,
             speed_estimate_period=20,
@@ -134,12 +135,12 @@ class _Summary(ProgressColumn):
 
 def _describe(fields: dict[str, Any]) -> str:
     """The figures of one phase, in fixed order."""
-    loss = "-" if fields["loss"] is None else f"{fields['loss']:.4g}"
+    loss = "-" if fields["loss"] is None else f"{fields['loss']:.3g}"
     error = "-" if fields["error"] is None else f"{100 * fields['error']:.2f} %"
     rate = f"{fields['rate']:,.0f}" if fields["rate"] else "-"
     return (
         f"epoch {fields['epoch']:.1f}/{fields['epochs']}  loss {loss}  "
-        f"test error {error}  {rate} images/s"
+        f"error {error}  {rate} images/s"
     )
 
 
