@@ -38,3 +38,14 @@ def x64():
 def under(prefix: str, entries: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """The entries below a prefix, without it."""
     return {k.removeprefix(prefix): v for k, v in entries.items() if k.startswith(prefix)}
+
+
+def save_random_network(name: str, path: Path, replaced: dict[str, np.ndarray] | None = None):
+    """Writes a fresh network for the digits, as a published state dict."""
+    from abflax.models import MODELS
+    from abflax.step import init_variables
+    from abflax.weights import to_torch
+
+    model = MODELS[name]()
+    weights = to_torch(model, init_variables(model, jax.random.key(0), (8, 8, 1)))
+    np.savez(path, **weights | (replaced or {}))

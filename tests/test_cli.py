@@ -10,6 +10,7 @@ from abflax.methods import METHODS
 from abflax.weights import read_state_dict
 from experiments import cli, quickstart, run
 from experiments.teachers import SHIPPED
+from tests.conftest import save_random_network
 
 
 @pytest.fixture
@@ -127,16 +128,7 @@ def test_shipped_teachers_can_be_read():
 
 
 def test_numbers_that_are_none_leave_with_1(command, tmp_path):
-    import jax
-
-    from abflax.models import MODELS
-    from abflax.step import init_variables
-    from abflax.weights import to_torch
-
-    model = MODELS["wrn10-1"]()
-    weights = to_torch(model, init_variables(model, jax.random.key(0), (8, 8, 1)))
-    weights["fc.bias"] = np.full(10, np.nan, np.float32)
-    np.savez(tmp_path / "nan.npz", **weights)
+    save_random_network("wrn10-1", tmp_path / "nan.npz", {"fc.bias": np.full(10, np.nan)})
     code, _, err = command(
         *DIGITS, "--method", "kd", "--teacher", "wrn10-1", "--student", "wrn10-1", "--devices",
         "1", "--teacher-weights", str(tmp_path / "nan.npz"), "--workdir", str(tmp_path),

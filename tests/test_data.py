@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from abflax.data import Dataset, Preprocessing, Stream, augment, load, normalise, subset
+from abflax.data import Dataset, Preprocessing, Stream, augment, holdout, load, normalise, subset
 from abflax.errors import InputError
 
 
@@ -146,3 +146,48 @@ def test_an_empty_data_dir_says_what_to_install(tmp_path, monkeypatch):
     with pytest.raises(InputError, match=r'pip install "tensorflow>=2.16"'):
         load("cifar10", "train", str(tmp_path))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_holdout_is_balanced_and_disjoint():
+    train = load("digits", "train")
+    fitted, held = holdout(train, 0.1, seed=0)
+    assert len(fitted) + len(held) == len(train)
+    contents = lambda data: {image.tobytes() for image in data.images}
+    assert not contents(fitted) & contents(held)
+    chex.assert_trees_all_equal(
+        np.bincount(held.labels), np.round(0.1 * np.bincount(train.labels)).astype(int)
+    )
+    assert fitted.name == "digits, 0.1 held out by seed 0" != train.name
+    with pytest.raises(InputError, match="between 0 and 1"):
+        holdout(train, 1.0, seed=0)
+    with pytest.raises(InputError, match="leaves a class without"):
+        holdout(train.take(np.arange(3)), 0.5, seed=0)
+
+
+@pytest.mark.parametrize(("name", "classes"), [("cifar10", 10), ("cifar100", 100)])
+def test_cifar_is_read_from_tfds(tmp_path, monkeypatch, name, classes):
+    """The format that TensorFlow Datasets gives, without its data and without TensorFlow."""
+    import tensorflow_datasets as tfds
+
+    from abflax.data import tfds as reader
+
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (7, 32, 32, 3), np.uint8)
+
+    class Source:
+        def __len__(self):
+            return 7
+
+        def __getitems__(self, indices):
+            return [{"id": b"", "image": images[i], "label": classes - 1 - i} for i in indices]
+
+    asked = []
+    monkeypatch.setattr(tfds, "data_source", lambda *a, **k: asked.append((a, k)) or Source())
+    monkeypatch.setattr(reader, "_CHUNK", 3)
+    (tmp_path / name / "3.0.2").mkdir(parents=True)
+    (tmp_path / name / "3.0.2" / "dataset_info.json").write_text("{}")
+    found = reader.__dict__[f"load_{name}"]("test", str(tmp_path))
+    assert asked == [((name,), {"split": "test", "data_dir": tmp_path})]
+    chex.assert_trees_all_equal(found.images, images)
+    assert found.labels.tolist() == [classes - 1 - i for i in range(7)]
+    assert (found.name, found.num_classes, found.preprocessing.pad) == (name, classes, 4)

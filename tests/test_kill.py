@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import save_random_network
+
 ROOT = Path(__file__).parent.parent
 # 17 + 17 steps on 129 digits; a checkpoint after every step.
 ARGUMENTS = (
@@ -24,7 +26,7 @@ def start(tmp_path_factory):
     """Starts the command in a workdir of its own name, with one compilation cache for all."""
     base = tmp_path_factory.mktemp("kill")
     weights = base / "teacher.npz"
-    _save_random_teacher(weights)
+    save_random_network("wrn10-2", weights)
     environment = os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=1"}
     (base / "compiled").mkdir()
 
@@ -42,19 +44,6 @@ def start(tmp_path_factory):
         return process, workdir
 
     return begin
-
-
-def _save_random_teacher(path):
-    import jax
-    import numpy as np
-
-    from abflax.models import MODELS
-    from abflax.step import init_variables
-    from abflax.weights import to_torch
-
-    model = MODELS["wrn10-2"]()
-    variables = init_variables(model, jax.random.key(0), (8, 8, 1))
-    np.savez(path, **to_torch(model, variables))
 
 
 def _last_step(workdir):

@@ -1,7 +1,7 @@
 """Data sets as arrays in memory, their subsets, order and augmentation."""
 
 from abflax.data.augmentation import Preprocessing, augment, normalise
-from abflax.data.dataset import Dataset, subset
+from abflax.data.dataset import Dataset, holdout, subset
 from abflax.data.registry import DATASETS, load
 from abflax.data.stream import Stream
 
@@ -11,6 +11,7 @@ __all__ = [
     "Preprocessing",
     "Stream",
     "augment",
+    "holdout",
     "load",
     "normalise",
     "subset",

@@ -88,10 +88,39 @@ def subset(dataset: Dataset, fraction: float, seed: int) -> Dataset:
         raise InputError(f"the fraction of the training data must be in (0, 1], not {fraction}")
     if fraction == 1:
         return dataset
+    return dataset.take(_balanced(dataset, fraction, seed))
+
+
+def holdout(dataset: Dataset, share: float, seed: int) -> tuple[Dataset, Dataset]:
+    """Splits training data into what is trained on and a class-balanced validation set.
+
+    What a search may look at, so that the test set stays unseen. The names of both tell the split.
+
+    Args:
+      share: of each class, round(share · its size), at least 1, goes into the validation set.
+
+    Raises:
+      ValueError: unless 0 < share < 1, and something of every class is left to train on.
+    """
+    if not 0 < share < 1:
+        raise InputError(f"the share held out must be between 0 and 1, not {share}")
+    held = _balanced(dataset, share, seed)
+    fitted = np.setdiff1d(np.arange(len(dataset)), held)
+    if set(dataset.labels[held]) - set(dataset.labels[fitted]):
+        raise InputError(f"holding out {share} of the data leaves a class without training data")
+    name = f"{dataset.name}, {share:g} held out by seed {seed}"
+    return (
+        dataclasses.replace(dataset.take(fitted), name=name),
+        dataclasses.replace(dataset.take(held), name=f"validation of {name}"),
+    )
+
+
+def _balanced(dataset: Dataset, fraction: float, seed: int) -> np.ndarray:
+    """Sorted indices of a share of each class, at least one example of each."""
     shuffled = np.random.default_rng(seed).permutation(len(dataset))
     chosen = []
     for label in range(dataset.num_classes):
         members = shuffled[dataset.labels[shuffled] == label]
         if len(members):
             chosen.append(members[: max(1, round(fraction * len(members)))])
-    return dataset.take(np.sort(np.concatenate(chosen)))
+    return np.sort(np.concatenate(chosen))

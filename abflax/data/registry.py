@@ -7,12 +7,13 @@ from collections.abc import Callable, Mapping
 
 from abflax.data.dataset import Dataset
 from abflax.data.digits import load_digits
-from abflax.data.tfds import load_cifar10
+from abflax.data.tfds import load_cifar10, load_cifar100
 from abflax.errors import unknown
 
 # name -> (split, data directory or None) -> Dataset
 DATASETS: Mapping[str, Callable[[str, str | None], Dataset]] = {
     "cifar10": load_cifar10,
+    "cifar100": load_cifar100,
     "digits": load_digits,
 }
 

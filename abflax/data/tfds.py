@@ -1,4 +1,4 @@
-"""CIFAR-10 through TensorFlow Datasets, read without TensorFlow."""
+"""CIFAR through TensorFlow Datasets, read without TensorFlow."""
 
 from __future__ import annotations
 
@@ -13,14 +13,21 @@ from abflax.data.augmentation import Preprocessing
 from abflax.data.dataset import Dataset
 from abflax.errors import InputError
 
-_CIFAR = Preprocessing(mean=(125.3, 123.0, 113.9), std=(63.0, 62.1, 66.7), pad=4, flip=True)
+_CIFAR10 = Preprocessing(mean=(125.3, 123.0, 113.9), std=(63.0, 62.1, 66.7), pad=4, flip=True)
+_CIFAR100 = Preprocessing(mean=(129.3, 124.1, 112.4), std=(68.2, 65.4, 70.4), pad=4, flip=True)
 _CHUNK = 5000
 
 
 def load_cifar10(split: str, data_dir: str | None = None) -> Dataset:
     """CIFAR-10 (Krizhevsky 2009): 50,000 training and 10,000 test images, 32×32×3, uint8."""
     images, labels = _read("cifar10", split, data_dir)
-    return Dataset(images, labels, num_classes=10, preprocessing=_CIFAR, name="cifar10")
+    return Dataset(images, labels, num_classes=10, preprocessing=_CIFAR10, name="cifar10")
+
+
+def load_cifar100(split: str, data_dir: str | None = None) -> Dataset:
+    """CIFAR-100 (Krizhevsky 2009): as CIFAR-10, with the hundred fine labels."""
+    images, labels = _read("cifar100", split, data_dir)
+    return Dataset(images, labels, num_classes=100, preprocessing=_CIFAR100, name="cifar100")
 
 
 def _read(name: str, split: str, data_dir: str | None) -> tuple[np.ndarray, np.ndarray]:

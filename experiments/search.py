@@ -1,0 +1,153 @@
+"""Search a method's transfer weight on a logarithmic grid, on validation data, never on the test set.
+
+A class-balanced tenth of the training data is held out; the student learns from a fifth of the
+rest. The grid is in units of the protocol's own factor, so 1 is where the method starts. The
+result is a table, and `search/METHOD-PROTOCOL.json` in the workdir with every point's record.
+
+examples:
+  python -m experiments.search --method attention --protocol official
+  python -m experiments.search --method nst --grid 0.01,0.1,1,10,100 --seeds 2
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from abflax import InputError, NonFiniteError, distill, load
+from abflax.data import holdout
+from abflax.methods import METHODS
+from abflax.models import MODELS
+from abflax.progress import Live
+from experiments import cli
+from experiments.statistics import mean_and_std
+from experiments.teachers import find_teacher
+
+HELD_OUT, SPLIT_SEED = 0.1, 0
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    description, examples = (__doc__ or "").split("examples:")
+    parser = cli.Parser(
+        prog="python -m experiments.search", description=description, epilog="examples:" + examples
+    )
+    add = parser.add_argument
+    add("--method", required=True, help="with a transfer loss")
+    add("--protocol", default="paper")
+    add("--dataset", default="cifar10")
+    add("--data-dir", help="of TensorFlow Datasets; default: TFDS_DATA_DIR")
+    add("--teacher", default="wrn16-2")
+    add("--teacher-weights", help="file or run; default: what the repository ships")
+    add("--student", default="wrn16-1")
+    add("--epochs", type=cli.epochs_type, default=(5, 5), metavar="I+C", help="default 5+5")
+    add("--fraction", type=float, default=0.2, help="share of the training data (default 0.2)")
+    add("--batch-size", type=int, default=128)
+    add("--grid", type=grid_type, default=(0.01, 0.1, 1.0, 10.0, 100.0), metavar="W,W,…",
+        help="transfer weights (default 0.01,0.1,1,10,100)")  # fmt: skip
+    add("--seeds", type=cli.seeds_type, default=(0,), metavar="N")
+    add("--workdir", type=Path, default=cli.WORKDIR, help="default ./workdir")
+    return parser.parse_args(arguments)
+
+
+def grid_type(text: str) -> tuple[float, ...]:
+    """ "0.1,1" -> (0.1, 1.0)."""
+    try:
+        weights = tuple(sorted(float(part) for part in text.split(",")))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"'{text}' is no list of numbers") from None
+    if not weights or not all(weight > 0 for weight in weights):
+        raise argparse.ArgumentTypeError("transfer weights must be above 0")
+    return weights
+
+
+def main(console: Console) -> None:
+    arguments = parse()
+    _require_transfer(arguments.method, arguments.protocol)
+    MODELS[arguments.student]
+    teacher = find_teacher(
+        arguments.teacher, arguments.dataset, arguments.teacher_weights, arguments.workdir
+    )
+    data = load(arguments.dataset, "train", arguments.data_dir)
+    fitted, validation = holdout(data, HELD_OUT, SPLIT_SEED)
+    cli.cache_compilation(arguments.workdir)
+    live = Live(console)
+    points: list[dict[str, Any]] = []
+    with live.shown():
+        for weight in arguments.grid:
+            records, failure = [], None
+            for seed in arguments.seeds:
+                try:
+                    result = distill(
+                        MODELS[arguments.student](num_classes=data.num_classes),
+                        teacher,
+                        fitted,
+                        test=validation,
+                        method=arguments.method,
+                        protocol=arguments.protocol,
+                        epochs=arguments.epochs,
+                        batch_size=arguments.batch_size,
+                        fraction=arguments.fraction,
+                        seeds=seed,
+                        workdir=arguments.workdir,
+                        reporter=live,
+                        transfer_weight=weight,
+                    )
+                    records.append(result.record)
+                except NonFiniteError as error:  # a point that diverges is a point that loses
+                    failure = str(error)
+            points.append({"transfer_weight": weight, "records": records, "failure": failure})
+    path = arguments.workdir / "search" / f"{arguments.method}-{arguments.protocol}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(points, indent=1) + "\n")
+    console.print(_table(points, arguments), soft_wrap=True)
+    console.print(f"points: {path}", soft_wrap=True)
+
+
+def best(points: list[dict[str, Any]]) -> float:
+    """The transfer weight of the smallest mean validation error, of the points that did not fail."""
+    errors = {
+        point["transfer_weight"]: statistics.mean(_errors(point))
+        for point in points
+        if point["records"] and point["failure"] is None
+    }
+    if not errors:
+        raise InputError("every point of the grid diverged: search smaller transfer weights")
+    return min(errors, key=lambda weight: errors[weight])
+
+
+def _errors(point: dict[str, Any]) -> list[float]:
+    return [record["result"]["test_error"] for record in point["records"]]
+
+
+def _require_transfer(method: str, protocol: str) -> None:
+    phases = METHODS[method](protocol=protocol)
+    if not any(term.transfers for phase in phases for _, term in phase.terms):
+        raise InputError(f"method {method} has no transfer loss, so no weight to search")
+
+
+def _table(points: list[dict[str, Any]], arguments: argparse.Namespace) -> Table:
+    title = (
+        f"{arguments.method}, protocol {arguments.protocol}: validation error, "
+        f"{100 * arguments.fraction:g} % of {arguments.dataset}, "
+        f"{'+'.join(map(str, arguments.epochs))} epochs"
+    )
+    table = Table(title=title, title_justify="left", box=None, header_style="bold")
+    table.add_column("transfer weight", justify="right")
+    table.add_column("error %", justify="right", no_wrap=True)
+    winner = best(points)
+    for point in points:
+        shown = "diverged" if point["failure"] else mean_and_std(_errors(point))
+        mark = "  <- best" if point["transfer_weight"] == winner else ""
+        table.add_row(f"{point['transfer_weight']:g}", shown + mark)
+    return table
+
+
+if __name__ == "__main__":
+    cli.main(main)
