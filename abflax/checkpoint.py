@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -60,49 +61,57 @@ class Checkpoints:
         """Returns when all that was saved is on disk."""
         self._manager.wait_until_finished()
 
-    def latest(self) -> tuple[int, dict[str, Any]] | None:
-        """Step and description of the newest checkpoint that can be read; None: there is none.
-
-        One that cannot be read is named in a warning, and the one before it is taken.
-        """
+    def latest(self) -> dict[str, Any] | None:
+        """The description of the newest checkpoint whose description can be read; None: no such."""
         for step in sorted(self._manager.all_steps(), reverse=True):
             try:
-                meta = self._manager.restore(
-                    step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())
-                )["meta"]
-                return step, meta
+                return self._meta(step)
             except Exception as error:  # whatever a damaged file makes Orbax raise
                 _warn_unreadable(self.directory / str(step), error)
         return None
 
-    def restore(self, step: int, target: Any) -> Any:
-        """The state of that step.
+    def restore(self, target: Callable[[dict[str, Any]], Any]) -> tuple[dict[str, Any], Any]:
+        """Description and state of the newest checkpoint that can be read whole.
+
+        One that cannot be read is named in a warning, and the one before it is taken; once that is
+        read, the damaged one is deleted, so that its step can be saved again.
 
         Args:
-          step: as `latest` gives it.
-          target: a pytree of arrays or `jax.ShapeDtypeStruct`s, of the state's structure.
+          target: description -> a pytree of `jax.ShapeDtypeStruct`s, of the state's structure.
 
         Raises:
-          ValueError: if the checkpoint's structure, shapes or dtypes are others.
+          ValueError: if there are checkpoints, but none that fits and can be read.
         """
-        try:
-            found = self._manager.item_metadata(step)["state"]
-            state = self._manager.restore(
-                step, args=ocp.args.Composite(state=ocp.args.StandardRestore(target))
-            )["state"]
-        except Exception as error:
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
-            raise InputError(
-                f"checkpoint {self.directory / str(step)} does not fit or cannot be read: {reason}"
-            ) from error
+        damaged: list[int] = []
+        for step in sorted(self._manager.all_steps(), reverse=True):
+            try:
+                meta = self._meta(step)
+                state = self._state(step, target(meta))
+            except Exception as error:
+                _warn_unreadable(self.directory / str(step), error)
+                damaged.append(step)
+                continue
+            for each in damaged:
+                self._manager.delete(each)
+            return meta, state
+        raise InputError(
+            f"no checkpoint in {self.directory} fits and can be read; remove that folder to begin "
+            "anew"
+        )
+
+    def _meta(self, step: int) -> dict[str, Any]:
+        arguments = ocp.args.Composite(meta=ocp.args.JsonRestore())
+        return self._manager.restore(step, args=arguments)["meta"]
+
+    def _state(self, step: int, target: Any) -> Any:
+        found = self._manager.item_metadata(step)["state"]
+        arguments = ocp.args.Composite(state=ocp.args.StandardRestore(target))
+        state = self._manager.restore(step, args=arguments)["state"]
         # Orbax casts silently, so the dtypes on disk are compared here.
-        on_disk = [leaf.dtype for leaf in jax.tree.leaves(found)]
-        wanted = [leaf.dtype for leaf in jax.tree.leaves(target)]
-        if sorted(map(str, on_disk)) != sorted(map(str, wanted)):
-            raise InputError(
-                f"checkpoint {self.directory / str(step)} holds other dtypes than this run: "
-                f"{sorted(set(map(str, on_disk)))}, not {sorted(set(map(str, wanted)))}"
-            )
+        on_disk, wanted = (sorted(str(leaf.dtype) for leaf in jax.tree.leaves(tree))
+                           for tree in (found, target))  # fmt: skip
+        if on_disk != wanted:
+            raise InputError(f"its dtypes are {sorted({*on_disk})}, not {sorted({*wanted})}")
         return jax.tree.map(np.asarray, state)
 
 

@@ -46,6 +46,7 @@ class RunConfig:
       dataset: name of the training data.
       student: name of the student's architecture.
       teacher: name of the teacher and what identifies its weights; None: there is none.
+      test: name of the held-out data where it is not the test split of `dataset`.
       method, protocol, setting: see `abflax.methods`.
       options: the method's options, sorted by name.
       epochs: of initialise and classify; a joint phase has their sum.
@@ -70,6 +71,7 @@ class RunConfig:
     evaluate_every: int = 1
     seeds: Seeds = Seeds()
     precision: str = "float32"
+    test: str | None = None
 
     def __post_init__(self) -> None:
         if len(self.epochs) != 2 or min(self.epochs) < 0 or sum(self.epochs) < 1:
@@ -77,6 +79,9 @@ class RunConfig:
                 f"epochs must be two numbers >= 0, initialise + classify, and not both 0; "
                 f"not {self.epochs}"
             )
+        for seed in dataclasses.astuple(self.seeds):
+            if not isinstance(seed, int) or seed < 0:
+                raise InputError(f"seeds must be whole numbers >= 0: {self.seeds}")
         for name in ("batch_size", "evaluate_every"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be at least 1, not {getattr(self, name)}")
@@ -84,8 +89,6 @@ class RunConfig:
             raise InputError(
                 f"the fraction of the training data must be in (0, 1], not {self.fraction}"
             )
-        if min(dataclasses.astuple(self.seeds)) < 0:
-            raise InputError(f"seeds must not be negative: {self.seeds}")
         if self.precision not in PRECISIONS:
             raise unknown("precision", self.precision, PRECISIONS)
         self.phases()
@@ -101,15 +104,18 @@ class RunConfig:
 
     @property
     def hash(self) -> str:
-        """Twelve hexadecimal digits of SHA-256 over the fields that differ from their defaults.
+        """Twelve hexadecimal digits of SHA-256 over all that changes a number.
 
-        So a field that is added later changes no old name, as long as its default is what the
-        code did before. Defaults therefore never change.
+        Method, protocol, setting and options enter as the phases that they stand for: the same
+        objective under another spelling is the same run, and a constant that changes in a
+        protocol makes another. Other fields enter where they differ from their defaults, so that
+        one that is added later changes no hash; defaults therefore never change.
         """
-        given = {}
+        given: dict[str, Any] = {"phases": [phase.described() for phase in self.phases()]}
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if field.default is dataclasses.MISSING or value != field.default:
+            spelt_out = field.name in ("method", "protocol", "setting", "options")
+            if not spelt_out and (field.default is dataclasses.MISSING or value != field.default):
                 given[field.name] = self.as_json()[field.name]
         text = json.dumps(given, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:12]

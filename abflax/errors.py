@@ -1,4 +1,4 @@
-"""The two errors that abflax raises on purpose; everything else is a bug.
+"""The errors that abflax raises on purpose; everything else is a bug.
 
 `InputError` is a `ValueError`: something that the caller gave cannot be right, and the message
 is one sentence that names it. `NonFiniteError` stops a run whose numbers are no longer numbers.
@@ -14,12 +14,19 @@ class InputError(ValueError):
     """What the caller gave cannot be right. The message is one sentence that names the culprit."""
 
 
+class UnknownNameError(InputError, KeyError):
+    """A name that is not in a registry; also a `KeyError`, so that `in` and `get` work."""
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
 class NonFiniteError(FloatingPointError):
     """A loss or a gradient is NaN or infinite. The last good checkpoint stays."""
 
 
-def unknown(kind: str, name: object, known: Iterable[str]) -> InputError:
-    """An `InputError` for a misspelt name, with the near matches, or else all that is known.
+def unknown(kind: str, name: object, known: Iterable[str]) -> UnknownNameError:
+    """An error for a misspelt name, with the near matches, or else all that is known.
 
     Args:
       kind: what the name should have been the name of, e.g. "method".
@@ -29,7 +36,7 @@ def unknown(kind: str, name: object, known: Iterable[str]) -> InputError:
     known = sorted(known)
     near = difflib.get_close_matches(str(name), known, n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(known)}"
-    return InputError(f"unknown {kind} '{name}'; {hint}")
+    return UnknownNameError(f"unknown {kind} '{name}'; {hint}")
 
 
 def require_same_shape(what: str, student: object, teacher: object) -> None:

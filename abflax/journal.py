@@ -66,17 +66,17 @@ def phases_and_spans(config: RunConfig, examples: int) -> tuple[list[Phase], lis
     for phase in config.phases():
         after = before + lengths[phase.name]
         start, end = int(before * per_epoch), int(after * per_epoch)
+        if after > before and end == start:
+            raise InputError(
+                f"{after - before} epochs of {examples} examples are less than one batch of "
+                f"{config.batch_size}, so phase {phase.name} would have no step"
+            )
         if end > start:
             phases.append(phase)
             spans.append(
                 Span(start, end - start, before, after - before, sum(config.epochs), per_epoch)
             )
         before = after
-    if not phases:
-        raise InputError(
-            f"{sum(config.epochs)} epochs of {examples} examples are less than one batch of "
-            f"{config.batch_size}"
-        )
     return phases, spans
 
 

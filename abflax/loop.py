@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import re
 import shutil
 import time
 from pathlib import Path
@@ -17,6 +18,7 @@ from flax.traverse_util import flatten_dict
 
 from abflax import parallel
 from abflax.checkpoint import Checkpoints
+from abflax.compatibility import require_compatible
 from abflax.config import RunConfig, Seeds
 from abflax.data import Dataset, Stream, subset
 from abflax.errors import InputError, NonFiniteError
@@ -28,9 +30,9 @@ from abflax.models import model_name
 from abflax.networks import Network, prepared
 from abflax.optim import Span
 from abflax.progress import Reporter, Silent
-from abflax.record import make_record, read_record, require_writable, write_record
+from abflax.record import environment, make_record, read_record, require_writable, write_record
 from abflax.step import TrainState
-from abflax.weights import require_fits, save_variables
+from abflax.weights import save_variables
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +65,12 @@ class Resources:
     devices: int | None = None
     steps_per_dispatch: int | None = None
     checkpoint_seconds: float = 60.0
+
+    def __post_init__(self) -> None:
+        if self.steps_per_dispatch is not None and self.steps_per_dispatch < 1:
+            raise InputError(
+                f"steps_per_dispatch must be at least 1, not {self.steps_per_dispatch}"
+            )
 
 
 def distill(
@@ -101,7 +109,7 @@ def distill(
         stands for all four.
       workdir: where `runs/HASH/` with checkpoints, record and weights goes; None: nothing is
         written. The same call again goes on where it stopped, or returns the finished record.
-      force: do a finished run again.
+      force: do a finished run again; one that is not finished goes on.
       resources: see `Resources`.
       reporter: told of progress.
 
@@ -122,24 +130,30 @@ def distill(
         batch_size=batch_size,
         fraction=fraction,
         evaluate_every=evaluate_every,
-        seeds=Seeds.all(seeds) if isinstance(seeds, int) else seeds,
+        seeds=seeds if isinstance(seeds, Seeds) else Seeds.all(int(seeds)),
         precision=precision,
+        test=test.name if test is not None and test.name != data.name else None,
     )
     directory = None if workdir is None else Path(workdir) / "runs" / config.hash
+    if directory is not None and re.search(r"<lambda>| at 0x", config.student):
+        raise InputError(
+            f"the student {config.student} has a field without a name, so its run could not be "
+            "found again: use named functions, or no workdir"
+        )
     reporter = reporter or Silent()
     if directory is not None and not force and (done := read_record(directory / "record.json")):
         reporter.finished(f"{config.hash} is finished already: {directory}")
         return Result(done, None, directory)
     with jax.enable_x64(precision == "float64"), StopRequest() as stop:
         run = _Run(config, student, teacher, data, test, resources, reporter, stop)
-        if directory is None:
-            return run.train(None)
-        require_writable(directory)
-        if force:
-            for old in (directory / "checkpoints", directory / "record.json"):
-                shutil.rmtree(old) if old.is_dir() else old.unlink(missing_ok=True)
-        write_record(directory / "config.json", config.as_json())
-        return run.train(directory)
+        if directory is not None:
+            require_writable(directory)
+            (directory / "record.json").unlink(missing_ok=True)  # only `force` comes here with one
+            write_record(directory / "config.json", config.as_json())
+        result = run.train(directory)
+    if stop.signal is not None:  # it came too late to stop this run
+        raise Interrupted(f"{config.hash} is finished", stop.signal)
+    return result
 
 
 class _Run:
@@ -158,11 +172,12 @@ class _Run:
     ) -> None:
         self.config, self.reporter, self.stop, self.resources = config, reporter, stop, resources
         self.devices = parallel.local_devices(resources.devices)
+        self.environment = environment(self.devices)
         self.per_dispatch = resources.steps_per_dispatch or parallel.default_steps_per_dispatch(
             self.devices
         )
         data = subset(data, config.fraction, config.seeds.subset)
-        _require_compatible(config, teacher, data, test)
+        require_compatible(config, student, teacher, data, test)
         self.shape, self.preprocessing = data.image_shape, data.preprocessing
         self.student = prepared(student, config.precision, parallel.AXIS)
         self.teacher = None
@@ -208,12 +223,12 @@ class _Run:
                 "steps": span.steps,
                 "epochs": span.epochs,
                 "seconds": round(journal.seconds.get(phase.name, 0.0), 3),
+                "objective": phase.described(),
             }
             for phase, span in zip(self.phases, self.spans, strict=True)
         ]
-        record = make_record(
-            self.config, phases, journal.history, sum(journal.seconds.values()), self.devices
-        )
+        seconds = sum(journal.seconds.values())
+        record = make_record(self.config, phases, journal.history, seconds, self.environment)
         if directory is not None:
             save_variables(directory / "student.safetensors", variables)
             write_record(directory / "record.json", record)
@@ -278,7 +293,8 @@ class _Run:
             self.checkpoints.wait()
             latest = self.checkpoints.latest()
             where = (
-                f"the last good checkpoint is step {latest[0]}, in {self.checkpoints.directory}"
+                f"the last good checkpoint is step {latest['journal']['step']}, in "
+                f"{self.checkpoints.directory}"
                 if latest
                 else "it came before the first checkpoint"
             )
@@ -327,9 +343,8 @@ class _Run:
     def _resume(self, journal: Journal) -> tuple[Journal, TrainState | None]:
         """Journal and state of the newest checkpoint, if there is one."""
         assert self.checkpoints is not None
-        if (latest := self.checkpoints.latest()) is None:
+        if (meta := self.checkpoints.latest()) is None:
             return journal, None
-        step, meta = latest
         if meta["config"] != self.config.as_json():
             other, own = meta["config"], self.config.as_json()
             differing = sorted(k for k in {*other, *own} if other.get(k) != own.get(k))
@@ -337,10 +352,10 @@ class _Run:
                 f"the checkpoint in {self.checkpoints.directory} is of another configuration: "
                 f"{', '.join(f'{k} is {other.get(k)!r}, not {own.get(k)!r}' for k in differing)}"
             )
-        journal = Journal(**meta["journal"])
-        target = jax.eval_shape(lambda: self._abstract_state(journal.phase))
-        state = self.checkpoints.restore(step, target)
-        return journal, parallel.replicate(state, self.devices)
+        meta, state = self.checkpoints.restore(
+            lambda meta: jax.eval_shape(lambda: self._abstract_state(meta["journal"]["phase"]))
+        )
+        return Journal(**meta["journal"]), parallel.replicate(state, self.devices)
 
     def _abstract_state(self, index: int) -> TrainState:
         key = jax.random.key(0)
@@ -350,7 +365,8 @@ class _Run:
     def _save(self, journal: Journal, state: TrainState) -> None:
         if self.checkpoints is not None:
             meta = {"config": self.config.as_json(), "journal": dataclasses.asdict(journal)}
-            self.checkpoints.save(journal.step, state, meta)
+            # Copies on the host: plain arrays, whatever the devices, and safe from donation.
+            self.checkpoints.save(journal.step, jax.tree.map(np.array, state), meta)
 
     def _stop_if_asked(self, journal: Journal, phase: Phase) -> None:
         if self.stop.signal is None:
@@ -380,18 +396,3 @@ class _Run:
 
     def _label(self) -> str:
         return f"{self.config.method} seed {self.config.seeds.weights}"
-
-
-def _require_compatible(
-    config: RunConfig, teacher: Network | None, data: Dataset, test: Dataset | None
-) -> None:
-    """Raises where method, teacher and data cannot go together."""
-    needs = any(term.needs_teacher for phase in config.phases() for _, term in phase.terms)
-    if needs and teacher is None:
-        raise InputError(f"method {config.method} needs a teacher")
-    if teacher is not None:
-        require_fits("the teacher's weights", teacher.model, teacher.variables, data.image_shape)
-    if test is not None and test.image_shape != data.image_shape:
-        raise InputError(
-            f"the test images have shape {test.image_shape}, the training images {data.image_shape}"
-        )

@@ -41,6 +41,28 @@ class Phase:
     optimiser: Optimiser
     teacher_batch_statistics: bool = False
 
+    def described(self) -> dict[str, Any]:
+        """All that the phase optimises, as plain JSON values: what a run's hash and record hold.
+
+        Fields at their defaults are left out, so that one that is added later changes no hash.
+        """
+        return {
+            "name": self.name,
+            "terms": [[weight, type(t).__name__, _given(t)] for weight, t in self.terms],
+            "optimiser": _given(self.optimiser),
+            "teacher_batch_statistics": self.teacher_batch_statistics,
+        }
+
+
+def _given(settings: Any) -> dict[str, Any]:
+    """The fields of a dataclass that differ from their defaults."""
+    found = {
+        field.name: getattr(settings, field.name)
+        for field in dataclasses.fields(settings)
+        if getattr(settings, field.name) != field.default
+    }
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in found.items()}
+
 
 @dataclasses.dataclass(frozen=True)
 class Protocol:
@@ -51,8 +73,7 @@ class Protocol:
       initialise, classify, joint: the optimiser of each phase.
       temperature: of knowledge distillation.
       layer_ratio: the weight of a layer relative to the next deeper one.
-      transfer_scale: method -> the factor on its transfer loss at transfer weight 1; 1 where
-        none is given.
+      transfer_scale: method -> the factor on its transfer loss at transfer weight 1.
       teacher_batch_statistics: of the initialise phase.
     """
 
@@ -209,7 +230,8 @@ class Methods(Mapping[str, Any]):
         if name in _METHODS:
             return _METHODS[name]
         if match := _POWER.fullmatch(name):
-            return _power(float(match[1]))
+            canonical = f"l{float(match[1]):g}"
+            return _METHODS.get(canonical) or _power(float(match[1]))
         raise unknown("method", name, _METHODS)
 
     def __iter__(self) -> Iterator[str]:
@@ -235,6 +257,10 @@ def _phases(
     name: str, parts: Mapping[str, Method], protocol: Protocol, options: dict[str, Any]
 ) -> tuple[Phase, ...]:
     options = dict(options)
+    if "transfer_weight" in options and not any(
+        term.transfers for method in parts.values() for term in method.initialise
+    ):
+        raise InputError(f"method {name} has no transfer loss, so no transfer_weight")
     weight = options.pop("transfer_weight", 1.0)
     if not _is(weight, float) or not weight > 0:
         raise InputError(f"transfer_weight must be a number above 0, not {weight!r}")
@@ -245,7 +271,7 @@ def _phases(
     def terms(stage: str) -> tuple[tuple[float, Term], ...]:
         weighted = [
             (
-                protocol.transfer_scale.get(part, 1.0) * weight if term.transfers else 1.0,
+                _scale(part, protocol) * weight if term.transfers else 1.0,
                 _replaced(term, protocol, options),
             )
             for part, method in parts.items()
@@ -261,6 +287,12 @@ def _phases(
         Phase("initialise", initialise, protocol.initialise, drifts),
         Phase("classify", classify, protocol.classify),
     )
+
+
+def _scale(method: str, protocol: Protocol) -> float:
+    """The factor on a method's transfer loss; other powers than those listed have that of l2."""
+    canonical = method if method in protocol.transfer_scale else "l2"
+    return protocol.transfer_scale[canonical]
 
 
 def _replaced(term: Term, protocol: Protocol, options: dict[str, Any]) -> Term:

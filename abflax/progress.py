@@ -72,7 +72,8 @@ class Live:
 
     def phase(self, label: str, name: str, steps: int, done: int, epochs: int) -> None:
         self._fields = {"epochs": epochs, "epoch": 0.0, "loss": None, "error": None, "rate": 0.0}
-        self._label, self._done, self._total = f"{label}  {name}", done, steps
+        self._label, self._total = f"{label}  {name}", steps
+        self._done = self._before = done
         self._started = self._printed = time.perf_counter()
         self._images, self._busy, self._last = 0, 0.0, None
         if self._console.is_terminal:
@@ -114,7 +115,7 @@ class Live:
         elif time.perf_counter() - self._printed > _PLAIN_SECONDS:
             self._printed = time.perf_counter()
             spent = self._printed - self._started
-            left = spent / max(self._done, 1) * (self._total - self._done)
+            left = spent / max(self._done - self._before, 1) * (self._total - self._done)
             self._line(f"{_duration(left)} left")
 
     def _line(self, end: str) -> None:

@@ -4,7 +4,8 @@ Schema 1. A record is an object with
 
 - `schema`: 1; `hash`: the run's name; `config`: every field of `abflax.config.RunConfig`;
 - `state`: "finished"; a record is written once, when its run is;
-- `phases`: a list of {`name`, `steps`, `epochs`, `seconds`};
+- `phases`: a list of {`name`, `steps`, `epochs`, `seconds`, `objective`: its terms with their
+  weights and its optimiser, fields at their defaults left out};
 - `history`: one entry an evaluation: {`epoch` and `step` (of the run), `phase`,
   `epoch_of_phase`, `learning_rate`, `loss`, `gradient_norm` (means since the entry before),
   `training` (what the terms measure, e.g. `agreement` of each layer as training saw it; means),
@@ -15,7 +16,8 @@ Schema 1. A record is an object with
   `initialise_agreement`: agreement at the end of the initialise phase, if there was one;
 - `seconds`: training and evaluation, compilation included, over all sittings;
 - `environment`: `abflax`, `python`, `jax`, `jaxlib`, `flax`, `optax`, `device`, `devices`,
-  `commit` (with "+" where the working tree was changed, null outside a repository);
+  `commit` (with "+" where the code was changed, null outside a repository): of the sitting that
+  finished the run, read when it began;
 - `finished`: UTC, ISO 8601.
 """
 
@@ -36,6 +38,7 @@ import jax
 
 from abflax.config import RunConfig
 from abflax.errors import InputError
+from abflax.files import write_whole
 
 SCHEMA = 1
 
@@ -63,7 +66,9 @@ def device_name(device: jax.Device) -> str:
         model = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         model = platform.processor() or model
-    return f"{model}, {len(os.sched_getaffinity(0))} cores"
+    if hasattr(os, "sched_getaffinity"):
+        return f"{model}, {len(os.sched_getaffinity(0))} cores"
+    return f"{model}, {os.cpu_count()} cores"
 
 
 def make_record(
@@ -71,9 +76,9 @@ def make_record(
     phases: list[dict[str, Any]],
     history: list[dict[str, Any]],
     seconds: float,
-    devices: Sequence[jax.Device],
+    made_by: dict[str, Any],
 ) -> dict[str, Any]:
-    """The record of a finished run; see the schema above."""
+    """The record of a finished run; see the schema above. `made_by`: from `environment`."""
     last = history[-1]
     result: dict[str, Any] = {}
     if "test_error" in last:
@@ -96,26 +101,14 @@ def make_record(
         "history": history,
         "result": result,
         "seconds": round(seconds, 3),
-        "environment": environment(devices),
+        "environment": made_by,
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 
 
 def write_record(path: Path, record: dict[str, Any]) -> None:
     """Writes a record whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
-    try:
-        with os.fdopen(handle, "w") as file:
-            json.dump(record, file, indent=1)
-            file.write("\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    write_whole(path, (json.dumps(record, indent=1) + "\n").encode())
 
 
 def require_writable(directory: Path) -> None:
@@ -155,6 +148,7 @@ def _commit() -> str | None:
         return done.stdout.strip()
 
     try:
+        git("ls-files", "--error-unmatch", Path(__file__).name)  # not some other repository's
         changed = git("status", "--porcelain", "--", ".", "../experiments/*.py")
         return git("rev-parse", "HEAD") + ("+" if changed else "")
     except (OSError, subprocess.CalledProcessError):

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import optax
 from flax import linen as nn
 from flax import struct
+from jax.interpreters.partial_eval import dce_jaxpr
 
 from abflax.connectors import (
     Connectors,
@@ -25,7 +26,7 @@ from abflax.connectors import (
 from abflax.losses import cross_entropy
 from abflax.methods import Phase
 from abflax.metrics import activation_agreement, misclassified
-from abflax.taps import Forward, run_model, tap_shapes
+from abflax.taps import Forward, run_model, tap_shapes, train_argument
 from abflax.terms import LayerTerm
 
 
@@ -105,9 +106,13 @@ def bind(
             connect(theirs, layers, axis_name=axis_name, **fields) if term.connects else None
         )
         connectors.append(connected)
-    used = next((each for each in connectors if each is not None), None)
-    same = tuple(name for name in ours if ours[name] == theirs.get(name))
-    measured = tuple(name for name, _ in used.widths) if used is not None else same
+    connected = {name for each in connectors if each is not None for name, _ in each.widths}
+    measured = tuple(
+        name
+        for name in ours
+        if ours[name] == theirs.get(name)
+        or (name in connected and ours[name][:-1] == theirs[name][:-1])
+    )
     return Objective(student, teacher, phase, tuple(connectors), tuple(pooled), measured, axis_name)
 
 
@@ -119,7 +124,7 @@ def abstract_variables(model: nn.Module, image_shape: tuple[int, ...]) -> Any:
 def init_variables(model: nn.Module, key: jax.Array, image_shape: tuple[int, ...]) -> Any:
     """{"params", "batch_stats"} of a fresh network, floats in the default floating dtype."""
     dtype = jnp.result_type(float)
-    variables = model.init(key, jnp.zeros((1, *image_shape), dtype), train=False)
+    variables = model.init(key, jnp.zeros((1, *image_shape), dtype), **train_argument(model, False))
     return {"params": variables["params"], "batch_stats": variables.get("batch_stats", {})}
 
 
@@ -225,13 +230,9 @@ def trained_parameters(
 
     axes = [(objective.axis_name, 1)] if objective.axis_name else None
     jaxpr = jax.make_jaxpr(loss, axis_env=axes)(params, teacher_params, images, labels).jaxpr
-    reached = {id(variable) for variable in jaxpr.outvars}
-    for equation in reversed(jaxpr.eqns):
-        if any(id(out) in reached for out in equation.outvars):
-            reached.update(id(variable) for variable in equation.invars)
+    _, used = dce_jaxpr(jaxpr, [True])
     leaves, tree = jax.tree.flatten(params)
-    inputs = jaxpr.invars[: len(leaves)]
-    return jax.tree.unflatten(tree, [id(variable) in reached for variable in inputs])
+    return jax.tree.unflatten(tree, used[: len(leaves)])
 
 
 def train_step(
@@ -294,10 +295,12 @@ def eval_step(
     }
     if objective.teacher is None or not objective.measured:
         return sums
-    index = next((i for i, each in enumerate(objective.connectors) if each is not None), None)
-    if index is not None:
-        connectors = objective.connectors[index]
-        student, _ = _through_connectors(connectors, index, student, params, batch_stats, False)
+    connected: dict[str, jax.Array] = {}
+    for index, connectors in enumerate(objective.connectors):
+        if connectors is not None:  # of several terms' connectors the first term's count
+            view, _ = _through_connectors(connectors, index, student, params, batch_stats, False)
+            connected = {name: view.taps[name] for name, _ in connectors.widths} | connected
+    student = student.replace(taps=student.taps | connected)
     teacher = run_model(
         objective.teacher,
         {"params": teacher_params, "batch_stats": batch_stats["teacher"]},

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -38,7 +39,7 @@ class Forward:
     Attributes:
       logits: `[batch, classes]`.
       taps: name -> pre-activations, `[batch, height, width, channels]` or `[batch, features]`,
-        in the order of the names (`layer1` is the shallowest).
+        in `depth_order`.
       features: what the classifier reads, `[batch, features]`; None where the network does not
         say.
       batch_stats: the running statistics after the pass; those before it in evaluation mode,
@@ -83,34 +84,56 @@ def run_model(
       ValueError: if a path is no submodule that ran, or one that ran more than once, or if it
         puts out something else than one array.
     """
-    wanted = {tuple(path.split("/")): name for name, path in (tap_paths or {}).items()}
-    capture = (lambda module, method: module.path in wanted) if wanted else False
-    takes_train = "train" in inspect.signature(type(model).__call__).parameters
+    wanted = {name: tuple(path.split("/")) for name, path in (tap_paths or {}).items()}
+    capture = (lambda module, method: module.path in wanted.values()) if wanted else False
     mutable = [_COLLECTION] + (["batch_stats"] if train else [])
 
     def run(images: jax.Array) -> tuple[dict[str, jax.Array], Forward]:
         logits, state = model.apply(
             {key: value for key, value in variables.items() if key != _COLLECTION},
             images,
-            **({"train": train} if takes_train else {}),
+            **train_argument(model, train),
             mutable=mutable,
             capture_intermediates=capture,
         )
         sown = state.get(_COLLECTION, {})
         taps = (
-            {name: _output_of(sown, path, variables) for path, name in wanted.items()}
+            {name: _output_of(sown, path, variables) for name, path in wanted.items()}
             if wanted
             else {k: v for k, v in sown.items() if k != _FEATURES and isinstance(v, jax.Array)}
         )
         stats = state.get("batch_stats", variables.get("batch_stats", {}))
         forward = Forward(logits, {}, sown.get(_FEATURES), stats)
-        return dict(sorted(taps.items())), forward
+        return {name: taps[name] for name in depth_order(taps)}, forward
 
     if not pullback:
         taps, forward = run(images)
         return forward.replace(taps=taps)
     taps, to_images, forward = jax.vjp(run, images, has_aux=True)
     return forward.replace(taps=taps, pullback=lambda cotangents: to_images(cotangents)[0])
+
+
+def number_of_logits(model: nn.Module, variables: Any, image_shape: tuple[int, ...]) -> int:
+    """The size of the last dimension of a model's output."""
+    images = jax.ShapeDtypeStruct((1, *image_shape), jax.numpy.result_type(float))
+    run = lambda v, x: run_model(model, v, x, train=False).logits  # noqa: E731
+    return jax.eval_shape(run, variables, images).shape[-1]
+
+
+def depth_order(names: Iterable[str]) -> list[str]:
+    """The names from the shallowest to the deepest: `layer2` comes before `layer10`."""
+
+    def key(name: str) -> list[tuple[bool, int | str]]:
+        parts = re.findall(r"\d+|\D+", name)
+        return [(part.isdigit(), int(part) if part.isdigit() else part) for part in parts]
+
+    return sorted(names, key=key)
+
+
+def train_argument(model: nn.Module, train: bool) -> dict[str, bool]:
+    """{"train": train} for a module whose `__call__` has that argument, else {}."""
+    takes = "train" in inspect.signature(type(model).__call__).parameters
+    return {"train": train} if takes else {}
 
 
 def tap_shapes(model: nn.Module, variables: Any, image_shape: tuple[int, ...]) -> dict[str, Any]:

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import safetensors
@@ -15,8 +14,10 @@ import safetensors.numpy
 from flax import linen as nn
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from abflax.compatibility import require_fits
 from abflax.errors import InputError
-from abflax.models import MODELS, WideResNet, model_name
+from abflax.files import write_whole
+from abflax.models import MODELS, WideResNet
 from abflax.networks import Network
 from abflax.step import abstract_variables
 
@@ -129,11 +130,7 @@ def save_variables(path: str | Path, variables: Any) -> None:
     """Writes a tree of arrays as `.safetensors`, under names such as `params/stem/kernel`."""
     flat = flatten_dict(variables, sep="/")
     flat = {name: np.ascontiguousarray(leaf) for name, leaf in flat.items()}
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".partial")
-    safetensors.numpy.save_file(flat, temporary)
-    temporary.replace(path)
+    write_whole(Path(path), safetensors.numpy.save(flat))
 
 
 def load_network(name: str, path: str | Path, label: str | None = None) -> Network:
@@ -161,26 +158,6 @@ def load_network(name: str, path: str | Path, label: str | None = None) -> Netwo
         variables = from_torch(name, arrays)
         model, _ = _architecture(name, arrays)
     return Network(model, variables, label)
-
-
-def require_fits(what: str, model: nn.Module, variables: Any, image_shape: tuple[int, ...]) -> None:
-    """Raises `InputError` where variables are not those of a model on such images.
-
-    Args:
-      what: what the message begins with.
-    """
-    found = flatten_dict(dict(variables), sep="/")
-    wanted = flatten_dict(abstract_variables(model, image_shape), sep="/")
-    name = model_name(model)
-    for key in sorted({*found, *wanted}):
-        if key not in found or key not in wanted:
-            problem = "is missing" if key not in found else "is no weight of this architecture"
-            raise InputError(f"{what} for {name}: '{key}' {problem}")
-        if found[key].shape != wanted[key].shape:
-            raise InputError(
-                f"{what} for {name}: '{key}' has shape {found[key].shape}, where images of "
-                f"{image_shape[-1]} channels need {wanted[key].shape}"
-            )
 
 
 def _architecture(
@@ -237,7 +214,7 @@ def _read_torch(path: Path) -> dict[str, np.ndarray]:
     loaded = torch.load(path, map_location="cpu", weights_only=True)
     loaded = loaded.get("state_dict", loaded)
     return {
-        key: np.asarray(jax.dlpack.from_dlpack(value.float().contiguous().detach()))
+        key: (value.float() if value.dtype == torch.bfloat16 else value).detach().numpy()
         for key, value in loaded.items()
     }
 

@@ -86,12 +86,11 @@ def cache_compilation(workdir: Path) -> None:
 
 
 def epochs_type(text: str) -> tuple[int, int]:
-    """ "I+C" -> (I, C); "C" alone -> (0, C)."""
+    """ "I+C" -> (I, C)."""
     parts = text.split("+")
-    if len(parts) > 2 or not all(part.isdigit() for part in parts):
+    if len(parts) != 2 or not all(part.isdigit() for part in parts):
         raise argparse.ArgumentTypeError(f"'{text}' is not I+C, such as 20+100")
-    numbers = [int(part) for part in parts]
-    return (numbers[0], numbers[1]) if len(numbers) == 2 else (0, numbers[0])
+    return int(parts[0]), int(parts[1])
 
 
 def seeds_type(text: str) -> tuple[int, ...]:
@@ -100,7 +99,7 @@ def seeds_type(text: str) -> tuple[int, ...]:
     if not parts or not all(part.isdigit() for part in parts):
         raise argparse.ArgumentTypeError(f"'{text}' is neither a count nor a list of seeds")
     if "," in text:
-        return tuple(int(part) for part in parts)
+        return tuple(dict.fromkeys(int(part) for part in parts))
     if int(text) < 1:
         raise argparse.ArgumentTypeError("at least one seed is needed")
     return tuple(range(int(text)))

@@ -19,6 +19,7 @@ from typing import Any
 
 from rich.console import Console
 
+from abflax.errors import InputError
 from abflax.methods import METHODS
 from abflax.record import read_record
 from experiments import cli
@@ -80,7 +81,9 @@ def one_plus_one(records: Sequence[Record]) -> str:
         for record in records
         if _is(
             record,
+            dataset="cifar10",
             student="wrn16-1",
+            precision="float32",
             protocol="official",
             epochs=[1, 1],
             fraction=1.0,
@@ -111,7 +114,7 @@ def one_plus_one(records: Sequence[Record]) -> str:
     commits = sorted({str(run["environment"]["commit"])[:12] for run in chosen})
     caption = (
         "CIFAR-10, all 50,000 training images, 1 + 1 epochs (cross-entropy and kd: 2), batch 128, "
-        f"protocol `official`, teacher {', '.join(teachers)} (8.98 % error), student wrn16-1; "
+        f"protocol `official`, teacher {', '.join(teachers)} (the shipped one), student wrn16-1; "
         f"last epoch. Device: {', '.join(devices)}; commit {', '.join(commits)}. "
         "The paper's column is of larger networks, so its order, not its numbers, is what compares."
     )
@@ -135,6 +138,9 @@ def _by_method(records: Sequence[Record]) -> dict[str, list[Record]]:
     grouped: dict[str, list[Record]] = defaultdict(list)
     for record in sorted(records, key=lambda record: record["config"]["seeds"]["weights"]):
         grouped[record["config"]["method"]].append(record)
+    for method, runs in grouped.items():
+        if len({json.dumps(run["config"] | {"seeds": None}) for run in runs}) > 1:
+            raise InputError(f"records of {method} differ in more than their seeds")
     order = {name: index for index, name in enumerate(METHODS)}
     return dict(sorted(grouped.items(), key=lambda item: (order.get(item[0], 99), item[0])))
 

@@ -225,7 +225,7 @@ def _options(arguments: argparse.Namespace) -> dict[str, Any]:
     """The method's options that were given."""
     given = {
         "margin": arguments.margin,
-        "layers": tuple(arguments.layers.split(",")) if arguments.layers else None,
+        "layers": tuple(arguments.layers.split(",")) if arguments.layers is not None else None,
         "temperature": arguments.temperature,
         "transfer_weight": arguments.transfer_weight,
     }

@@ -1,8 +1,9 @@
-"""Search a method's transfer weight on a logarithmic grid, on validation data, never on the test set.
+"""Search a method's transfer weight on a logarithmic grid, by validation error.
 
-A class-balanced tenth of the training data is held out; the student learns from a fifth of the
-rest. The grid is in units of the protocol's own factor, so 1 is where the method starts. The
-result is a table, and `search/METHOD-PROTOCOL.json` in the workdir with every point's record.
+The test set is never looked at: a class-balanced tenth of the training data is held out, and the
+student learns from a fifth of the rest. The grid is in units of the protocol's own factor, so 1 is
+where the method starts. The result is a table, and `search/METHOD-PROTOCOL.json` in the workdir
+with every point's record.
 
 examples:
   python -m experiments.search --method attention --protocol official
@@ -111,7 +112,7 @@ def main(console: Console) -> None:
 
 
 def best(points: list[dict[str, Any]]) -> float:
-    """The transfer weight of the smallest mean validation error, of the points that did not fail."""
+    """The transfer weight of the smallest mean validation error; points that failed lose."""
     errors = {
         point["transfer_weight"]: statistics.mean(_errors(point))
         for point in points

@@ -43,5 +43,5 @@ def find_teacher(name: str, dataset: str, weights: str | None, workdir: Path) ->
     if record := read_record(run / "record.json"):
         if record["config"]["student"] != name:
             raise InputError(f"run {weights} trained a {record['config']['student']}, not a {name}")
-        return load_network(name, run / "student.safetensors", f"{name}:run-{weights}")
+        return load_network(name, run / "student.safetensors")
     return load_network(name, weights)

@@ -6,6 +6,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 # room -> what it may import of abflax, besides errors and itself
 MAY_KNOW = {
+    "files": set(),
     "losses": set(),
     "metrics": {"losses"},  # the indicator
     "taps": set(),
@@ -16,18 +17,20 @@ MAY_KNOW = {
     "interrupt": set(),
     "progress": set(),
     "checkpoint": set(),
-    "terms": {"losses", "metrics", "taps", "connectors"},
+    "terms": {"losses", "metrics", "taps"},
     "methods": {"terms", "optim"},
     "networks": {"models"},
     "step": {"losses", "metrics", "taps", "connectors", "methods", "terms"},
-    "weights": {"models", "networks", "step"},
+    "compatibility": {"config", "data", "models", "networks", "step", "taps"},
+    "weights": {"compatibility", "files", "models", "networks", "step"},
     "config": {"methods"},
-    "record": {"config"},
+    "record": {"config", "files"},
     "journal": {"config", "methods", "optim"},
     "parallel": {"data", "methods", "optim", "step"},
-    "evaluation": {"data", "methods", "networks", "optim", "parallel", "weights"},
+    "evaluation": {"compatibility", "data", "methods", "networks", "optim", "parallel"},
     "loop": {
         "checkpoint",
+        "compatibility",
         "config",
         "data",
         "evaluation",

@@ -13,7 +13,7 @@ import pytest
 from tests.conftest import save_random_network
 
 ROOT = Path(__file__).parent.parent
-# 17 + 17 steps on 129 digits; a checkpoint after every step.
+# 16 + 16 steps on 130 digits; a checkpoint after every step.
 ARGUMENTS = (
     "--dataset", "digits", "--teacher", "wrn10-2", "--student", "wrn10-1", "--fraction", "0.1",
     "--batch-size", "32", "--epochs", "4+4", "--protocol", "official", "--evaluate-every", "2",

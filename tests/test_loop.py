@@ -177,6 +177,8 @@ def test_fewer_examples_than_a_batch(digits, teacher):
     assert [(h["epoch"], h["step"]) for h in record["history"]] == [(6, 1), (7, 2)]
     with pytest.raises(InputError, match="3 epochs of 5 examples are less than one batch of 16"):
         _distill(few, None, method="cross-entropy", epochs=(0, 3))
+    with pytest.raises(InputError, match="so phase initialise would have no step"):
+        _distill(few, teacher, epochs=(1, 9))
 
 
 def _poisoned(digits, at):
@@ -198,8 +200,7 @@ def test_numbers_that_are_none_stop_the_run(digits, teacher, tmp_path):
     (run,) = (tmp_path / "runs").iterdir()
     assert not (run / "record.json").exists()
     with Checkpoints(run / "checkpoints") as checkpoints:
-        step, meta = checkpoints.latest()
-    assert step == meta["journal"]["step"] == 2
+        assert checkpoints.latest()["journal"]["step"] == 2
 
 
 def test_a_teacher_that_is_not_a_number(digits, teacher):
@@ -220,18 +221,19 @@ def test_a_checkpoint_of_another_configuration(digits, teacher, tmp_path):
         _distill(digits, teacher, workdir=tmp_path, epochs=(1, 2))
 
 
+@pytest.mark.parametrize("damaged", ["meta", "state"])
 def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_used(
-    whole, digits, teacher, tmp_path
+    whole, digits, teacher, tmp_path, damaged
 ):
     resources = Resources(devices=1, checkpoint_seconds=0.0)
     with pytest.raises(Interrupted):
         _distill(digits, teacher, workdir=tmp_path, reporter=_StopAt(3), resources=resources)
     (run,) = (tmp_path / "runs").iterdir()
-    for file in (run / "checkpoints" / "3" / "meta").rglob("*"):
+    for file in (run / "checkpoints" / "3" / damaged).rglob("*"):
         if file.is_file():
             file.write_bytes(b"")
     with pytest.warns(UserWarning, match=r"checkpoints/3 cannot be read.*the one before"):
-        resumed = _distill(digits, teacher, workdir=tmp_path)
+        resumed = _distill(digits, teacher, workdir=tmp_path, resources=resources)
     chex.assert_trees_all_equal(resumed.variables, whole.variables)
 
 
@@ -307,3 +309,49 @@ def test_a_teacher_of_other_images(digits):
         _distill(digits, colour)
     with pytest.raises(InputError, match=r"the weights for wrn10-1: 'params/stem/kernel'"):
         evaluate(colour, digits[1])
+
+
+def test_force_lets_what_is_not_finished_go_on(whole, digits, teacher, tmp_path):
+    with pytest.raises(Interrupted):
+        _distill(digits, teacher, workdir=tmp_path, reporter=_StopAt(5), force=True)
+    steps = []
+
+    class Count(Silent):
+        def steps(self, count, images, epoch, loss):
+            steps.append(count)
+
+    _distill(digits, teacher, workdir=tmp_path, reporter=Count(), force=True)
+    assert sum(steps) == 3
+
+
+def test_a_checkpoint_of_eight_devices_goes_on_with_one(digits, teacher, tmp_path):
+    eight = Resources(devices=8)
+    with pytest.raises(Interrupted):
+        _distill(digits, teacher, workdir=tmp_path, reporter=_StopAt(2), resources=eight)
+    assert _distill(digits, teacher, workdir=tmp_path).record["phases"][1]["steps"] == 4
+
+
+def test_data_of_other_contents_is_another_run(digits, teacher, tmp_path):
+    train, test = digits
+    fewer = train.take(np.arange(32)), test.take(np.arange(9))
+    for data in (digits, (train, fewer[1]), (fewer[0], test)):
+        with pytest.raises(Interrupted):
+            _distill(data, teacher, workdir=tmp_path, reporter=_StopAt(1))
+    assert len(list((tmp_path / "runs").iterdir())) == 3
+    assert dataclasses.replace(train, num_classes=11, name=None).name != train.name
+
+
+def test_classes_and_normalisation_must_fit(digits, teacher):
+    eleven = dataclasses.replace(digits[0], num_classes=11)
+    with pytest.raises(InputError, match="the student, wrn10-1, has 10 logits for 11 classes"):
+        _distill((eleven, digits[1]), teacher)
+    with pytest.raises(InputError, match="the network, wrn10-2, has 10 logits for 11 classes"):
+        evaluate(teacher, eleven)
+    raw = Dataset(digits[1].images, digits[1].labels)
+    with pytest.raises(InputError, match=r"normalised by \(0.0,\) and \(1.0,\)"):
+        _distill((digits[0], raw), teacher)
+
+
+def test_dispatches_need_a_step():
+    with pytest.raises(InputError, match="at least 1, not -1"):
+        Resources(steps_per_dispatch=-1)

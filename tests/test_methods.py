@@ -1,5 +1,6 @@
 """Protocols and methods say what the paper and the published code say; optimisers do it."""
 
+import dataclasses
 from fractions import Fraction
 
 import chex
@@ -72,10 +73,12 @@ def test_methods_add_up():
         (lambda: METHODS["kd"](temperature=-1.0), "temperature must be above 0"),
         (lambda: METHODS["kd"](cross_entropy_share=1.5), "share must be in"),
         (lambda: METHODS["activation-boundary"](transfer_weight=0.0), "transfer_weight"),
+        (lambda: METHODS["kd"](transfer_weight=2.0), "method kd has no transfer loss"),
+        (lambda: METHODS["fsp"](layers=()), "layers must name at least one tap"),
         (lambda: RunConfig("d", "s", epochs=(0, 0)), "not both 0"),
         (lambda: RunConfig("d", "s", fraction=0.0), r"in \(0, 1\], not 0.0"),
         (lambda: RunConfig("d", "s", precision="float16"), "did you mean"),
-        (lambda: RunConfig("d", "s", seeds=Seeds.all(-1)), "negative"),
+        (lambda: RunConfig("d", "s", seeds=Seeds.all(-1)), "whole numbers >= 0"),
         (lambda: RunConfig("d", "s", batch_size=0), "batch_size"),
     ],
 )  # fmt: skip
@@ -101,12 +104,34 @@ def test_hash_names_what_changes_numbers():
     assert len({base.hash, *(other.hash for other in others)}) == 5
 
 
+def test_one_objective_has_one_hash_however_it_is_spelt():
+    base = RunConfig("d", "s", "t")
+    assert base.hash == dataclasses.replace(base, options=(("margin", 1.0),)).hash
+    assert base.hash != dataclasses.replace(base, options=(("margin", 1.5),)).hash
+    powers = [RunConfig("d", "s", "t", method=name).hash for name in ("l2", "l2.0", "l1.5")]
+    assert powers[0] == powers[1] != powers[2]
+
+
+def test_every_transfer_loss_has_a_scale_in_every_protocol():
+    for protocol in PROTOCOLS:
+        scale = lambda name, protocol=protocol: METHODS[name](protocol=protocol)[0].terms[0][0]
+        for name in METHODS:
+            if any(term.transfers for _, term in METHODS[name]()[0].terms):
+                assert name in PROTOCOLS[protocol]["cifar"].transfer_scale
+        assert scale("l1.5") == scale("l2.0") == scale("l2") < 0.01
+
+
+def test_names_are_looked_up_as_in_any_mapping():
+    assert "nothing" not in METHODS and METHODS.get("nothing") is None
+    assert "l0.7" in METHODS and "kd+nst" in METHODS
+
+
 def test_hashes_never_change():
     """Records are found by them."""
-    assert RunConfig("cifar10", "wrn16-1").hash == "11fcb4cb167d"
+    assert RunConfig("cifar10", "wrn16-1").hash == "0c2b83280cfa"
     config = RunConfig("digits", "wrn10-2", "wrn16-2:abc", options=(("margin", 2.0),),
                        epochs=(1, 2), seeds=Seeds.all(3))  # fmt: skip
-    assert config.hash == "e859f246aa0d"
+    assert config.hash == "5ced120fe251"
 
 
 def _rates(optimiser, span):

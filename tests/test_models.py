@@ -91,6 +91,49 @@ class _Foreign(nn.Module):
         return nn.Dense(3, name="head")(nn.relu(x).mean(axis=(1, 2)))
 
 
+class _Jitted(nn.Module):
+    """A block whose inside shows as one equation."""
+
+    @nn.compact
+    def __call__(self, images, *, train):
+        from abflax.taps import sow_tap
+
+        tap = nn.Conv(4, (3, 3), name="conv")(images)
+        sow_tap(self, "layer1", tap)
+        return nn.jit(nn.Dense)(10, name="head")(nn.relu(tap).mean(axis=(1, 2)))
+
+
+@pytest.mark.parametrize("model", [_Jitted(), MODELS["wrn10-1"]()], ids=["jitted", "wrn"])
+def test_what_a_phase_trains(model):
+    """One layer alone trains nothing behind it, inside a jitted block too."""
+    import optax
+
+    from abflax.methods import METHODS
+    from abflax.step import begin_phase, bind, init_variables, trained_parameters
+
+    shape = (8, 8, 1)
+    variables = init_variables(model, jax.random.key(0), shape)
+    phase, _ = METHODS["activation-boundary"](layers=("layer1",))
+    objective = bind(model, model, phase, shape)
+    state = begin_phase(objective, optax.identity(), variables, variables["batch_stats"],
+                        jax.random.key(0), shape)  # fmt: skip
+    trained = trained_parameters(objective, state.params, state.batch_stats, shape)["student"]
+    groups = {name: set(jax.tree.leaves(tree)) for name, tree in trained.items()}
+    if isinstance(model, _Jitted):
+        assert groups == {"conv": {True}, "head": {False}}
+    else:  # layer1 is the first norm of group 2
+        assert groups["stem"] == groups["group1_block0"] == {True}
+        assert groups["group3_block0"] == groups["norm"] == groups["classifier"] == {False}
+        first, *rest = (trained["group2_block0"][k] for k in ("norm1", "conv1", "norm2", "conv2"))
+        assert set(jax.tree.leaves(first)) == {True} and set(jax.tree.leaves(rest)) == {False}
+
+
+def test_depth_order_is_natural():
+    from abflax.taps import depth_order
+
+    assert depth_order(["layer10", "layer2", "layer1"]) == ["layer1", "layer2", "layer10"]
+
+
 def test_taps_by_path():
     model, images = _Foreign(), jnp.ones((2, 4, 4, 1))
     variables = model.init(jax.random.key(0), images)

@@ -55,8 +55,11 @@ class Dataset:
         object.__setattr__(self, "labels", labels.astype(np.int32))
         object.__setattr__(self, "num_classes", classes)
         if self.name is None:
-            digest = hashlib.sha256(images.tobytes() + self.labels.tobytes()).hexdigest()
-            object.__setattr__(self, "name", f"custom-{digest[:12]}")
+            facts = (images.shape, str(images.dtype), classes, self.preprocessing)
+            sha = hashlib.sha256(repr(facts).encode())
+            sha.update(np.ascontiguousarray(images))
+            sha.update(np.ascontiguousarray(self.labels))
+            object.__setattr__(self, "name", f"custom-{sha.hexdigest()[:12]}")
 
     def __len__(self) -> int:
         return len(self.images)
@@ -71,15 +74,20 @@ class Dataset:
         return {"images": self.images, "labels": self.labels}
 
     def take(self, indices: np.ndarray) -> Dataset:
-        """The examples of these indices, under the same name."""
-        return dataclasses.replace(self, images=self.images[indices], labels=self.labels[indices])
+        """The examples of these indices, as a data set that is named by its contents."""
+        return self._take(indices, None)
+
+    def _take(self, indices: np.ndarray, name: str | None) -> Dataset:
+        images, labels = self.images[indices], self.labels[indices]
+        return dataclasses.replace(self, images=images, labels=labels, name=name)
 
 
 def subset(dataset: Dataset, fraction: float, seed: int) -> Dataset:
     """A class-balanced share of a data set: of each class round(fraction · its size), at least 1.
 
     A function of (data, fraction, seed) alone, so all methods of a seed see the same examples; a
-    smaller fraction's subset lies within a larger one's.
+    smaller fraction's subset lies within a larger one's. The name stays: fraction and seed are
+    part of a run's configuration.
 
     Raises:
       ValueError: unless 0 < fraction <= 1.
@@ -88,7 +96,7 @@ def subset(dataset: Dataset, fraction: float, seed: int) -> Dataset:
         raise InputError(f"the fraction of the training data must be in (0, 1], not {fraction}")
     if fraction == 1:
         return dataset
-    return dataset.take(_balanced(dataset, fraction, seed))
+    return dataset._take(_balanced(dataset, fraction, seed), dataset.name)
 
 
 def holdout(dataset: Dataset, share: float, seed: int) -> tuple[Dataset, Dataset]:
@@ -110,8 +118,8 @@ def holdout(dataset: Dataset, share: float, seed: int) -> tuple[Dataset, Dataset
         raise InputError(f"holding out {share} of the data leaves a class without training data")
     name = f"{dataset.name}, {share:g} held out by seed {seed}"
     return (
-        dataclasses.replace(dataset.take(fitted), name=name),
-        dataclasses.replace(dataset.take(held), name=f"validation of {name}"),
+        dataset._take(fitted, name),
+        dataset._take(held, f"validation of {name}"),
     )
 
 

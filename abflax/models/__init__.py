@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 
 from flax import linen as nn
 
-from abflax.errors import InputError, unknown
+from abflax.errors import UnknownNameError, unknown
 from abflax.models.wide_resnet import WideResNet
 
 __all__ = ["MODELS", "WideResNet", "model_name"]
@@ -29,19 +29,12 @@ class _Models(Mapping[str, Callable[..., nn.Module]]):
             depth, width = map(int, match.groups())
             if depth < 10 or (depth - 4) % 6 or width < 1:
                 near = max(10, 4 + 6 * round((depth - 4) / 6))
-                raise InputError(
+                raise UnknownNameError(
                     f"'{name}' is no wide ResNet: its depth must be 6n + 4 (10, 16, 22, 28, …) "
                     f"and its width at least 1; the nearest is wrn{near}-{max(width, 1)}"
                 )
             return functools.partial(WideResNet, depth=depth, width=width)
         raise unknown("model", name, self)
-
-    def __contains__(self, name: object) -> bool:
-        try:
-            self[str(name)]
-        except InputError:
-            return False
-        return True
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._PAPER)
@@ -54,7 +47,11 @@ MODELS: Mapping[str, Callable[..., nn.Module]] = _Models()
 
 
 def model_name(model: nn.Module) -> str:
-    """The name under which `MODELS` has the module, or its class and fields for any other."""
+    """The name under which `MODELS` has the module, or its class and fields for any other.
+
+    Functions among the fields count by their names.
+    """
     if isinstance(model, WideResNet):
         return f"wrn{model.depth}-{model.width}"
-    return re.sub(r"\s+", " ", repr(model))
+    named = re.sub(r"<function ([\w.<>]+) at 0x[0-9a-f]+>", r"\1", repr(model))
+    return re.sub(r"\s+", " ", named)

@@ -29,6 +29,7 @@ class ActivationBoundary(LayerTerm):
     margin: float = 1.0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not self.margin > 0:
             raise InputError(f"the margin must be above 0, not {self.margin}")
 

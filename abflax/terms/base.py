@@ -8,8 +8,8 @@ from typing import Any, ClassVar, Literal
 
 import jax
 
-from abflax.errors import unknown
-from abflax.taps import Forward
+from abflax.errors import InputError, unknown
+from abflax.taps import Forward, depth_order
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,20 +70,26 @@ class LayerTerm(Term):
     layers: tuple[str, ...] | None = None
     layer_ratio: float = 1.0
 
+    def __post_init__(self) -> None:
+        if self.layers is not None and not self.layers:
+            raise InputError("layers must name at least one tap; leave it out for all")
+        if not self.layer_ratio > 0:
+            raise InputError(f"layer_ratio must be above 0, not {self.layer_ratio}")
+
     def chosen(self, taps: Iterable[str]) -> tuple[str, ...]:
         """The chosen layers, the shallowest first. Raises `ValueError` for an unknown one."""
-        names = sorted(taps)
+        names = depth_order(taps)
         if self.layers is None:
             return tuple(names)
         wanted = {names[-1] if layer == "last" and names else layer for layer in self.layers}
         for layer in wanted:
             if layer not in names:
                 raise unknown("layer", layer, names)
-        return tuple(sorted(wanted))
+        return tuple(depth_order(wanted))
 
     def layer_weights(self, taps: Iterable[str]) -> dict[str, float]:
         """layer -> weight, of the chosen layers among all the taps of a network."""
-        depth = {name: index for index, name in enumerate(sorted(taps))}
+        depth = {name: index for index, name in enumerate(depth_order(taps))}
         last = len(depth) - 1
         return {name: self.layer_ratio ** (last - depth[name]) for name in self.chosen(depth)}
 

@@ -28,6 +28,7 @@ class FeatureDifference(LayerTerm):
     power: float = 2.0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not self.power > 0:
             raise InputError(f"the power must be above 0, not {self.power}")
 
