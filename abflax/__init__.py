@@ -1,11 +1,11 @@
 """Knowledge distillation for JAX and Flax, centred on activation boundaries."""
 
-from abflax.config import RunConfig, Seeds
+from abflax.config import Resources, RunConfig, Seeds
 from abflax.data import Dataset, load
 from abflax.errors import InputError, NonFiniteError
 from abflax.evaluation import evaluate
 from abflax.interrupt import Interrupted
-from abflax.loop import Resources, Result, distill
+from abflax.loop import Result, distill
 from abflax.networks import Network
 
 __version__ = "0.1.0"

@@ -61,13 +61,25 @@ class Checkpoints:
         """Returns when all that was saved is on disk."""
         self._manager.wait_until_finished()
 
+    def latest_step(self) -> int | None:
+        """The step of the newest checkpoint; None: there is none."""
+        return self._manager.latest_step()
+
     def latest(self) -> dict[str, Any] | None:
-        """The description of the newest checkpoint whose description can be read; None: no such."""
+        """The description of the newest checkpoint whose description can be read.
+
+        None where there is no checkpoint.
+
+        Raises:
+          ValueError: if there are checkpoints, but none whose description can be read.
+        """
         for step in sorted(self._manager.all_steps(), reverse=True):
             try:
                 return self._meta(step)
             except Exception as error:  # whatever a damaged file makes Orbax raise
                 _warn_unreadable(self.directory / str(step), error)
+        if self._manager.all_steps():
+            raise self._none_fits()
         return None
 
     def restore(self, target: Callable[[dict[str, Any]], Any]) -> tuple[dict[str, Any], Any]:
@@ -94,7 +106,10 @@ class Checkpoints:
             for each in damaged:
                 self._manager.delete(each)
             return meta, state
-        raise InputError(
+        raise self._none_fits()
+
+    def _none_fits(self) -> InputError:
+        return InputError(
             f"no checkpoint in {self.directory} fits and can be read; remove that folder to begin "
             "anew"
         )

@@ -1,4 +1,4 @@
-"""What a run is: the configuration whose hash names it."""
+"""What a run is: the configuration whose hash names it, and what it runs on."""
 
 from __future__ import annotations
 
@@ -119,3 +119,25 @@ class RunConfig:
                 given[field.name] = self.as_json()[field.name]
         text = json.dumps(given, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+@dataclasses.dataclass(frozen=True)
+class Resources:
+    """What changes a run's speed and safety, but none of its numbers, so not its name.
+
+    Attributes:
+      devices: how many of this process's devices; None: all.
+      steps_per_dispatch: None: 1 on CPUs, 100 on accelerators.
+      checkpoint_seconds: the longest time between two checkpoints; every evaluation makes one
+        too.
+    """
+
+    devices: int | None = None
+    steps_per_dispatch: int | None = None
+    checkpoint_seconds: float = 60.0
+
+    def __post_init__(self) -> None:
+        if self.steps_per_dispatch is not None and self.steps_per_dispatch < 1:
+            raise InputError(
+                f"steps_per_dispatch must be at least 1, not {self.steps_per_dispatch}"
+            )

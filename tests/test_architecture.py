@@ -28,7 +28,7 @@ MAY_KNOW = {
     "journal": {"config", "methods", "optim"},
     "parallel": {"data", "methods", "optim", "step"},
     "evaluation": {"compatibility", "data", "methods", "networks", "optim", "parallel"},
-    "loop": {
+    "run": {
         "checkpoint",
         "compatibility",
         "config",
@@ -37,15 +37,25 @@ MAY_KNOW = {
         "interrupt",
         "journal",
         "methods",
-        "models",
         "networks",
         "optim",
         "parallel",
         "progress",
         "record",
         "step",
+    },
+    "loop": {
+        "checkpoint",
+        "config",
+        "data",
+        "interrupt",
+        "models",
+        "networks",
+        "progress",
+        "record",
+        "run",
         "weights",
-    },  # fmt: skip
+    },
 }
 
 

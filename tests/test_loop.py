@@ -148,11 +148,11 @@ def test_one_device_and_eight_give_the_same_numbers(digits, teacher):
 
 def test_replicas_agree_on_every_leaf(digits, teacher, monkeypatch):
     """`out_axes=None` does not check it."""
-    from abflax.loop import _Run
+    from abflax.run import Run
 
     states = []
-    save = _Run._save
-    monkeypatch.setattr(_Run, "_save", lambda self, j, state: (states.append(state),
+    save = Run._save
+    monkeypatch.setattr(Run, "_save", lambda self, j, state: (states.append(state),
                                                                save(self, j, state)))  # fmt: skip
     _distill(digits, teacher, resources=Resources(devices=8))
     assert len(states) == 2
@@ -235,6 +235,22 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_used(
     with pytest.warns(UserWarning, match=r"checkpoints/3 cannot be read.*the one before"):
         resumed = _distill(digits, teacher, workdir=tmp_path, resources=resources)
     chex.assert_trees_all_equal(resumed.variables, whole.variables)
+
+
+@pytest.mark.parametrize("damaged", ["meta", "state"])
+def test_where_every_checkpoint_is_damaged_the_run_does_not_begin_anew(
+    digits, teacher, tmp_path, damaged
+):
+    with pytest.raises(Interrupted):
+        _distill(digits, teacher, workdir=tmp_path, reporter=_StopAt(1))
+    for file in tmp_path.glob(f"runs/*/checkpoints/*/{damaged}/**/*"):
+        if file.is_file():
+            file.write_bytes(b"")
+    with (
+        pytest.warns(UserWarning, match="cannot be read"),
+        pytest.raises(InputError, match="no checkpoint in .* fits and can be read; remove"),
+    ):
+        _distill(digits, teacher, workdir=tmp_path)
 
 
 def test_what_cannot_be_distilled(digits, teacher, tmp_path):
