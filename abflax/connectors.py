@@ -2,7 +2,7 @@
 
 A connector is a 1×1 convolution without bias and a batch norm, trained with the student and
 thrown away after the phase that trained it. Left out where the widths are equal already
-(Heo et al., AAAI 2019).
+(Heo et al., AAAI 2019). An extra head does the same for logits over the teacher's own classes.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from abflax.taps import Forward
 
 # N(0, √(2 / C_out)): for a 1×1 kernel, the published N(0, √(2 / (k²·C_out))).
 _INIT = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
+_DENSE_INIT = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")  # PyTorch's default
 
 
 class Connectors(nn.Module):
@@ -39,9 +40,13 @@ class Connectors(nn.Module):
     axis_name: str | None = None
 
     @nn.compact
-    def __call__(self, taps: Mapping[str, jax.Array], *, train: bool) -> dict[str, jax.Array]:
-        """The named taps, each `[..., channels of the teacher]`."""
-        return {name: self._connect(name, taps[name], width, train) for name, width in self.widths}
+    def __call__(self, student: Forward, *, train: bool) -> Forward:
+        """The pass with its named taps mapped, each `[..., channels of the teacher]`."""
+        mapped = {
+            name: self._connect(name, student.taps[name], width, train)
+            for name, width in self.widths
+        }
+        return student.replace(taps={**student.taps, **mapped})
 
     def _connect(self, name: str, tap: jax.Array, width: int, train: bool) -> jax.Array:
         if tap.shape[-1] == width:
@@ -63,6 +68,37 @@ class Connectors(nn.Module):
             axis_name=self.axis_name,
             name=f"{name}_norm",
         )(tap)
+
+
+class ExtraHead(nn.Module):
+    """A second classifier on a network's features, over other classes than its own.
+
+    Attributes:
+      num_classes: the teacher's.
+    """
+
+    num_classes: int
+    dtype: Any = None
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, student: Forward, *, train: bool) -> Forward:
+        """The pass with this head's logits, `[batch, num_classes]`.
+
+        Raises:
+          ValueError: where the network does not say what its features are.
+        """
+        del train
+        if student.features is None:
+            raise InputError("an extra head reads the features, which the student does not sow")
+        head = nn.Dense(
+            self.num_classes,
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+            kernel_init=_DENSE_INIT,
+            name="head",
+        )
+        return student.replace(logits=head(student.features))
 
 
 def connect(

@@ -19,6 +19,7 @@ from abflax.terms import (
     FlowOfSolution,
     JacobianMatching,
     KnowledgeDistillation,
+    LogitRegression,
     NeuronSelectivity,
     Term,
 )
@@ -89,9 +90,9 @@ class Protocol:
 
 # Sums over neurons begin where the published code has activation boundaries; the others where
 # their authors' own constants put them, for the mean over positions, or pairs, or channels that is
-# taken here: attention β/2 = 500, NST 50. The search (`experiments.search`) replaces them.
+# taken here: attention β/2 = 500, NST 50, DTL 10. The search (`experiments.search`) replaces them.
 _SUMS = ("activation-boundary", "fitnet", "l2", "l1", "l0.5")
-_START = {"attention": 500.0, "nst": 50.0, "jacobian": 1.0, "fsp": 1.0}
+_START = {"attention": 500.0, "nst": 50.0, "jacobian": 1.0, "fsp": 1.0, "dtl": 10.0}
 
 _PAPER_SGD = Optimiser(drops=(0.3, 0.6, 0.8), of_run=True)
 _OFFICIAL_SGD = Optimiser(drops=(0.3, 0.6, 0.8), resets=(0.3, 0.6, 0.8), whole_epochs=True)
@@ -144,8 +145,8 @@ class Method:
     classify: tuple[Term, ...]
 
 
-def _alone(term: Term) -> dict[str, tuple[Term, ...]]:
-    return {"initialise": (term,), "classify": (term,)}
+def _alone(*terms: Term) -> dict[str, tuple[Term, ...]]:
+    return {"initialise": terms, "classify": terms}
 
 
 def _two_stage(term: Term) -> dict[str, tuple[Term, ...]]:
@@ -201,6 +202,11 @@ _METHODS: Mapping[str, Method] = {
         "which positions each channel likes, all along",
         "Huang, Wang 2017",
         **_joint(NeuronSelectivity()),
+    ),
+    "dtl": Method(
+        "labels, and through an extra head the teacher's centred logits over its own classes",
+        "Srinivas, Fleuret, ICML 2018",
+        **_alone(CrossEntropy(), LogitRegression()),
     ),
 }
 _POWER = re.compile(r"l(\d+(?:\.\d+)?)")

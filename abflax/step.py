@@ -17,6 +17,7 @@ from jax.interpreters.partial_eval import dce_jaxpr
 
 from abflax.connectors import (
     Connectors,
+    ExtraHead,
     common_positions,
     connect,
     pool_positions,
@@ -26,7 +27,7 @@ from abflax.connectors import (
 from abflax.losses import cross_entropy
 from abflax.methods import Phase
 from abflax.metrics import activation_agreement, misclassified
-from abflax.taps import Forward, run_model, tap_shapes, train_argument
+from abflax.taps import Forward, number_of_logits, run_model, tap_shapes, train_argument
 from abflax.terms import LayerTerm
 
 
@@ -64,7 +65,7 @@ class Objective:
     student: nn.Module
     teacher: nn.Module | None
     phase: Phase
-    connectors: tuple[Connectors | None, ...]
+    connectors: tuple[Connectors | ExtraHead | None, ...]
     pooled: tuple[tuple[tuple[str, tuple[int, int]], ...], ...]
     measured: tuple[str, ...]
     axis_name: str | None = None
@@ -102,11 +103,13 @@ def bind(
             require_same_positions(ours, theirs, layers)
         pools = term.positions == "pooled"
         pooled.append(common_positions(ours, theirs, layers) if pools else ())
-        connected = (
-            connect(theirs, layers, axis_name=axis_name, **fields) if term.connects else None
-        )
-        connectors.append(connected)
-    connected = {name for each in connectors if each is not None for name, _ in each.widths}
+        if term.connects == "taps":
+            connectors.append(connect(theirs, layers, axis_name=axis_name, **fields))
+        elif term.connects == "features":
+            connectors.append(ExtraHead(_classes(teacher, image_shape), **fields))
+        else:
+            connectors.append(None)
+    connected = {name for each in connectors for name in _connected(each)}
     measured = tuple(
         name
         for name in ours
@@ -139,12 +142,12 @@ def begin_phase(
     """The state at the start of a phase: the student as it is, fresh connectors and optimiser."""
     dtype = jnp.result_type(float)
     images = jnp.zeros((1, *image_shape), dtype)
-    taps = run_model(objective.student, student, images, train=False).taps
+    forward = run_model(objective.student, student, images, train=False)
     params: dict[str, Any] = {"student": student["params"], "connectors": {}}
     stats = {"student": student["batch_stats"], "connectors": {}, "teacher": teacher_stats}
     for index, connectors in enumerate(objective.connectors):
         if connectors is not None:
-            variables = connectors.init(jax.random.fold_in(key, index), taps, train=False)
+            variables = connectors.init(jax.random.fold_in(key, index), forward, train=False)
             params["connectors"][f"term{index}"] = variables.get("params", {})
             stats["connectors"][f"term{index}"] = variables.get("batch_stats", {})
     return TrainState(jnp.zeros((), jnp.int32), params, stats, optimiser.init(params))
@@ -297,9 +300,9 @@ def eval_step(
         return sums
     connected: dict[str, jax.Array] = {}
     for index, connectors in enumerate(objective.connectors):
-        if connectors is not None:  # of several terms' connectors the first term's count
+        if names := _connected(connectors):  # of several terms' connectors the first term's count
             view, _ = _through_connectors(connectors, index, student, params, batch_stats, False)
-            connected = {name: view.taps[name] for name, _ in connectors.widths} | connected
+            connected = {name: view.taps[name] for name in names} | connected
     student = student.replace(taps=student.taps | connected)
     teacher = run_model(
         objective.teacher,
@@ -313,12 +316,21 @@ def eval_step(
     return sums
 
 
+def _classes(model: nn.Module, image_shape: tuple[int, ...]) -> int:
+    return number_of_logits(model, abstract_variables(model, image_shape), image_shape)
+
+
+def _connected(connectors: Connectors | ExtraHead | None) -> tuple[str, ...]:
+    """The taps that pass through connectors."""
+    return tuple(name for name, _ in getattr(connectors, "widths", ()))
+
+
 def _needs_pullback(phase: Phase) -> bool:
     return any(term.needs_pullback for _, term in phase.terms)
 
 
 def _through_connectors(
-    connectors: Connectors | None,
+    connectors: Connectors | ExtraHead | None,
     index: int,
     student: Forward,
     params: Any,
@@ -333,6 +345,5 @@ def _through_connectors(
         "params": params["connectors"][key],
         "batch_stats": batch_stats["connectors"][key],
     }
-    taps, state = connectors.apply(variables, student.taps, train=train, mutable=["batch_stats"])
-    moved = state.get("batch_stats", batch_stats["connectors"][key])
-    return student.replace(taps={**student.taps, **taps}), {key: moved}
+    view, state = connectors.apply(variables, student, train=train, mutable=["batch_stats"])
+    return view, {key: state.get("batch_stats", batch_stats["connectors"][key])}

@@ -2,7 +2,7 @@
 
 from abflax.terms.activation_boundary import ActivationBoundary
 from abflax.terms.base import LayerTerm, Term
-from abflax.terms.classification import CrossEntropy, KnowledgeDistillation
+from abflax.terms.classification import CrossEntropy, KnowledgeDistillation, LogitRegression
 from abflax.terms.features import FeatureDifference
 from abflax.terms.jacobian import JacobianMatching
 from abflax.terms.relations import AttentionTransfer, FlowOfSolution, NeuronSelectivity
@@ -16,6 +16,7 @@ __all__ = [
     "JacobianMatching",
     "KnowledgeDistillation",
     "LayerTerm",
+    "LogitRegression",
     "NeuronSelectivity",
     "Term",
 ]

@@ -25,7 +25,7 @@ class ActivationBoundary(LayerTerm):
       margin: μ > 0.
     """
 
-    connects: ClassVar[bool] = True
+    connects: ClassVar = "taps"
     margin: float = 1.0
 
     def __post_init__(self) -> None:

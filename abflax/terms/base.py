@@ -24,7 +24,9 @@ class Term:
         for the supervision by labels or logits.
       needs_teacher: False for a term that compares with nothing.
       needs_pullback: True for a term that uses `Forward.pullback`.
-      connects: True for a term whose student taps go through connectors before `loss` sees them.
+      connects: what of the student goes through trained connectors before `loss` sees it: its
+        "taps", to the teacher's widths; its "features", to logits over the teacher's classes; or
+        None.
       positions: what is done where a layer's height and width differ between the networks:
         "same" refuses, "pooled" average-pools the larger map to the smaller before the term sees
         it, "free" leaves both alone.
@@ -33,7 +35,7 @@ class Term:
     transfers: ClassVar[bool] = False
     needs_teacher: ClassVar[bool] = True
     needs_pullback: ClassVar[bool] = False
-    connects: ClassVar[bool] = False
+    connects: ClassVar[Literal["taps", "features"] | None] = None
     positions: ClassVar[Literal["same", "pooled", "free"]] = "same"
 
     def chosen(self, taps: Iterable[str]) -> tuple[str, ...]:

@@ -8,7 +8,7 @@ from typing import ClassVar
 import jax
 
 from abflax.errors import InputError
-from abflax.losses import cross_entropy, knowledge_distillation
+from abflax.losses import centred_logits_difference, cross_entropy, knowledge_distillation
 from abflax.taps import Forward
 from abflax.terms.base import Term
 
@@ -62,3 +62,23 @@ class KnowledgeDistillation(Term):
             return softened
         share = self.cross_entropy_share
         return (1 - share) * softened + share * cross_entropy(student.logits, labels)
+
+
+@dataclasses.dataclass(frozen=True)
+class LogitRegression(Term):
+    """The mean over the teacher's classes of (S − mean S − (T − mean T))², for each example.
+
+    S are the logits of an extra head on the student's features, over the teacher's own classes,
+    which need not be those of the images (Srinivas, Fleuret, ICML 2018). Targets: the teacher's
+    logits.
+    """
+
+    transfers: ClassVar[bool] = True
+    connects: ClassVar = "features"
+
+    def targets(self, teacher: Forward) -> jax.Array:
+        return teacher.logits
+
+    def loss(self, student: Forward, targets: jax.Array, labels: jax.Array) -> jax.Array:
+        del labels
+        return centred_logits_difference(student.logits, targets).mean(axis=-1)

@@ -24,7 +24,7 @@ class FeatureDifference(LayerTerm):
       power: p > 0; see `feature_difference` for p < 1.
     """
 
-    connects: ClassVar[bool] = True
+    connects: ClassVar = "taps"
     power: float = 2.0
 
     def __post_init__(self) -> None:

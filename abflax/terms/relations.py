@@ -23,7 +23,7 @@ class FlowOfSolution(LayerTerm):
     columns of Heo et al. 2019, Table 6 need. Targets: the teacher's Gram matrices.
     """
 
-    connects: ClassVar[bool] = True
+    connects: ClassVar = "taps"
     positions: ClassVar = "free"
 
     def targets(self, teacher: Forward) -> dict[str, jax.Array]:
