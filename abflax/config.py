@@ -47,6 +47,7 @@ class RunConfig:
       student: name of the student's architecture.
       teacher: name of the teacher and what identifies its weights; None: there is none.
       test: name of the held-out data where it is not the test split of `dataset`.
+      views: how many of an image's crops and flips are ever shown; None: all, as in the paper.
       method, protocol, setting: see `abflax.methods`.
       options: the method's options, sorted by name.
       epochs: of initialise and classify; a joint phase has their sum.
@@ -72,6 +73,7 @@ class RunConfig:
     seeds: Seeds = Seeds()
     precision: str = "float32"
     test: str | None = None
+    views: int | None = None
 
     def __post_init__(self) -> None:
         if len(self.epochs) != 2 or min(self.epochs) < 0 or sum(self.epochs) < 1:
@@ -130,11 +132,13 @@ class Resources:
       steps_per_dispatch: None: 1 on CPUs, 100 on accelerators.
       checkpoint_seconds: the longest time between two checkpoints; every evaluation makes one
         too.
+      keep_targets: ask the teacher once for each of the `views`, and keep what it said.
     """
 
     devices: int | None = None
     steps_per_dispatch: int | None = None
     checkpoint_seconds: float = 60.0
+    keep_targets: bool = False
 
     def __post_init__(self) -> None:
         if self.steps_per_dispatch is not None and self.steps_per_dispatch < 1:

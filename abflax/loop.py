@@ -55,6 +55,7 @@ def distill(
     evaluate_every: int = 1,
     seeds: Seeds | int = 0,
     precision: str = "float32",
+    views: int | None = None,
     workdir: str | Path | None = None,
     force: bool = False,
     resources: Resources | None = None,
@@ -72,8 +73,8 @@ def distill(
       method: a name in `METHODS`, or several joined by "+"; `**options` are its options.
       protocol, setting: see `abflax.methods`.
       epochs: of initialise and classify; a joint phase has their sum.
-      batch_size, fraction, evaluate_every, seeds, precision: see `RunConfig`; an integer seed
-        stands for all four.
+      batch_size, fraction, evaluate_every, seeds, precision, views: see `RunConfig`; an integer
+        seed stands for all four.
       workdir: where `runs/HASH/` with checkpoints, record and weights goes; None: nothing is
         written. The same call again goes on where it stopped, or returns the finished record.
       force: do a finished run again; one that is not finished goes on.
@@ -99,6 +100,7 @@ def distill(
         evaluate_every=evaluate_every,
         seeds=seeds if isinstance(seeds, Seeds) else Seeds.all(int(seeds)),
         precision=precision,
+        views=views,
         test=test.name if test is not None and test.name != data.name else None,
     )
     directory = None if workdir is None else Path(workdir) / "runs" / config.hash

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,7 +19,7 @@ import numpy as np
 import optax
 from flax import linen as nn
 
-from abflax.data import Preprocessing, augment, normalise
+from abflax.data import Preprocessing, augment, draw_views, normalise, view
 from abflax.errors import InputError
 from abflax.methods import Phase
 from abflax.optim import Span
@@ -30,6 +31,7 @@ from abflax.step import (
     bind,
     eval_step,
     init_variables,
+    make_targets,
     train_step,
     trained_parameters,
 )
@@ -44,9 +46,12 @@ class Program:
     Attributes:
       init: key -> variables of a fresh student.
       begin: (student variables, teacher statistics, key) -> `TrainState`.
-      train: (state, teacher params, data, key, examples, epochs, count) -> (state, metrics);
+      train: (state, teacher params, data, key, examples, epochs, count, kept) -> (state, metrics);
         `examples` and `epochs` are `[devices, steps, share]`, of which the first `count` steps
-        are made; the metrics are `[steps]`. The state is donated.
+        are made; `kept`: None, or the targets of all views; the metrics are `[steps]`. The state
+        is donated.
+      targets: (teacher params, teacher statistics, data, examples, views) -> the targets of
+        those views of those examples, booleans packed into bytes; all `[devices, share, ...]`.
       evaluate: (params, batch_stats, teacher params, data, examples, mask) -> sums, `[batches]`
         each; `examples` and `mask` are `[devices, batches, share]`.
       schedule: the phase's own step -> learning rate.
@@ -55,6 +60,7 @@ class Program:
     init: Callable[[jax.Array], Any]
     begin: Callable[..., TrainState]
     train: Callable[..., tuple[TrainState, dict[str, Any]]]
+    targets: Callable[..., Any]
     evaluate: Callable[..., dict[str, Any]]
     schedule: Callable[[int], Any]
 
@@ -130,8 +136,14 @@ def compile_phase(
         begin=jax.jit(begin),
         train=mapped(
             functools.partial(train, steps_per_dispatch),
-            in_axes=(None, None, None, None, 0, 0, None),
+            in_axes=(None, None, None, None, 0, 0, None, None),
             donate_argnums=(0,),
+        ),
+        targets=jax.pmap(
+            functools.partial(_targets, objective, preprocessing),
+            axis_name=AXIS,
+            in_axes=(None, None, None, 0, 0),
+            devices=devices,
         ),
         evaluate=mapped(evaluate, in_axes=(None, None, None, None, 0, 0)),
         schedule=optimiser.schedule(span),
@@ -167,6 +179,7 @@ def _train_many(
     examples: jax.Array,
     epochs: jax.Array,
     count: jax.Array,
+    kept: Any,
 ) -> tuple[TrainState, dict[str, Any]]:
     """Up to `steps` optimisation steps, from indices to new state, without the host."""
 
@@ -174,7 +187,18 @@ def _train_many(
         chosen = examples[index]
         images = augment(data["images"][chosen], chosen, epochs[index], key, preprocessing)
         images, labels = normalise(images, preprocessing), data["labels"][chosen]
-        return train_step(objective, optimiser, state, teacher_params, images, labels)
+        targets = None
+        if kept is not None:
+            view = draw_views(chosen, epochs[index], key, preprocessing.views)
+            row = chosen * preprocessing.views + view
+            packed = jax.tree.map(lambda leaf: leaf[row], kept)
+            stats = state.batch_stats["teacher"]
+            like = jax.eval_shape(
+                lambda *arguments: make_targets(objective, *arguments)[0],
+                teacher_params, stats, images,
+            )  # fmt: skip
+            targets = _unpacked(packed, like)
+        return train_step(objective, optimiser, state, teacher_params, images, labels, targets)
 
     if steps == 1:
         state, metrics = one(0, state)
@@ -187,6 +211,39 @@ def _train_many(
     shapes = jax.eval_shape(lambda state: one(0, state)[1], state)
     metrics = jax.tree.map(lambda leaf: jnp.zeros((steps, *leaf.shape), leaf.dtype), shapes)
     return jax.lax.fori_loop(0, count, body, (state, metrics))
+
+
+def _targets(
+    objective: Objective,
+    preprocessing: Preprocessing,
+    teacher_params: Any,
+    teacher_stats: Any,
+    data: dict[str, jax.Array],
+    examples: jax.Array,
+    views: jax.Array,
+) -> Any:
+    """What a phase needs of the teacher for some views, booleans packed: `[share, bytes]`."""
+    images = view(data["images"][examples], examples, views, preprocessing)
+    images = normalise(images, preprocessing)
+    targets, _ = make_targets(objective, teacher_params, teacher_stats, images)
+    return jax.tree.map(
+        lambda leaf: (
+            jnp.packbits(leaf.reshape(len(leaf), -1), axis=-1) if leaf.dtype == bool else leaf
+        ),
+        targets,
+    )
+
+
+def _unpacked(packed: Any, like: Any) -> Any:
+    """Targets of the shapes and dtypes of `like`."""
+
+    def one(packed: jax.Array, like: jax.ShapeDtypeStruct) -> jax.Array:
+        if like.dtype != bool:
+            return packed
+        bits = jnp.unpackbits(packed, axis=-1, count=math.prod(like.shape[1:]))
+        return bits.reshape(like.shape).astype(bool)
+
+    return jax.tree.map(one, packed, like)
 
 
 def _evaluate(

@@ -21,6 +21,7 @@ from abflax.errors import InputError, NonFiniteError
 from abflax.evaluation import Evaluation
 from abflax.interrupt import Interrupted, StopRequest
 from abflax.journal import Journal, evaluation_steps, phases_and_spans
+from abflax.kept import keep_targets, require_keepable
 from abflax.methods import Phase
 from abflax.networks import Network, prepared
 from abflax.optim import Span
@@ -51,7 +52,8 @@ class Run:
         )
         data = subset(data, config.fraction, config.seeds.subset)
         require_compatible(config, student, teacher, data, test)
-        self.shape, self.preprocessing = data.image_shape, data.preprocessing
+        self.shape = data.image_shape
+        self.preprocessing = dataclasses.replace(data.preprocessing, views=config.views)
         self.student = prepared(student, config.precision, parallel.AXIS)
         self.teacher = None
         self.teacher_params, self.teacher_stats = {}, {}
@@ -70,6 +72,8 @@ class Run:
             self._program(phase, span) for phase, span in zip(self.phases, self.spans, strict=True)
         ]
         self._require_synchronised()
+        if resources.keep_targets:
+            require_keepable(self.phases, config.views)
         self.data = parallel.replicate(data.arrays(), self.devices)
         self.evaluation = Evaluation(test, self.devices) if test is not None else None
 
@@ -107,6 +111,7 @@ class Run:
         span, phase = self.spans[journal.phase], self.phases[journal.phase]
         program = self.programs[journal.phase]
         key = jax.random.key(self.config.seeds.augmentation)
+        kept = self._keep(program, state) if self.resources.keep_targets else None
         done = journal.step - span.start
         self.reporter.phase(self._label(), phase.name, span.steps, done, span.epochs)
         saved = began = time.perf_counter()
@@ -117,7 +122,8 @@ class Run:
             examples, epochs = self.stream.batches(journal.step, self.per_dispatch)
             state, metrics = program.train(
                 state, self.teacher_params, self.data, key,
-                parallel.split(examples, self.devices), parallel.split(epochs, self.devices), count,
+                parallel.split(examples, self.devices), parallel.split(epochs, self.devices),
+                count, kept,
             )  # fmt: skip
             waiting.append((journal.step, metrics, count))
             journal.step += count
@@ -135,6 +141,14 @@ class Run:
                 self._stop_if_asked(journal, phase)
         self.reporter.finished()
         return state
+
+    def _keep(self, program: parallel.Program, state: TrainState) -> Any:
+        """The phase's targets, from the teacher or from a run before."""
+        assert self.config.views is not None
+        return keep_targets(
+            program, self.teacher_params, state.batch_stats["teacher"], self.data,
+            self.config.views, self.config.batch_size, self.devices,
+        )  # fmt: skip
 
     def _collect(
         self, journal: Journal, waiting: list[tuple[int, dict[str, Any], int]], keep: int

@@ -128,7 +128,10 @@ def init_variables(model: nn.Module, key: jax.Array, image_shape: tuple[int, ...
     """{"params", "batch_stats"} of a fresh network, floats in the default floating dtype."""
     dtype = jnp.result_type(float)
     variables = model.init(key, jnp.zeros((1, *image_shape), dtype), **train_argument(model, False))
-    return {"params": variables["params"], "batch_stats": variables.get("batch_stats", {})}
+    return {
+        "params": variables["params"],
+        "batch_stats": _in_dtype(variables.get("batch_stats", {}), dtype),
+    }
 
 
 def begin_phase(
@@ -149,7 +152,7 @@ def begin_phase(
         if connectors is not None:
             variables = connectors.init(jax.random.fold_in(key, index), forward, train=False)
             params["connectors"][f"term{index}"] = variables.get("params", {})
-            stats["connectors"][f"term{index}"] = variables.get("batch_stats", {})
+            stats["connectors"][f"term{index}"] = _in_dtype(variables.get("batch_stats", {}), dtype)
     return TrainState(jnp.zeros((), jnp.int32), params, stats, optimiser.init(params))
 
 
@@ -245,20 +248,22 @@ def train_step(
     teacher_params: Any,
     images: jax.Array,
     labels: jax.Array,
+    targets: tuple[Any, ...] | None = None,
 ) -> tuple[TrainState, dict[str, Any]]:
     """One optimisation step on one device's share of a batch.
 
     Args:
       images: normalised, `[share, height, width, channels]`.
       labels: integers `[share]`.
+      targets: what `make_targets` gave for them before; None: the teacher is asked.
 
     Returns:
       The new state, and metrics averaged over the devices: "loss", "gradient_norm" and what the
       terms measure.
     """
-    targets, teacher_stats = make_targets(
-        objective, teacher_params, state.batch_stats["teacher"], images
-    )
+    teacher_stats = state.batch_stats["teacher"]
+    if targets is None:
+        targets, teacher_stats = make_targets(objective, teacher_params, teacher_stats, images)
     (loss, (stats, measures)), gradients = jax.value_and_grad(
         lambda params: student_loss(objective, params, state.batch_stats, targets, images, labels),
         has_aux=True,
@@ -323,6 +328,11 @@ def _classes(model: nn.Module, image_shape: tuple[int, ...]) -> int:
 def _connected(connectors: Connectors | ExtraHead | None) -> tuple[str, ...]:
     """The taps that pass through connectors."""
     return tuple(name for name, _ in getattr(connectors, "widths", ()))
+
+
+def _in_dtype(batch_stats: Any, dtype: Any) -> Any:
+    """Flax begins running statistics in float32, even where they go on in float64."""
+    return jax.tree.map(lambda leaf: leaf.astype(dtype), batch_stats)
 
 
 def _needs_pullback(phase: Phase) -> bool:

@@ -73,6 +73,14 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--evaluate-every", type=int, default=1, metavar="EPOCHS")
     add("--precision", default="float32", help=" or ".join(PRECISIONS))
     add("--workdir", type=Path, default=cli.WORKDIR, help="where all goes (default ./workdir)")
+    add(
+        "--views",
+        type=int,
+        metavar="K",
+        help="how many crops and flips of an image are shown (default all; CIFAR-10: 162)",
+    )
+    add("--keep-targets", action="store_true",
+        help="ask the teacher once for each of the views, and keep its bits")  # fmt: skip
     add("--devices", type=int, help="how many (default all)")
     add("--steps-per-dispatch", type=int, help="default: 1 on CPUs, 100 elsewhere")
     add("--checkpoint-seconds", type=float, default=60.0)
@@ -105,6 +113,7 @@ def train(arguments: argparse.Namespace, console: Console) -> None:
         fraction=arguments.fraction,
         evaluate_every=arguments.evaluate_every,
         precision=arguments.precision,
+        views=arguments.views,
     )
     MODELS[arguments.student]
     teacher = _teacher(arguments)
@@ -112,7 +121,10 @@ def train(arguments: argparse.Namespace, console: Console) -> None:
     test = load(arguments.dataset, "test", arguments.data_dir)
     student = MODELS[arguments.student](num_classes=data.num_classes)
     resources = Resources(
-        arguments.devices, arguments.steps_per_dispatch, arguments.checkpoint_seconds
+        arguments.devices,
+        arguments.steps_per_dispatch,
+        arguments.checkpoint_seconds,
+        arguments.keep_targets,
     )
     live = Live(console)
     with live.shown():
@@ -130,6 +142,7 @@ def train(arguments: argparse.Namespace, console: Console) -> None:
                 evaluate_every=arguments.evaluate_every,
                 seeds=seed,
                 precision=arguments.precision,
+                views=arguments.views,
                 workdir=arguments.workdir,
                 force=arguments.force,
                 resources=resources,

@@ -28,6 +28,7 @@ MAY_KNOW = {
     "journal": {"config", "methods", "optim"},
     "parallel": {"data", "methods", "optim", "step"},
     "evaluation": {"compatibility", "data", "methods", "networks", "optim", "parallel"},
+    "kept": {"methods", "networks", "parallel"},
     "run": {
         "checkpoint",
         "compatibility",
@@ -36,6 +37,7 @@ MAY_KNOW = {
         "evaluation",
         "interrupt",
         "journal",
+        "kept",
         "methods",
         "networks",
         "optim",

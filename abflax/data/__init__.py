@@ -1,6 +1,6 @@
 """Data sets as arrays in memory, their subsets, order and augmentation."""
 
-from abflax.data.augmentation import Preprocessing, augment, normalise
+from abflax.data.augmentation import Preprocessing, augment, draw_views, normalise, view
 from abflax.data.dataset import Dataset, holdout, subset
 from abflax.data.registry import DATASETS, load
 from abflax.data.stream import Stream
@@ -11,8 +11,10 @@ __all__ = [
     "Preprocessing",
     "Stream",
     "augment",
+    "draw_views",
     "holdout",
     "load",
     "normalise",
     "subset",
+    "view",
 ]
