@@ -16,7 +16,7 @@ from abflax.methods import METHODS
 from abflax.networks import Network, prepared
 from abflax.optim import Span
 
-_BATCH = 250  # for each device
+BATCH = 250  # images a device looks at at once
 
 
 def evaluate(network: Network, test: Dataset, devices: int | None = None) -> dict[str, Any]:
@@ -48,7 +48,7 @@ class Evaluation:
     """Held-out data on the devices, and the one dispatch that measures a student on it."""
 
     def __init__(self, test: Dataset, devices: tuple[jax.Device, ...]) -> None:
-        batch = _BATCH * len(devices)
+        batch = BATCH * len(devices)
         batches = -(-len(test) // batch)
         index = np.arange(batches * batch, dtype=np.int32).reshape(batches, batch)
         # The last, partial batch is padded with example 0 and masked.

@@ -1,0 +1,222 @@
+"""Measure speed, memory and compile time on the device at hand, beside PyTorch where it is there.
+
+Every piece of work is the engine's own compiled program on made-up images. Where PyTorch is
+installed the same work, written as its users write it, runs in turn with ours; a ratio is the
+median over pairs. Use an idle machine.
+
+examples:
+  python -m experiments.bench
+  python -m experiments.bench --sections steps --batch 128 --repetitions 20
+  python -m experiments.bench --publish
+      keep the measurements in experiments/records/bench and rebuild experiments/BENCH.md
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import importlib.util
+import json
+import statistics
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from rich.console import Console
+
+from abflax.errors import InputError, unknown
+from abflax.files import write_whole
+from abflax.losses import neuron_selectivity
+from abflax.losses.nst import channel_patterns
+from abflax.methods import METHODS
+from abflax.record import environment
+from experiments import cli
+from experiments.benchmark.jax_work import Bench
+from experiments.benchmark.report import PUBLISHED, page, section
+from experiments.benchmark.timing import Work, alternate, compiled, median_ratio, peak_flops
+
+Rows = list[dict[str, Any]]
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    description, examples = (__doc__ or "").split("examples:")
+    parser = cli.Parser(
+        prog="python -m experiments.bench",
+        description=description,
+        epilog="examples:" + examples,
+    )
+    add = parser.add_argument
+    add("--teacher", default="wrn22-4")
+    add("--student", default="wrn16-2")
+    add("--batch", type=int, default=128, metavar="IMAGES", help="a step (default 128)")
+    add("--precision", default="float32", choices=("float32", "bfloat16"))
+    add("--sections", default=",".join(SECTIONS), help=f"default {','.join(SECTIONS)}")
+    add("--repetitions", type=int, default=10, help="of each measurement (default 10)")
+    add("--workdir", type=Path, default=cli.WORKDIR, help="bench.json goes there")
+    add("--publish", action="store_true", help="see below")
+    return parser.parse_args(arguments)
+
+
+def main(console: Console) -> None:
+    arguments = parse()
+    if arguments.batch < 1 or arguments.repetitions < 1:
+        raise InputError("--batch and --repetitions must be at least 1")
+    wanted = arguments.sections.split(",")
+    for name in wanted:
+        if name not in SECTIONS:
+            raise unknown("section", name, SECTIONS)
+    bench = Bench(
+        arguments.teacher, arguments.student, arguments.batch, precision=arguments.precision
+    )
+    dtype = jnp.bfloat16 if arguments.precision == "bfloat16" else jnp.float32
+    found: dict[str, Any] = {
+        "environment": environment(bench.devices) | {"torch": _torch_version()},
+        "setting": {
+            "teacher": bench.teacher,
+            "student": bench.student,
+            "batch": bench.batch,
+            "precision": bench.precision,
+            "repetitions": arguments.repetitions,
+        },
+        "peak_flops": peak_flops(dtype) * len(bench.devices),
+        "sections": {},
+    }
+    for name in wanted:
+        found["sections"][name] = SECTIONS[name](bench, arguments.repetitions)
+        console.print(section(name, found), soft_wrap=True, markup=False)
+        text = (json.dumps(found, indent=1) + "\n").encode()
+        arguments.workdir.mkdir(parents=True, exist_ok=True)
+        write_whole(arguments.workdir / "bench.json", text)
+    if arguments.publish:
+        console.print(f"{publish(found)}", soft_wrap=True)
+
+
+def publish(found: dict[str, Any]) -> Path:
+    """Keeps the measurements of this device and setting, and rebuilds the page."""
+    setting = found["setting"]
+    device = "-".join(found["environment"]["device"].replace(",", "").split()).lower()
+    name = f"{device}-{setting['teacher']}-{setting['student']}-{setting['batch']}"
+    PUBLISHED.mkdir(parents=True, exist_ok=True)
+    path = PUBLISHED / f"{name}-{setting['precision']}.json"
+    write_whole(path, (json.dumps(found, indent=1) + "\n").encode())
+    path = PUBLISHED.parent.parent / "BENCH.md"
+    path.write_text(page([json.loads(each.read_text()) for each in sorted(PUBLISHED.glob("*"))]))
+    return path
+
+
+def steps(bench: Bench, repetitions: int) -> Rows:
+    """Teacher, initialise (asking the teacher, and on kept bits), classify, evaluation."""
+    initialise, classify = bench.phases
+    works = {
+        "teacher": bench.ask(),
+        "initialise": bench.train(initialise),
+        "initialise, kept bits": bench.train(initialise, kept=True),
+        "classify": bench.train(classify),
+        "evaluate": bench.evaluate(),
+    }
+    theirs: Mapping[str, Callable[[], None]] = {}
+    if _torch_version() and bench.devices[0].platform == "cpu" and bench.precision == "float32":
+        from experiments.benchmark import torch_work
+
+        theirs = torch_work.work(bench.teacher, bench.student, bench.batch)
+    return [_row(name, work, repetitions, theirs.get(name), bench.batch)
+            for name, work in works.items()]  # fmt: skip
+
+
+def parts(bench: Bench, repetitions: int) -> Rows:
+    """Where an initialise step goes."""
+    works = bench.parts() | {"whole step": bench.train(bench.phases[0])}
+    seconds = alternate({name: work.run for name, work in works.items()}, repetitions)
+    return [
+        {"name": name, "seconds": [each / works[name].steps for each in seconds[name]]}
+        for name in works
+    ]
+
+
+def methods(bench: Bench, repetitions: int) -> Rows:
+    """One step of each phase of each method, in turn with a step of cross-entropy."""
+    rows: Rows = []
+    plain = dataclasses.replace(bench, method="cross-entropy")
+    cheapest = plain.train(plain.phases[0])
+    for method in METHODS:
+        own = dataclasses.replace(bench, method=method)
+        for phase in own.phases:
+            work = own.train(phase)
+            seconds = alternate({"own": work.run, "plain": cheapest.run}, repetitions)
+            rows.append(
+                _described(f"{method}: {phase.name}", work, seconds["own"])
+                | {"times_cross_entropy": median_ratio(seconds["plain"], seconds["own"])}
+            )
+    return rows
+
+
+def nst(bench: Bench, repetitions: int) -> Rows:
+    """NST at [32, 8, 8, 256] and its gradient, and a version with the full temporary."""
+    del bench
+    student, teacher = jax.random.normal(jax.random.key(0), (2, 32, 8, 8, 256))
+
+    def full(student: jax.Array, teacher: jax.Array) -> jax.Array:
+        f, g = channel_patterns(student), channel_patterns(teacher)
+        kernel = lambda a, b: jnp.square((a[:, :, None] * b[:, None]).sum(axis=-1))  # noqa: E731
+        pairs = zip((f, g, f), (f, g, g), (1, 1, -2), strict=True)
+        return sum(sign * kernel(a, b).mean(axis=(1, 2)) for a, b, sign in pairs)
+
+    works = {}
+    for name, loss in {"Gram matrices": neuron_selectivity, "full temporary": full}.items():
+        gradient = jax.jit(jax.grad(lambda s, t, loss=loss: loss(s, t).sum()))
+        run, seconds, held = compiled(gradient, student, teacher)
+        once = functools.partial(lambda run: jax.block_until_ready(run(student, teacher)), run)
+        works[name] = Work(once, 32, 1, None, held, seconds)
+    seconds = alternate({name: work.run for name, work in works.items()}, repetitions)
+    return [_described(name, work, seconds[name]) for name, work in works.items()]
+
+
+def _row(
+    name: str, work: Work, repetitions: int, theirs: Callable[[], None] | None, batch: int
+) -> dict[str, Any]:
+    """One piece of work, in turn with PyTorch's where there is one."""
+    both = {"own": work.run} | ({"torch": theirs} if theirs else {})
+    seconds = alternate(both, repetitions)
+    row = _described(name, work, seconds["own"])
+    if theirs:
+        per_image = [each / work.images for each in seconds["own"]]
+        torch = [each / batch for each in seconds["torch"]]
+        row |= {"torch_seconds": seconds["torch"], "ratio": median_ratio(per_image, torch)}
+    return row
+
+
+def _described(name: str, work: Work, seconds: list[float]) -> dict[str, Any]:
+    middle = statistics.median(seconds)
+    return {
+        "name": name,
+        "seconds": [each / work.steps for each in seconds],
+        "images_per_second": work.images / middle,
+        "flops": work.flops,
+        "flops_per_second": work.flops * work.steps / middle if work.flops else None,
+        "bytes": work.bytes,
+        "compile_seconds": work.compile_seconds,
+    }
+
+
+def _torch_version() -> str | None:
+    if importlib.util.find_spec("torch") is None:
+        return None
+    import torch
+
+    return torch.__version__
+
+
+SECTIONS: Mapping[str, Callable[[Bench, int], Rows]] = {
+    "steps": steps,
+    "parts": parts,
+    "methods": methods,
+    "nst": nst,
+}
+
+
+if __name__ == "__main__":
+    cli.main(main)

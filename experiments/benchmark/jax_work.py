@@ -1,0 +1,209 @@
+"""The work of a run, piece by piece: the engine's own compiled functions on made-up images."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from fractions import Fraction
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from abflax import parallel
+from abflax.data import Preprocessing
+from abflax.evaluation import BATCH
+from abflax.kept import keep_targets
+from abflax.methods import METHODS, Phase
+from abflax.models import MODELS
+from abflax.networks import prepared
+from abflax.optim import Span
+from abflax.step import bind, init_variables, make_targets, student_loss, train_step
+from abflax.taps import run_model
+from experiments.benchmark.timing import Work, compiled, count_flops
+
+SHAPE = (32, 32, 3)
+_PREPROCESSING = Preprocessing((125.3, 123.0, 113.9), (63.0, 62.1, 66.7), 4, True)
+
+
+@dataclasses.dataclass(frozen=True)
+class Bench:
+    """A teacher and a student with a method, in protocol `paper`, on the devices at hand.
+
+    Attributes:
+      teacher, student: names in `MODELS`.
+      batch: images a step, over all devices.
+      method: a name in `METHODS`.
+      precision: see `RunConfig`.
+      examples: made-up images.
+    """
+
+    teacher: str
+    student: str
+    batch: int
+    method: str = "activation-boundary"
+    precision: str = "float32"
+    examples: int = 1000
+
+    @functools.cached_property
+    def devices(self) -> tuple[jax.Device, ...]:
+        return parallel.local_devices()
+
+    @functools.cached_property
+    def networks(self) -> tuple[Any, Any]:
+        """(student, teacher), as a run uses them."""
+        return tuple(
+            prepared(MODELS[name](), self.precision, parallel.AXIS)
+            for name in (self.student, self.teacher)
+        )
+
+    @functools.cached_property
+    def teacher_variables(self) -> Any:
+        model = MODELS[self.teacher]()
+        variables = jax.jit(lambda key: init_variables(model, key, SHAPE))(jax.random.key(0))
+        return parallel.replicate(variables, self.devices)
+
+    @functools.cached_property
+    def data(self) -> dict[str, jax.Array]:
+        draw = np.random.default_rng(0)
+        images = draw.integers(0, 256, (self.examples, *SHAPE), dtype=np.uint8)
+        labels = draw.integers(0, 10, self.examples, dtype=np.int32)
+        return parallel.replicate({"images": images, "labels": labels}, self.devices)
+
+    @property
+    def phases(self) -> tuple[Phase, ...]:
+        return METHODS[self.method](protocol="paper")
+
+    def program(self, phase: Phase, steps: int = 1, views: int | None = None) -> parallel.Program:
+        student, teacher = self.networks
+        preprocessing = dataclasses.replace(_PREPROCESSING, views=views)
+        return parallel.compile_phase(
+            student, teacher, phase, Span(0, 10**6, 0, 10, 20, Fraction(10**5)), preprocessing,
+            SHAPE, self.devices, steps, jnp.result_type(float),
+        )  # fmt: skip
+
+    def train(self, phase: Phase, kept: bool = False) -> Work:
+        """Steps of a phase, augmentation included: one dispatch of them."""
+        steps = parallel.default_steps_per_dispatch(self.devices)
+        program, teacher = self.program(phase, steps, 1 if kept else None), self.teacher_variables
+        state = self._state(program)
+        index = np.arange(steps * self.batch, dtype=np.int32).reshape(steps, self.batch)
+        examples = parallel.split(index % self.examples, self.devices)
+        targets = None
+        if kept:
+            targets = keep_targets(
+                program, teacher["params"], state.batch_stats["teacher"], self.data, 1,
+                self.batch, self.devices,
+            )  # fmt: skip
+        fixed = (
+            teacher["params"], self.data, jax.random.key(0), examples,
+            np.zeros_like(examples), np.int32(steps), targets,
+        )  # fmt: skip
+        run, seconds, held = compiled(program.train, state, *fixed)
+
+        def once() -> None:
+            nonlocal state
+            state, metrics = run(state, *fixed)
+            jax.block_until_ready(metrics)
+
+        flops = self._step_flops(phase, kept)
+        return Work(once, steps * self.batch, steps, flops, held, seconds)
+
+    def ask(self) -> Work:
+        """The teacher's pass alone: taps and logits of a batch."""
+        model = MODELS[self.teacher]()
+        function = lambda variables, images: _seen(run_model(model, variables, images, train=False))  # noqa: E731
+        arguments = (self.teacher_variables, self._images())
+        return self._jitted(function, *arguments)
+
+    def evaluate(self) -> Work:
+        """Error of the student on all the made-up images, in one dispatch, without a teacher."""
+        (phase,) = METHODS["cross-entropy"]()
+        program = dataclasses.replace(self, method="cross-entropy")._without_teacher(phase)
+        state = self._state(program)
+        batch = BATCH * len(self.devices)
+        index = np.arange(batch * (self.examples // batch), dtype=np.int32).reshape(-1, batch)
+        examples = parallel.split(index, self.devices)
+        arguments = (
+            state.params, state.batch_stats, {}, self.data, examples, np.ones_like(examples, bool)
+        )  # fmt: skip
+        run, seconds, held = compiled(program.evaluate, *arguments)
+        return Work(
+            lambda: jax.block_until_ready(run(*arguments)), index.size, 1, None, held, seconds
+        )
+
+    def parts(self) -> dict[str, Work]:
+        """Where a step of the first phase goes: each part holds the ones before it."""
+        objective = bind(MODELS[self.student](), MODELS[self.teacher](), self.phases[0], SHAPE)
+        variables, images = self.teacher_variables, self._images()
+        labels = jnp.zeros(self.batch, jnp.int32)
+        state = self._state(self.program(self.phases[0]))
+        targets = jax.jit(
+            lambda v, x: make_targets(objective, v["params"], v["batch_stats"], x)[0]
+        )(variables, images)
+
+        def loss(params: Any, stats: Any, targets: Any, images: jax.Array) -> jax.Array:
+            return student_loss(objective, params, stats, targets, images, labels)[0]
+
+        student = {"params": state.params["student"], "batch_stats": state.batch_stats["student"]}
+        given = (state.params, state.batch_stats, targets, images)
+        return {
+            "teacher": self._jitted(
+                lambda v, x: make_targets(objective, v["params"], v["batch_stats"], x)[0],
+                variables, images,
+            ),
+            "student forward": self._jitted(
+                lambda v, x: _seen(run_model(objective.student, v, x, train=True)),
+                student, images,
+            ),
+            "forward, connectors, loss": self._jitted(loss, *given),
+            "forward and backward": self._jitted(jax.grad(loss), *given),
+        }  # fmt: skip
+
+    def _images(self) -> jax.Array:
+        return jax.random.normal(jax.random.key(1), (self.batch, *SHAPE))
+
+    def _jitted(self, function: Any, *arguments: Any) -> Work:
+        run, seconds, held = compiled(jax.jit(function), *arguments)
+        flops = count_flops(function, *arguments)
+        return Work(
+            lambda: jax.block_until_ready(run(*arguments)), self.batch, 1, flops, held, seconds
+        )
+
+    def _state(self, program: parallel.Program) -> Any:
+        student = program.init(jax.random.key(2))
+        stats = self.teacher_variables["batch_stats"]
+        state = program.begin(student, stats, jax.random.key(3))
+        return parallel.replicate(jax.tree.map(np.array, state), self.devices)
+
+    def _without_teacher(self, phase: Phase) -> parallel.Program:
+        return parallel.compile_phase(
+            self.networks[0], None, phase, Span(0, 1, 0, 1, 1, Fraction(1)), _PREPROCESSING, SHAPE,
+            self.devices, 1, jnp.result_type(float),
+        )  # fmt: skip
+
+    def _step_flops(self, phase: Phase, kept: bool) -> float:
+        """Of one step, counted without devices."""
+        objective = bind(MODELS[self.student](), MODELS[self.teacher](), phase, SHAPE)
+        program = self.program(phase)
+        state, teacher = self._state(program), self.teacher_variables
+        images, labels = self._images(), jnp.zeros(self.batch, jnp.int32)
+        ask = lambda x: make_targets(objective, teacher["params"], teacher["batch_stats"], x)[0]  # noqa: E731
+        transformation = phase.optimiser.transformation(
+            Span(0, 10**6, 0, 10, 20, Fraction(10**5)), jax.tree.map(lambda _: True, state.params)
+        )
+        state = dataclasses.replace(state, opt_state=transformation.init(state.params))
+
+        def step(state: Any, images: jax.Array, targets: Any) -> Any:
+            return train_step(
+                objective, transformation, state, teacher["params"], images, labels, targets
+            )
+
+        targets = jax.eval_shape(ask, images) if kept else None
+        return count_flops(step, state, images, targets)
+
+
+def _seen(forward: Any) -> tuple[Any, Any, Any]:
+    """What a compiler must not leave out."""
+    return forward.logits, forward.taps, forward.batch_stats

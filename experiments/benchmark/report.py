@@ -1,0 +1,99 @@
+"""Measurements as tables, and experiments/BENCH.md from those that are kept."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+PUBLISHED = Path(__file__).parent.parent / "records" / "bench"
+Found = dict[str, Any]
+
+_TITLES = {
+    "steps": "What a run is made of",
+    "parts": "Where an initialise step goes (each line holds the work of those it names)",
+    "methods": "One step of every method, each phase in turn with a step of cross-entropy",
+    "nst": "NST at [32, 8, 8, 256], value and gradient",
+}
+
+
+def page(all_found: Sequence[Found]) -> str:
+    """The whole of BENCH.md."""
+    parts = [
+        "# Benchmark\n",
+        "Rebuilt by `python -m experiments.bench --publish`: the engine's own programs on made-up "
+        "images, protocol `paper`. Milliseconds are medians (and the range); a ratio is the median "
+        "over pairs that ran in turn, above 1 where this code is faster. FLOP: a multiply-add is "
+        "two, counted by XLA on the program as written.\n",
+    ]
+    for found in all_found:
+        setting, made = found["setting"], found["environment"]
+        versions = ", ".join(f"{k} {v}" for k, v in made["versions"].items())
+        parts.append(
+            f"## {made['device']}: {setting['teacher']} → {setting['student']}, batch "
+            f"{setting['batch']}, {setting['precision']}\n\n"
+            f"{made['devices']} × {made['device']}; Python {made['python']}, {versions}; PyTorch "
+            f"{made['torch'] or 'not there'}; commit {str(made['commit'])[:12]}; "
+            f"{setting['repetitions']} repetitions. A large matrix product reaches "
+            f"{found['peak_flops'] / 1e9:,.0f} GFLOP/s.\n"
+        )
+        parts += [section(name, found) for name in found["sections"]]
+    return "\n".join(parts)
+
+
+def section(name: str, found: Found) -> str:
+    """One section as Markdown: a title and a table of the columns that have something to say."""
+    rows = found["sections"][name]
+    columns = {
+        title: show
+        for title, (key, show) in _COLUMNS.items()
+        if any(row.get(key) is not None for row in rows)
+    }
+    lines = [
+        " | ".join(["", "work", *columns, ""]).strip(),
+        " | ".join(["", "---", *("---:" for _ in columns), ""]).strip(),
+    ]
+    for row in rows:
+        cells = [show(row, found) for show in columns.values()]
+        lines.append(" | ".join(["", row["name"], *cells, ""]).strip())
+    return f"### {_TITLES[name]}\n\n" + "\n".join(lines) + "\n"
+
+
+def _milliseconds(key: str) -> Callable[[dict[str, Any], Found], str]:
+    def show(row: dict[str, Any], found: Found) -> str:
+        del found
+        if not row.get(key):
+            return "–"
+        times = [1000 * each for each in row[key]]
+        return f"{statistics.median(times):.1f} ({min(times):.1f} to {max(times):.1f})"
+
+    return show
+
+
+def _number(key: str, scale: float, digits: int) -> Callable[[dict[str, Any], Found], str]:
+    def show(row: dict[str, Any], found: Found) -> str:
+        del found
+        return "–" if row.get(key) is None else f"{row[key] * scale:,.{digits}f}"
+
+    return show
+
+
+def _share(row: dict[str, Any], found: Found) -> str:
+    if row.get("flops_per_second") is None:
+        return "–"
+    return f"{100 * row['flops_per_second'] / found['peak_flops']:.0f}"
+
+
+_COLUMNS: Mapping[str, tuple[str, Callable[[dict[str, Any], Found], str]]] = {
+    "ms": ("seconds", _milliseconds("seconds")),
+    "PyTorch, ms": ("torch_seconds", _milliseconds("torch_seconds")),
+    "ratio": ("ratio", _number("ratio", 1, 2)),
+    "× cross-entropy": ("times_cross_entropy", _number("times_cross_entropy", 1, 2)),
+    "images/s": ("images_per_second", _number("images_per_second", 1, 0)),
+    "GFLOP a step": ("flops", _number("flops", 1e-9, 1)),
+    "GFLOP/s": ("flops_per_second", _number("flops_per_second", 1e-9, 0)),
+    "% of matrix product": ("flops_per_second", _share),
+    "MB held": ("bytes", _number("bytes", 1e-6, 0)),
+    "s to compile": ("compile_seconds", _number("compile_seconds", 1, 1)),
+}

@@ -1,0 +1,80 @@
+"""How long things take: alternating, medians, and what a device can do at most."""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """One piece of work, compiled.
+
+    Attributes:
+      run: does it once, and returns when it is done.
+      images: how many images that is.
+      steps: how many steps.
+      flops: floating-point operations of one step, as XLA counts them before it optimises; a
+        multiply-add is two.
+      bytes: arguments, results and temporaries of the compiled program, which is the most it
+        holds at a time.
+      compile_seconds: to trace, lower and compile it.
+    """
+
+    run: Callable[[], None]
+    images: int
+    steps: int = 1
+    flops: float | None = None
+    bytes: int | None = None
+    compile_seconds: float | None = None
+
+
+def alternate(works: Mapping[str, Callable[[], None]], repetitions: int) -> dict[str, list[float]]:
+    """name -> seconds of each repetition; all run once in turn, again and again.
+
+    A first round is not counted.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in works}
+    for repetition in range(repetitions + 1):
+        for name, run in works.items():
+            began = time.perf_counter()
+            run()
+            if repetition:
+                seconds[name].append(time.perf_counter() - began)
+    return seconds
+
+
+def median_ratio(ours: list[float], theirs: list[float]) -> float:
+    """The median over pairs of theirs / ours: above 1, we are faster."""
+    return statistics.median(b / a for a, b in zip(ours, theirs, strict=True))
+
+
+def compiled(function: Any, *arguments: Any) -> tuple[Any, float, int]:
+    """A jitted or pmapped function compiled for its arguments, in how many seconds, its bytes."""
+    began = time.perf_counter()
+    program = function.lower(*arguments).compile()
+    seconds = time.perf_counter() - began
+    memory = program.memory_analysis()
+    parts = ("argument_size_in_bytes", "output_size_in_bytes", "temp_size_in_bytes")
+    held = sum(getattr(memory, part) for part in parts) - memory.alias_size_in_bytes
+    return program, seconds, held
+
+
+def count_flops(function: Callable[..., Any], *arguments: Any) -> float:
+    """Floating-point operations, counted on the program as it was written."""
+    return float(jax.jit(function).lower(*arguments).cost_analysis()["flops"])
+
+
+def peak_flops(dtype: Any, repetitions: int = 5) -> float:
+    """FLOP/s of a large matrix product: the most this device does in this precision."""
+    size = 4096 if jax.devices()[0].platform == "cpu" else 16384
+    matrix = jnp.ones((size, size), dtype)
+    product = jax.jit(lambda a: a @ a)
+    seconds = alternate({"": lambda: product(matrix).block_until_ready()}, repetitions)[""]
+    return 2 * size**3 / min(seconds)

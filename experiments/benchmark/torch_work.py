@@ -1,0 +1,126 @@
+"""The same work in plain PyTorch, written as its users write it: the column to compare with.
+
+Wide ResNets whose forward pass returns the pre-activations, 1×1 connectors with batch norm, the
+hinge, KD, SGD with Nesterov momentum. Images wait normalised in memory: no augmentation is timed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+
+class Block(nn.Module):
+    """Norm–ReLU–conv twice and a shortcut; also returns what its first norm puts out."""
+
+    def __init__(self, inputs: int, features: int, stride: int) -> None:
+        super().__init__()
+        self.norm1 = nn.BatchNorm2d(inputs)
+        self.conv1 = nn.Conv2d(inputs, features, 3, stride, 1, bias=False)
+        self.norm2 = nn.BatchNorm2d(features)
+        self.conv2 = nn.Conv2d(features, features, 3, 1, 1, bias=False)
+        same = inputs == features and stride == 1
+        self.shortcut = None if same else nn.Conv2d(inputs, features, 1, stride, bias=False)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        before = self.norm1(x)
+        active = F.relu(before)
+        y = self.conv2(F.relu(self.norm2(self.conv1(active))))
+        return y + (x if self.shortcut is None else self.shortcut(active)), before
+
+
+class WideResNet(nn.Module):
+    """WRN-depth-width; returns logits and the three taps."""
+
+    def __init__(self, depth: int, width: int, num_classes: int = 10) -> None:
+        super().__init__()
+        self.widths = [16 * width, 32 * width, 64 * width]
+        self.stem = nn.Conv2d(3, 16, 3, 1, 1, bias=False)
+        self.blocks = nn.ModuleList()
+        inputs = 16
+        for group, features in enumerate(self.widths):
+            for block in range((depth - 4) // 6):
+                self.blocks.append(Block(inputs, features, 2 if group and not block else 1))
+                inputs = features
+        self.norm = nn.BatchNorm2d(inputs)
+        self.classifier = nn.Linear(inputs, num_classes)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        x, taps = self.stem(x), []
+        for index, block in enumerate(self.blocks):
+            x, before = block(x)
+            if index and index % (len(self.blocks) // 3) == 0:
+                taps.append(before)
+        last = self.norm(x)
+        taps.append(last)
+        return self.classifier(F.relu(last).mean(dim=(2, 3))), taps
+
+
+def hinge(student: torch.Tensor, teacher: torch.Tensor, margin: float = 1.0) -> torch.Tensor:
+    """The activation transfer hinge, summed."""
+    active = (teacher > 0).to(student.dtype)
+    return (
+        active * F.relu(margin - student) ** 2 + (1 - active) * F.relu(margin + student) ** 2
+    ).sum()
+
+
+def network(name: str) -> WideResNet:
+    """ "wrn22-4" -> that network."""
+    depth, width = name.removeprefix("wrn").split("-")
+    return WideResNet(int(depth), int(width))
+
+
+def work(teacher_name: str, student_name: str, batch: int) -> dict[str, Callable[[], None]]:
+    """name of a piece of work -> what does it once."""
+    torch.manual_seed(0)
+    teacher, student = network(teacher_name).eval(), network(student_name)
+    connectors = nn.ModuleList(
+        nn.Sequential(nn.Conv2d(ours, theirs, 1, bias=False), nn.BatchNorm2d(theirs))
+        for ours, theirs in zip(student.widths, teacher.widths, strict=True)
+    )
+    images, labels = torch.randn(batch, 3, 32, 32), torch.randint(10, (batch,))
+    with torch.no_grad():
+        kept = [tap > 0 for tap in teacher(images)[1]]
+
+    def sgd(modules: list[nn.Module]) -> torch.optim.Optimizer:
+        parameters = [p for module in modules for p in module.parameters()]
+        return torch.optim.SGD(parameters, 0.1, momentum=0.9, weight_decay=5e-4, nesterov=True)
+
+    initialiser, classifier = sgd([student, connectors]), sgd([student])
+
+    def ask() -> tuple[torch.Tensor, list[torch.Tensor]]:
+        with torch.no_grad():
+            return teacher(images)
+
+    def update(optimiser: torch.optim.Optimizer, loss: torch.Tensor) -> None:
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+
+    def initialise(targets: Callable[[], list[torch.Tensor]]) -> None:
+        student.train()
+        theirs = targets()
+        pairs = zip(connectors, student(images)[1], theirs, strict=True)
+        update(initialiser, 3 / 4000 / batch * sum(hinge(r(s), t) for r, s, t in pairs))
+
+    def classify() -> None:
+        student.train()
+        softened = F.softmax(ask()[0] / 3, dim=1)
+        ours = F.log_softmax(student(images)[0] / 3, dim=1)
+        update(classifier, F.kl_div(ours, softened, reduction="batchmean"))
+
+    def evaluate() -> None:
+        student.eval()
+        with torch.no_grad():
+            (student(images)[0].argmax(dim=1) != labels).sum().item()
+
+    return {
+        "teacher": lambda: ask() and None,
+        "initialise": lambda: initialise(lambda: ask()[1]),
+        "initialise, kept bits": lambda: initialise(lambda: kept),
+        "classify": classify,
+        "evaluate": evaluate,
+    }
