@@ -11,7 +11,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from flax import linen as nn
 from flax import struct
 from jax.interpreters.partial_eval import dce_jaxpr
 
@@ -26,7 +25,7 @@ from abflax.connectors import (
 from abflax.losses import cross_entropy
 from abflax.methods import Phase
 from abflax.metrics import activation_agreement, misclassified
-from abflax.taps import Forward, run_model, tap_shapes, train_argument
+from abflax.taps import Forward, Model, in_mode, module_of, run_model, tap_shapes
 from abflax.terms import LayerTerm
 
 
@@ -52,7 +51,8 @@ class Objective:
     """A phase bound to two networks.
 
     Attributes:
-      student, teacher: Linen modules; no teacher where no term needs one.
+      student, teacher: Linen modules, with their taps by path where they do not sow them; no
+        teacher where no term needs one.
       phase: what is optimised.
       connectors: one for each term, None where a term has none.
       pooled: for each term, the layers whose larger map is pooled, and to which positions.
@@ -61,8 +61,8 @@ class Objective:
       axis_name: the mapped axis over which gradients and metrics are averaged.
     """
 
-    student: nn.Module
-    teacher: nn.Module | None
+    student: Model
+    teacher: Model | None
     phase: Phase
     connectors: tuple[Connectors | None, ...]
     pooled: tuple[tuple[tuple[str, tuple[int, int]], ...], ...]
@@ -71,8 +71,8 @@ class Objective:
 
 
 def bind(
-    student: nn.Module,
-    teacher: nn.Module | None,
+    student: Model,
+    teacher: Model | None,
     phase: Phase,
     image_shape: tuple[int, ...],
     *,
@@ -91,7 +91,8 @@ def bind(
         if teacher is not None
         else {}
     )
-    fields = {k: getattr(student, k) for k in ("dtype", "param_dtype") if hasattr(student, k)}
+    module = module_of(student)
+    fields = {k: getattr(module, k) for k in ("dtype", "param_dtype") if hasattr(module, k)}
     connectors, pooled = [], []
     for _, term in phase.terms:
         layers = term.chosen(ours)
@@ -116,16 +117,19 @@ def bind(
     return Objective(student, teacher, phase, tuple(connectors), tuple(pooled), measured, axis_name)
 
 
-def abstract_variables(model: nn.Module, image_shape: tuple[int, ...]) -> Any:
+def abstract_variables(model: Model, image_shape: tuple[int, ...]) -> Any:
     """Shapes and dtypes of what `init_variables` makes."""
     return jax.eval_shape(lambda key: init_variables(model, key, image_shape), jax.random.key(0))
 
 
-def init_variables(model: nn.Module, key: jax.Array, image_shape: tuple[int, ...]) -> Any:
+def init_variables(model: Model, key: jax.Array, image_shape: tuple[int, ...]) -> Any:
     """{"params", "batch_stats"} of a fresh network, floats in the default floating dtype."""
     dtype = jnp.result_type(float)
-    variables = model.init(key, jnp.zeros((1, *image_shape), dtype), **train_argument(model, False))
-    return {"params": variables["params"], "batch_stats": variables.get("batch_stats", {})}
+    module, mode = in_mode(module_of(model), False)
+    variables = module.init(key, jnp.zeros((1, *image_shape), dtype), **mode)
+    kept = {name: variables.get(name, {}) for name in ("params", "batch_stats")}
+    # Modules without a field param_dtype make float32, whatever the run's precision.
+    return jax.tree.map(lambda leaf: leaf.astype(dtype) if _is_float(leaf) else leaf, kept)
 
 
 def begin_phase(
@@ -178,15 +182,26 @@ def student_loss(
     targets: tuple[Any, ...],
     images: jax.Array,
     labels: jax.Array,
+    dropout_key: jax.Array | None = None,
 ) -> tuple[jax.Array, tuple[Any, dict[str, Any]]]:
     """The phase's objective on one device's share: Σ weight · mean over the batch.
+
+    Args:
+      dropout_key: for a student with dropout.
 
     Returns:
       The loss, and (new running statistics, what the terms measure).
     """
     variables = {"params": params["student"], "batch_stats": batch_stats["student"]}
     pullback = _needs_pullback(objective.phase)
-    student = run_model(objective.student, variables, images, train=True, pullback=pullback)
+    student = run_model(
+        objective.student,
+        variables,
+        images,
+        train=True,
+        pullback=pullback,
+        dropout_key=dropout_key,
+    )
     stats = {"student": student.batch_stats, "connectors": {}}
     total, measures = jnp.zeros((), jnp.result_type(float)), {}
     for index, (weight, term) in enumerate(objective.phase.terms):
@@ -226,7 +241,8 @@ def trained_parameters(
     def loss(params: Any, teacher_params: Any, images: jax.Array, labels: jax.Array) -> jax.Array:
         zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), batch_stats)
         targets, _ = make_targets(objective, teacher_params, zeros["teacher"], images)
-        return student_loss(objective, params, zeros, targets, images, labels)[0]
+        key = jax.random.key(0)
+        return student_loss(objective, params, zeros, targets, images, labels, key)[0]
 
     axes = [(objective.axis_name, 1)] if objective.axis_name else None
     jaxpr = jax.make_jaxpr(loss, axis_env=axes)(params, teacher_params, images, labels).jaxpr
@@ -242,12 +258,14 @@ def train_step(
     teacher_params: Any,
     images: jax.Array,
     labels: jax.Array,
+    dropout_key: jax.Array | None = None,
 ) -> tuple[TrainState, dict[str, Any]]:
     """One optimisation step on one device's share of a batch.
 
     Args:
       images: normalised, `[share, height, width, channels]`.
       labels: integers `[share]`.
+      dropout_key: for a student with dropout.
 
     Returns:
       The new state, and metrics averaged over the devices: "loss", "gradient_norm" and what the
@@ -257,7 +275,9 @@ def train_step(
         objective, teacher_params, state.batch_stats["teacher"], images
     )
     (loss, (stats, measures)), gradients = jax.value_and_grad(
-        lambda params: student_loss(objective, params, state.batch_stats, targets, images, labels),
+        lambda params: student_loss(
+            objective, params, state.batch_stats, targets, images, labels, dropout_key
+        ),
         has_aux=True,
     )(state.params)
     stats = stats | {"teacher": teacher_stats}
@@ -311,6 +331,10 @@ def eval_step(
         share = jax.vmap(activation_agreement)(student.taps[layer], teacher.taps[layer])
         sums["agreement"][layer] = jnp.where(mask, share, 0).sum()
     return sums
+
+
+def _is_float(leaf: jax.Array) -> bool:
+    return jnp.issubdtype(leaf.dtype, jnp.floating)
 
 
 def _needs_pullback(phase: Phase) -> bool:

@@ -19,14 +19,14 @@ MAY_KNOW = {
     "checkpoint": set(),
     "terms": {"losses", "metrics", "taps"},
     "methods": {"terms", "optim"},
-    "networks": {"models"},
+    "networks": {"models", "taps"},
     "step": {"losses", "metrics", "taps", "connectors", "methods", "terms"},
     "compatibility": {"config", "data", "models", "networks", "step", "taps"},
     "weights": {"compatibility", "files", "models", "networks", "step"},
     "config": {"methods"},
     "record": {"config", "files"},
     "journal": {"config", "methods", "optim"},
-    "parallel": {"data", "methods", "optim", "step"},
+    "parallel": {"data", "methods", "optim", "step", "taps"},
     "evaluation": {"compatibility", "data", "methods", "networks", "optim", "parallel"},
     "run": {
         "checkpoint",
@@ -43,6 +43,7 @@ MAY_KNOW = {
         "progress",
         "record",
         "step",
+        "taps",
     },
     "loop": {
         "checkpoint",
@@ -54,6 +55,7 @@ MAY_KNOW = {
         "progress",
         "record",
         "run",
+        "taps",
         "weights",
     },
 }
