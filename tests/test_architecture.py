@@ -45,6 +45,7 @@ MAY_KNOW = {
         "step",
         "taps",
     },
+    "analysis": {"compatibility", "data", "losses", "metrics", "networks", "taps"},
     "loop": {
         "checkpoint",
         "config",
