@@ -7,6 +7,7 @@ from abflax.evaluation import evaluate
 from abflax.interrupt import Interrupted
 from abflax.loop import Result, distill
 from abflax.networks import Network
+from abflax.taps import Tapped
 
 __version__ = "0.1.0"
 
@@ -20,6 +21,7 @@ __all__ = [
     "Result",
     "RunConfig",
     "Seeds",
+    "Tapped",
     "distill",
     "evaluate",
     "load",

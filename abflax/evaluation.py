@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from abflax import parallel
-from abflax.compatibility import require_classes, require_fits
+from abflax.compatibility import require_classes, require_fits, require_runs
 from abflax.data import Dataset
 from abflax.methods import METHODS
 from abflax.networks import Network, prepared
@@ -26,6 +26,7 @@ def evaluate(network: Network, test: Dataset, devices: int | None = None) -> dic
       {"test_error": share, "errors": count, "examples": count, "test_cross_entropy": nats}.
     """
     used = parallel.local_devices(devices)
+    require_runs("the network", network.model, test.image_shape, train=False, dropout=False)
     require_classes("the network", network.model, test.image_shape, test.num_classes)
     require_fits("the weights", network.model, network.variables, test.image_shape)
     model = prepared(network.model, "float32", parallel.AXIS)

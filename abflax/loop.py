@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from flax import linen as nn
 
 from abflax.checkpoint import Checkpoints
 from abflax.config import Resources, RunConfig, Seeds
@@ -21,6 +20,7 @@ from abflax.networks import Network
 from abflax.progress import Reporter, Silent
 from abflax.record import read_record, require_writable, write_record
 from abflax.run import Run
+from abflax.taps import Model
 from abflax.weights import save_variables
 
 
@@ -41,7 +41,7 @@ class Result:
 
 
 def distill(
-    student: nn.Module,
+    student: Model,
     teacher: Network | None,
     data: Dataset,
     *,
@@ -65,7 +65,8 @@ def distill(
     """Trains a student, with or without a teacher, by one method, for one seed.
 
     Args:
-      student: any Linen module with taps (or without, where the method needs none).
+      student: any Linen module with taps (or without, where the method needs none); one that
+        sows none gets them by path, `Tapped(module, {"layer1": "Conv_0"})`.
       teacher: None only for methods that need none; given to those, agreement with it is measured
         where both have the same neurons.
       data: the training data, as `load` gives it or `Dataset(images, labels)`.

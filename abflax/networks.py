@@ -10,9 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+from flax.core import FrozenDict
 
 from abflax.errors import InputError
 from abflax.models import model_name
+from abflax.taps import Model, Tapped
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -20,12 +22,12 @@ class Network:
     """A Linen module and its variables.
 
     Attributes:
-      model: the module.
+      model: the module, or with its taps: `Tapped(module, {"layer1": path, …})`.
       variables: its `params` and, if it has any, `batch_stats`.
       name: how records call it; None: the architecture's name and a digest of the weights.
     """
 
-    model: nn.Module
+    model: Model
     variables: Any
     name: str | None = None
 
@@ -49,15 +51,54 @@ def digest(variables: Any) -> str:
     return sha.hexdigest()[:12]
 
 
-def prepared(model: nn.Module, precision: str, axis_name: str | None) -> nn.Module:
+def prepared(model: Model, precision: str, axis_name: str | None) -> Model:
     """The module as a run uses it: in its precision, its batch norms averaged over the devices.
 
     Fields that the module does not have are left alone.
+
+    Raises:
+      ValueError: where the precision is bfloat16 and the module cannot be told; or where a field
+        cannot be hashed, so that programs could not be shared between runs.
     """
+    if isinstance(model, Tapped):
+        return dataclasses.replace(model, model=prepared(model.model, precision, axis_name))
     wanted = {
         "dtype": jnp.bfloat16 if precision == "bfloat16" else None,
         "param_dtype": jnp.result_type(float),
         "axis_name": axis_name,
     }
     names = {field.name for field in dataclasses.fields(model)}
-    return model.clone(**{key: value for key, value in wanted.items() if key in names})
+    if precision == "bfloat16" and "dtype" not in names:
+        raise InputError(
+            f"{type(model).__name__} has no field dtype, so it cannot be told to use bfloat16"
+        )
+    model = _hashable(model.clone(**{key: value for key, value in wanted.items() if key in names}))
+    try:
+        hash(model)
+    except TypeError as error:
+        raise InputError(
+            f"{type(model).__name__} has a field that cannot be hashed: use tuples, numbers, "
+            "strings, functions and modules"
+        ) from error
+    return model
+
+
+def _hashable(value: Any) -> Any:
+    """A module with tuples for the lists among its fields (`nn.Sequential` has one), and so on
+    inwards."""
+    if isinstance(value, nn.Module):
+        fields = {
+            field.name: getattr(value, field.name)
+            for field in dataclasses.fields(value)
+            if field.init and field.name not in ("parent", "name")
+        }
+        frozen = {name: _hashable(field) for name, field in fields.items()}
+        changed = {name: new for name, new in frozen.items() if new is not fields[name]}
+        return value.clone(**changed) if changed else value
+    if isinstance(value, (list, tuple)) and not hasattr(value, "_fields"):
+        inside = tuple(map(_hashable, value))
+        same = isinstance(value, tuple) and all(map(lambda a, b: a is b, inside, value))
+        return value if same else inside
+    if isinstance(value, dict):
+        return FrozenDict({key: _hashable(each) for key, each in value.items()})
+    return value

@@ -17,7 +17,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from flax import linen as nn
 
 from abflax.data import Preprocessing, augment, draw_views, normalise, view
 from abflax.errors import InputError
@@ -35,8 +34,10 @@ from abflax.step import (
     train_step,
     trained_parameters,
 )
+from abflax.taps import Model
 
 AXIS = "devices"
+_DROPOUT = 1  # which of an example's keys; the augmentation has the one before this fold
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,8 +103,8 @@ def split(batch: np.ndarray, devices: Sequence[jax.Device]) -> np.ndarray:
 
 @functools.lru_cache(maxsize=64)
 def compile_phase(
-    student: nn.Module,
-    teacher: nn.Module | None,
+    student: Model,
+    teacher: Model | None,
     phase: Phase,
     span: Span,
     preprocessing: Preprocessing,
@@ -187,6 +188,9 @@ def _train_many(
         chosen = examples[index]
         images = augment(data["images"][chosen], chosen, epochs[index], key, preprocessing)
         images, labels = normalise(images, preprocessing), data["labels"][chosen]
+        # The batch that begins with this example in this epoch: there is but one.
+        dropout = jax.random.fold_in(jax.random.fold_in(key, epochs[index][0]), chosen[0])
+        dropout = jax.random.fold_in(dropout, _DROPOUT)
         targets = None
         if kept is not None:
             view = draw_views(chosen, epochs[index], key, preprocessing.views)
@@ -198,7 +202,9 @@ def _train_many(
                 teacher_params, stats, images,
             )  # fmt: skip
             targets = _unpacked(packed, like)
-        return train_step(objective, optimiser, state, teacher_params, images, labels, targets)
+        return train_step(
+            objective, optimiser, state, teacher_params, images, labels, dropout, targets
+        )
 
     if steps == 1:
         state, metrics = one(0, state)

@@ -9,12 +9,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import linen as nn
 from flax.traverse_util import flatten_dict
 
 from abflax import parallel
 from abflax.checkpoint import Checkpoints
-from abflax.compatibility import require_compatible
+from abflax.compatibility import require_compatible, uses_dropout
 from abflax.config import Resources, RunConfig
 from abflax.data import Dataset, Stream, subset
 from abflax.errors import InputError, NonFiniteError
@@ -27,7 +26,8 @@ from abflax.networks import Network, prepared
 from abflax.optim import Span
 from abflax.progress import Reporter
 from abflax.record import environment, make_record
-from abflax.step import TrainState
+from abflax.step import TrainState, abstract_variables
+from abflax.taps import Model, module_of
 
 
 class Run:
@@ -36,7 +36,7 @@ class Run:
     def __init__(
         self,
         config: RunConfig,
-        student: nn.Module,
+        student: Model,
         teacher: Network | None,
         data: Dataset,
         test: Dataset | None,
@@ -264,14 +264,21 @@ class Run:
         )  # fmt: skip
 
     def _require_synchronised(self) -> None:
-        """On several devices a batch norm must be able to average over them."""
+        """On several devices the numbers must be those of one."""
         for model in (self.student, self.teacher):
-            if model is None or len(self.devices) == 1 or hasattr(model, "axis_name"):
+            if model is None or len(self.devices) == 1:
                 continue
-            raise InputError(
-                f"{type(model).__name__} has no field axis_name, so its batch norms cannot be "
-                f"averaged over {len(self.devices)} devices: use one device"
-            )
+            module, many = module_of(model), f"{len(self.devices)} devices: use one device"
+            normed = abstract_variables(model, self.shape)["batch_stats"]
+            if normed and not hasattr(module, "axis_name"):
+                raise InputError(
+                    f"{type(module).__name__} has no field axis_name, so its batch norms cannot "
+                    f"be averaged over {many}"
+                )
+            if model is self.student and uses_dropout(model, self.shape):
+                raise InputError(
+                    f"{type(module).__name__} has dropout, which would drop other neurons on {many}"
+                )
 
     def _label(self) -> str:
         return f"{self.config.method} seed {self.config.seeds.weights}"

@@ -11,7 +11,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from flax import linen as nn
 from flax import struct
 from jax.interpreters.partial_eval import dce_jaxpr
 
@@ -27,7 +26,7 @@ from abflax.connectors import (
 from abflax.losses import cross_entropy
 from abflax.methods import Phase
 from abflax.metrics import activation_agreement, misclassified
-from abflax.taps import Forward, number_of_logits, run_model, tap_shapes, train_argument
+from abflax.taps import Forward, Model, in_mode, module_of, number_of_logits, run_model, tap_shapes
 from abflax.terms import LayerTerm
 
 
@@ -53,7 +52,8 @@ class Objective:
     """A phase bound to two networks.
 
     Attributes:
-      student, teacher: Linen modules; no teacher where no term needs one.
+      student, teacher: Linen modules, with their taps by path where they do not sow them; no
+        teacher where no term needs one.
       phase: what is optimised.
       connectors: one for each term, None where a term has none.
       pooled: for each term, the layers whose larger map is pooled, and to which positions.
@@ -62,8 +62,8 @@ class Objective:
       axis_name: the mapped axis over which gradients and metrics are averaged.
     """
 
-    student: nn.Module
-    teacher: nn.Module | None
+    student: Model
+    teacher: Model | None
     phase: Phase
     connectors: tuple[Connectors | ExtraHead | None, ...]
     pooled: tuple[tuple[tuple[str, tuple[int, int]], ...], ...]
@@ -72,8 +72,8 @@ class Objective:
 
 
 def bind(
-    student: nn.Module,
-    teacher: nn.Module | None,
+    student: Model,
+    teacher: Model | None,
     phase: Phase,
     image_shape: tuple[int, ...],
     *,
@@ -92,7 +92,8 @@ def bind(
         if teacher is not None
         else {}
     )
-    fields = {k: getattr(student, k) for k in ("dtype", "param_dtype") if hasattr(student, k)}
+    module = module_of(student)
+    fields = {k: getattr(module, k) for k in ("dtype", "param_dtype") if hasattr(module, k)}
     connectors, pooled = [], []
     for _, term in phase.terms:
         layers = term.chosen(ours)
@@ -119,19 +120,18 @@ def bind(
     return Objective(student, teacher, phase, tuple(connectors), tuple(pooled), measured, axis_name)
 
 
-def abstract_variables(model: nn.Module, image_shape: tuple[int, ...]) -> Any:
+def abstract_variables(model: Model, image_shape: tuple[int, ...]) -> Any:
     """Shapes and dtypes of what `init_variables` makes."""
     return jax.eval_shape(lambda key: init_variables(model, key, image_shape), jax.random.key(0))
 
 
-def init_variables(model: nn.Module, key: jax.Array, image_shape: tuple[int, ...]) -> Any:
+def init_variables(model: Model, key: jax.Array, image_shape: tuple[int, ...]) -> Any:
     """{"params", "batch_stats"} of a fresh network, floats in the default floating dtype."""
     dtype = jnp.result_type(float)
-    variables = model.init(key, jnp.zeros((1, *image_shape), dtype), **train_argument(model, False))
-    return {
-        "params": variables["params"],
-        "batch_stats": _in_dtype(variables.get("batch_stats", {}), dtype),
-    }
+    module, mode = in_mode(module_of(model), False)
+    variables = module.init(key, jnp.zeros((1, *image_shape), dtype), **mode)
+    kept = {name: variables.get(name, {}) for name in ("params", "batch_stats")}
+    return _floats_in(dtype, kept)
 
 
 def begin_phase(
@@ -152,7 +152,8 @@ def begin_phase(
         if connectors is not None:
             variables = connectors.init(jax.random.fold_in(key, index), forward, train=False)
             params["connectors"][f"term{index}"] = variables.get("params", {})
-            stats["connectors"][f"term{index}"] = _in_dtype(variables.get("batch_stats", {}), dtype)
+            moved = _floats_in(dtype, variables.get("batch_stats", {}))
+            stats["connectors"][f"term{index}"] = moved
     return TrainState(jnp.zeros((), jnp.int32), params, stats, optimiser.init(params))
 
 
@@ -184,15 +185,26 @@ def student_loss(
     targets: tuple[Any, ...],
     images: jax.Array,
     labels: jax.Array,
+    dropout_key: jax.Array | None = None,
 ) -> tuple[jax.Array, tuple[Any, dict[str, Any]]]:
     """The phase's objective on one device's share: Σ weight · mean over the batch.
+
+    Args:
+      dropout_key: for a student with dropout.
 
     Returns:
       The loss, and (new running statistics, what the terms measure).
     """
     variables = {"params": params["student"], "batch_stats": batch_stats["student"]}
     pullback = _needs_pullback(objective.phase)
-    student = run_model(objective.student, variables, images, train=True, pullback=pullback)
+    student = run_model(
+        objective.student,
+        variables,
+        images,
+        train=True,
+        pullback=pullback,
+        dropout_key=dropout_key,
+    )
     stats = {"student": student.batch_stats, "connectors": {}}
     total, measures = jnp.zeros((), jnp.result_type(float)), {}
     for index, (weight, term) in enumerate(objective.phase.terms):
@@ -232,7 +244,8 @@ def trained_parameters(
     def loss(params: Any, teacher_params: Any, images: jax.Array, labels: jax.Array) -> jax.Array:
         zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), batch_stats)
         targets, _ = make_targets(objective, teacher_params, zeros["teacher"], images)
-        return student_loss(objective, params, zeros, targets, images, labels)[0]
+        key = jax.random.key(0)
+        return student_loss(objective, params, zeros, targets, images, labels, key)[0]
 
     axes = [(objective.axis_name, 1)] if objective.axis_name else None
     jaxpr = jax.make_jaxpr(loss, axis_env=axes)(params, teacher_params, images, labels).jaxpr
@@ -248,6 +261,7 @@ def train_step(
     teacher_params: Any,
     images: jax.Array,
     labels: jax.Array,
+    dropout_key: jax.Array | None = None,
     targets: tuple[Any, ...] | None = None,
 ) -> tuple[TrainState, dict[str, Any]]:
     """One optimisation step on one device's share of a batch.
@@ -255,6 +269,7 @@ def train_step(
     Args:
       images: normalised, `[share, height, width, channels]`.
       labels: integers `[share]`.
+      dropout_key: for a student with dropout.
       targets: what `make_targets` gave for them before; None: the teacher is asked.
 
     Returns:
@@ -265,7 +280,9 @@ def train_step(
     if targets is None:
         targets, teacher_stats = make_targets(objective, teacher_params, teacher_stats, images)
     (loss, (stats, measures)), gradients = jax.value_and_grad(
-        lambda params: student_loss(objective, params, state.batch_stats, targets, images, labels),
+        lambda params: student_loss(
+            objective, params, state.batch_stats, targets, images, labels, dropout_key
+        ),
         has_aux=True,
     )(state.params)
     stats = stats | {"teacher": teacher_stats}
@@ -321,7 +338,7 @@ def eval_step(
     return sums
 
 
-def _classes(model: nn.Module, image_shape: tuple[int, ...]) -> int:
+def _classes(model: Model, image_shape: tuple[int, ...]) -> int:
     return number_of_logits(model, abstract_variables(model, image_shape), image_shape)
 
 
@@ -330,9 +347,10 @@ def _connected(connectors: Connectors | ExtraHead | None) -> tuple[str, ...]:
     return tuple(name for name, _ in getattr(connectors, "widths", ()))
 
 
-def _in_dtype(batch_stats: Any, dtype: Any) -> Any:
-    """Flax begins running statistics in float32, even where they go on in float64."""
-    return jax.tree.map(lambda leaf: leaf.astype(dtype), batch_stats)
+def _floats_in(dtype: Any, tree: Any) -> Any:
+    """Modules without a field param_dtype, and all statistics, begin in float32 in any run."""
+    is_float = lambda leaf: jnp.issubdtype(leaf.dtype, jnp.floating)  # noqa: E731
+    return jax.tree.map(lambda leaf: leaf.astype(dtype) if is_float(leaf) else leaf, tree)
 
 
 def _needs_pullback(phase: Phase) -> bool:

@@ -14,10 +14,10 @@ import matplotlib.pyplot as plt  # noqa: E402  (the backend comes first)
 from matplotlib.axes import Axes  # noqa: E402
 
 # Okabe and Ito's palette, and a marker each, so that colour is never the only difference.
-_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000")
-_MARKERS = "osD^vPX"
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000")
+MARKERS = "osD^vPX"
 _TICKS = (0.5, 1, 2, 5, 10, 20, 50, 100)
-_STYLE = {
+STYLE = {
     "font.size": 10,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -40,7 +40,7 @@ def curves(records: Records, path: Path, title: str) -> None:
         {name for runs in records.values() for name in runs[0]["history"][-1]["agreement"]}
     )
     panels = 1 + len(layers)
-    with plt.rc_context(_STYLE):
+    with plt.rc_context(STYLE):
         figure, axes = plt.subplots(
             1, panels, figsize=(3.1 * panels, 3.4), layout="constrained", squeeze=False
         )
@@ -102,7 +102,7 @@ def _panel(
         if not epochs.size:
             continue
         mean = values.mean(axis=0)
-        colour, marker = _COLOURS[index % 7], _MARKERS[index % 7]
+        colour, marker = COLOURS[index % 7], MARKERS[index % 7]
         axis.plot(epochs, mean, color=colour, marker=marker, markersize=3.5, label=method)
         if len(runs) > 1:
             spread = values.std(axis=0, ddof=1)

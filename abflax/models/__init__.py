@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import re
 from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 from flax import linen as nn
 
 from abflax.errors import UnknownNameError, unknown
 from abflax.models.wide_resnet import WideResNet
+from abflax.taps import Model, Tapped
 
 __all__ = ["MODELS", "WideResNet", "model_name"]
 
@@ -46,12 +49,36 @@ class _Models(Mapping[str, Callable[..., nn.Module]]):
 MODELS: Mapping[str, Callable[..., nn.Module]] = _Models()
 
 
-def model_name(model: nn.Module) -> str:
-    """The name under which `MODELS` has the module, or its class and fields for any other.
+def model_name(model: Model) -> str:
+    """The name under which `MODELS` has the module, or its class and fields for any other; and
+    where it is tapped, if it was told.
 
     Functions among the fields count by their names.
     """
+    if isinstance(model, Tapped):
+        taps = ", ".join(f"{name}={path}" for name, path in model.tap_paths)
+        return f"{model_name(model.model)} tapped at {taps}"
     if isinstance(model, WideResNet):
         return f"wrn{model.depth}-{model.width}"
-    named = re.sub(r"<function ([\w.<>]+) at 0x[0-9a-f]+>", r"\1", repr(model))
+    named = repr(model)
+    for function in _functions(model):
+        if name := getattr(function, "__qualname__", None):
+            named = named.replace(repr(function), name)
     return re.sub(r"\s+", " ", named)
+
+
+def _functions(value: Any) -> Iterator[Callable[..., Any]]:
+    """The functions among a module's fields, at any depth."""
+    if isinstance(value, nn.Module):
+        for field in dataclasses.fields(value):
+            if field.name != "parent":
+                yield from _functions(getattr(value, field.name, None))
+    elif isinstance(value, functools.partial):
+        yield from _functions((value.func, *value.args, *value.keywords.values()))
+    elif isinstance(value, Mapping):
+        yield from _functions(tuple(value.values()))
+    elif isinstance(value, (list, tuple)):
+        for each in value:
+            yield from _functions(each)
+    elif callable(value) and not isinstance(value, type):
+        yield value
