@@ -67,7 +67,7 @@ class Job:
     def words(self) -> tuple[str, str, str, str]:
         """Method and options, networks, share of the data, epochs."""
         run = self.run
-        options = "".join(f" {name}={_plain(value)}" for name, value in run.options if value)
+        options = "".join(f" {name}={_plain(value)}" for name, value in run.options)
         return (
             run.method + options,
             run.student if run.teacher is None else f"{run.teacher} → {run.student}",
@@ -83,6 +83,9 @@ class Job:
 
 
 def _plain(value: object) -> str:
+    """An option's value; None stands for all layers."""
+    if value is None:
+        return "all"
     return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
