@@ -118,11 +118,12 @@ class RunConfig:
         one that is added later changes no hash; defaults therefore never change.
         """
         given: dict[str, Any] = {"phases": [phase.described() for phase in self.phases()]}
+        plain = self.as_json()
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             spelt_out = field.name in ("method", "protocol", "setting", "options")
             if not spelt_out and (field.default is dataclasses.MISSING or value != field.default):
-                given[field.name] = self.as_json()[field.name]
+                given[field.name] = plain[field.name]
         text = json.dumps(given, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 

@@ -102,15 +102,16 @@ def jobs(
     teachers, students = {}, {}
     for table in tables:
         for group in table.groups:
-            runs = [run for cell in group if (run := table.configuration(*cell)) is not None]
+            runs = {
+                run.hash: run for cell in group if (run := table.configuration(*cell)) is not None
+            }
             for seed in seeds:
-                for run in runs:
-                    students.setdefault(seeded(run, run.teacher, seed).hash,
-                                        Job(run, seed, table.examples))  # fmt: skip
+                for name, run in runs.items():
+                    students.setdefault((name, seed), Job(run, seed, table.examples))
         for name in sorted({run.teacher for run in table.runs} - {None, *given}):
             run = dataclasses.replace(table.teacher_run, student=name)
             job = Job(run, run.seeds.weights, table.examples, teaches=True)
-            teachers.setdefault(seeded(run, None, job.seed).hash, job)
+            teachers.setdefault(run.hash, job)
     return (*teachers.values(), *students.values())
 
 
