@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import textwrap
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -123,9 +124,9 @@ def points(panels: Sequence[Panel], names: Sequence[str], path: Path, title: str
       path: of the PNG.
       title: above the panels.
     """
-    styles = _styles(names)
-    used = {name: styles[name] for name in names if any(name in each.series for each in panels)}
-    with _figure(len(panels), min(len(panels), 3), path, title, used) as axes:
+    looks = _styles(names)
+    styles = {name: looks[name] for panel in panels for name in panel.series}
+    with _figure(len(panels), min(len(panels), 2), path, title, styles) as axes:
         for axis, panel in zip(axes, panels, strict=True):
             _series(axis, panel, styles)
         for group in {panel.group for panel in panels}:
@@ -138,15 +139,12 @@ def points(panels: Sequence[Panel], names: Sequence[str], path: Path, title: str
 def _series(axis: Axes, panel: Panel, styles: Mapping[str, tuple[str, str]]) -> None:
     """The series of one panel, side by side where the places are names."""
     numeric = all(place is not None for _, place in panel.places)
-    shown = [name for name in styles if name in panel.series]
-    for index, name in enumerate(shown):
+    for index, (name, values) in enumerate(panel.series.items()):
         colour, marker = styles[name]
-        beside = 0.0 if numeric else 0.7 * ((index + 0.5) / len(shown) - 0.5)
+        beside = 0.0 if numeric else 0.7 * ((index + 0.5) / len(panel.series) - 0.5)
         found = [
             (place if numeric else position + beside, *value)
-            for position, ((_, place), value) in enumerate(
-                zip(panel.places, panel.series[name], strict=True)
-            )
+            for position, ((_, place), value) in enumerate(zip(panel.places, values, strict=True))
             if value is not None
         ]
         if found:
@@ -166,14 +164,14 @@ def _series(axis: Axes, panel: Panel, styles: Mapping[str, tuple[str, str]]) -> 
     else:
         axis.set_xticks(range(len(labels)), labels=[_folded(label) for label in labels])
         axis.set_xlim(-0.5, len(labels) - 0.5)
-        axis.tick_params(axis="x", labelsize=8)
         axis.grid(visible=False, axis="x")
+    axis.tick_params(axis="x", labelsize=8)
     axis.set(title=panel.title, ylabel=panel.ylabel, xlabel=panel.xlabel)
 
 
 def _folded(label: str) -> str:
     """On several lines, to stand beside its neighbours."""
-    return label.replace(": ", "\n").replace(" → ", " →\n").replace(" & ", "\n& ")
+    return "\n".join(textwrap.fill(part, 11) for part in label.split(": "))
 
 
 @contextmanager
@@ -256,7 +254,10 @@ def _panel(
             continue
         mean = values.mean(axis=0)
         colour, marker = styles[method]
-        axis.plot(epochs, mean, color=colour, marker=marker, markersize=3.5, label=method)
+        axis.plot(
+            epochs, mean, color=colour, marker=marker, markersize=3.5, label=method,
+            markevery=-(-len(epochs) // 20),
+        )  # fmt: skip
         if len(runs) > 1:
             spread = values.std(axis=0, ddof=1)
             axis.fill_between(

@@ -123,7 +123,7 @@ _WHICH_LAYERS = Axis(
     ),
 )
 _INSIDE = Axis(
-    "after initialising",
+    "measured",
     (
         *(Point(layer, measure=agreement(layer), note="agreement") for layer in _LAYERS),
         Point("error", measure=ERROR, note="at the end"),
@@ -236,7 +236,8 @@ _BOTH = (
     ),
     _table(
         6, "paper", _TENTH, _by_layers(*_ALL[2:]), _WHICH_LAYERS,
-        f"{_PAIR}, 10 % of the training images, 20+100 epochs",
+        f"{_PAIR}, 10 % of the training images, 20+100 epochs; fsp of one layer alone is of that "
+        "layer with itself",
     ),
     _table(  # 1.5 h
         6, "small", _SMALL, _by_layers(*_FEW[2:]), _WHICH_LAYERS,
