@@ -13,7 +13,10 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["abflax*", "experiments*"]),
-    package_data={"abflax": ["py.typed"], "experiments": ["teachers/*", "records/*.json"]},
+    package_data={
+        "abflax": ["py.typed"],
+        "experiments": ["*.json", "teachers/*", "records/*.json"],
+    },
     install_requires=[
         # jaxlib 0.10.2 miscompiles on CPUs (jax-ml/jax#39103), and jax 0.10.2 asks for it. jaxlib
         # is named too, so that no resolver pairs it with another jax.

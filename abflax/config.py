@@ -104,6 +104,12 @@ class RunConfig:
         """The configuration as plain JSON values."""
         return json.loads(json.dumps(dataclasses.asdict(self)))
 
+    @classmethod
+    def from_json(cls, given: dict[str, Any]) -> RunConfig:
+        """The inverse of `as_json`: what a record's `config` says."""
+        tuples = {name: _as_tuples(given[name]) for name in ("options", "epochs")}
+        return cls(**{**given, **tuples, "seeds": Seeds(**given["seeds"])})
+
     @property
     def hash(self) -> str:
         """Twelve hexadecimal digits of SHA-256 over all that changes a number.
@@ -114,13 +120,19 @@ class RunConfig:
         one that is added later changes no hash; defaults therefore never change.
         """
         given: dict[str, Any] = {"phases": [phase.described() for phase in self.phases()]}
+        plain = self.as_json()
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             spelt_out = field.name in ("method", "protocol", "setting", "options")
             if not spelt_out and (field.default is dataclasses.MISSING or value != field.default):
-                given[field.name] = self.as_json()[field.name]
+                given[field.name] = plain[field.name]
         text = json.dumps(given, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def _as_tuples(value: Any) -> Any:
+    """JSON's lists are tuples here, at every depth."""
+    return tuple(map(_as_tuples, value)) if isinstance(value, list) else value
 
 
 @dataclasses.dataclass(frozen=True)

@@ -23,7 +23,8 @@ def evaluate(network: Network, test: Dataset, devices: int | None = None) -> dic
     """A network's error on held-out data, each example counted once.
 
     Returns:
-      {"test_error": share, "errors": count, "examples": count, "test_cross_entropy": nats}.
+      {"test_error": share, "errors": count, "examples": count, "test_cross_entropy": nats,
+      "agreement": {}, "silent": layer -> share of neurons that fire on no example}.
     """
     used = parallel.local_devices(devices)
     require_runs("the network", network.model, test.image_shape, train=False, dropout=False)
@@ -71,4 +72,5 @@ class Evaluation:
             "examples": int(examples),
             "test_cross_entropy": total["cross_entropy"] / examples,
             "agreement": {k: v / examples for k, v in total["agreement"].items()},
+            "silent": total["silent"],
         }

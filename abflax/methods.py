@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 import types
 import typing
@@ -308,12 +309,15 @@ def _replaced(term: Term, protocol: Protocol, options: dict[str, Any]) -> Term:
     return dataclasses.replace(term, **{k: v for k, v in given.items() if k in names})
 
 
+_type_hints = functools.cache(typing.get_type_hints)
+
+
 def _check_options(name: str, kinds: set[type[Term]], options: dict[str, Any]) -> None:
     """Raises for an option that no term has, or whose value is of another type."""
     hints = {
         key: hint
         for kind in kinds
-        for key, hint in typing.get_type_hints(kind).items()
+        for key, hint in _type_hints(kind).items()
         if key in {field.name for field in dataclasses.fields(kind)}
     }
     for option, value in options.items():

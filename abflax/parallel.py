@@ -54,7 +54,8 @@ class Program:
       targets: (teacher params, teacher statistics, data, examples, views) -> the targets of
         those views of those examples, booleans packed into bytes; all `[devices, share, ...]`.
       evaluate: (params, batch_stats, teacher params, data, examples, mask) -> sums, `[batches]`
-        each; `examples` and `mask` are `[devices, batches, share]`.
+        each, and "silent": layer -> the share of neurons that fired on no example; `examples` and
+        `mask` are `[devices, batches, share]`.
       schedule: the phase's own step -> learning rate.
     """
 
@@ -264,11 +265,22 @@ def _evaluate(
 ) -> dict[str, Any]:
     """The evaluation step over all batches in one dispatch."""
 
-    def one(_: None, batch: tuple[jax.Array, jax.Array]) -> tuple[None, dict[str, Any]]:
+    def step(batch: tuple[jax.Array, jax.Array]) -> dict[str, Any]:
         chosen, valid = batch
         images = normalise(data["images"][chosen], preprocessing)
         labels = data["labels"][chosen]
-        sums = eval_step(objective, params, batch_stats, teacher_params, images, labels, valid)
-        return None, jax.lax.psum(sums, AXIS)
+        return eval_step(objective, params, batch_stats, teacher_params, images, labels, valid)
 
-    return jax.lax.scan(one, None, (examples, mask))[1]
+    def one(fired: dict[str, jax.Array], batch: Any) -> tuple[dict[str, jax.Array], Any]:
+        sums = step(batch)
+        fired = jax.tree.map(jnp.logical_or, fired, sums.pop("fired"))
+        return fired, jax.lax.psum(sums, AXIS)
+
+    shapes = jax.eval_shape(step, (examples[0], mask[0]))["fired"]
+    never = {layer: jnp.zeros(shape.shape, bool) for layer, shape in shapes.items()}
+    fired, sums = jax.lax.scan(one, never, (examples, mask))
+    fired = jax.lax.pmax(jax.tree.map(lambda leaf: leaf.astype(jnp.int32), fired), AXIS)
+    silent = {
+        layer: jnp.mean(leaf == 0, dtype=jnp.result_type(float)) for layer, leaf in fired.items()
+    }
+    return sums | {"silent": silent}

@@ -11,7 +11,9 @@ Schema 1. A record is an object with
   `training` (what the terms measure, e.g. `agreement` of each layer as training saw it; means),
   and where there is held-out data `test_error` (a share), `test_cross_entropy` (nats),
   `agreement` (layer -> share of held-out neurons on whose indicator student and teacher agree;
-  only where both have the same neurons)};
+  only where both have the same neurons), `silent` (layer -> share of the student's neurons, each
+  a channel at a position and before any connector, that fire on no held-out image; not in
+  records made before it was measured)};
 - `result`: `test_error` and `agreement` of the last entry, `best_test_error`, `best_epoch`, and
   `initialise_agreement`: agreement at the end of the initialise phase, if there was one;
 - `seconds`: training and evaluation, compilation included, over all sittings;

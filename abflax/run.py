@@ -200,7 +200,8 @@ class Run:
             measured = self.evaluation(
                 program, state.params, state.batch_stats, self.teacher_params
             )
-            entry |= {k: measured[k] for k in ("test_error", "test_cross_entropy", "agreement")}
+            kept = ("test_error", "test_cross_entropy", "agreement", "silent")
+            entry |= {name: measured[name] for name in kept}
         journal.history.append(entry)
         self.reporter.evaluated(entry)
 

@@ -23,7 +23,7 @@ from abflax.connectors import (
     require_same_positions,
     require_same_taps,
 )
-from abflax.losses import cross_entropy
+from abflax.losses import activation_indicator, cross_entropy
 from abflax.methods import Phase
 from abflax.metrics import activation_agreement, misclassified
 from abflax.taps import Forward, Model, in_mode, module_of, number_of_logits, run_model, tap_shapes
@@ -307,8 +307,9 @@ def eval_step(
     """Sums over the unmasked examples of a device's share, in evaluation mode.
 
     Returns:
-      "examples", "errors", "cross_entropy", and "agreement": layer -> the sum of the examples'
-      agreements.
+      "examples", "errors", "cross_entropy"; "agreement": layer -> the sum of the examples'
+      agreements; and "fired": layer -> booleans, whether each neuron of the student (before any
+      connector, which belongs to a phase and not to the student) fires on one of the examples.
     """
     variables = {"params": params["student"], "batch_stats": batch_stats["student"]}
     student = run_model(objective.student, variables, images, train=False)
@@ -317,6 +318,10 @@ def eval_step(
         "errors": (misclassified(student.logits, labels) & mask).sum(),
         "cross_entropy": jnp.where(mask, cross_entropy(student.logits, labels), 0).sum(),
         "agreement": {},
+        "fired": {
+            layer: jax.vmap(jnp.logical_and)(activation_indicator(tap), mask).any(axis=0)
+            for layer, tap in student.taps.items()
+        },
     }
     if objective.teacher is None or not objective.measured:
         return sums

@@ -103,3 +103,11 @@ def seeds_type(text: str) -> tuple[int, ...]:
     if int(text) < 1:
         raise argparse.ArgumentTypeError("at least one seed is needed")
     return tuple(range(int(text)))
+
+
+def names_type(text: str) -> tuple[str, ...]:
+    """ "kd,fitnet" -> ("kd", "fitnet")."""
+    names = tuple(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
+    if not names:
+        raise argparse.ArgumentTypeError(f"'{text}' names nothing")
+    return names

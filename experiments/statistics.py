@@ -17,3 +17,17 @@ def mean_and_std(shares: Sequence[float], digits: int = 2) -> str:
     if len(shares) < 2:
         return mean
     return f"{mean} ± {percent(statistics.stdev(shares), digits)}"
+
+
+def beyond_error_bars(first: Sequence[float], second: Sequence[float]) -> int | None:
+    """-1 or 1 where the first mean lies below or above the second by more than both deviations.
+
+    That is, where mean ± sample standard deviation of the two do not overlap. 0 where they do;
+    None where one of them is a single number, which has no deviation.
+    """
+    if min(len(first), len(second)) < 2:
+        return None
+    difference = statistics.mean(first) - statistics.mean(second)
+    if abs(difference) <= statistics.stdev(first) + statistics.stdev(second):
+        return 0
+    return 1 if difference > 0 else -1

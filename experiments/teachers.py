@@ -14,6 +14,15 @@ from abflax.weights import load_network
 SHIPPED = Path(__file__).parent / "teachers"
 
 
+def is_shipped(name: str, dataset: str) -> bool:
+    """Whether the repository has a teacher of that architecture, trained on that data."""
+    return _shipped(name, dataset).is_file()
+
+
+def _shipped(name: str, dataset: str) -> Path:
+    return SHIPPED / f"{name}-{dataset}.npz"
+
+
 def find_teacher(name: str, dataset: str, weights: str | None, workdir: Path) -> Network:
     """The teacher of that architecture, with its weights.
 
@@ -31,14 +40,13 @@ def find_teacher(name: str, dataset: str, weights: str | None, workdir: Path) ->
     if dataset not in DATASETS:
         raise unknown("dataset", dataset, DATASETS)
     if weights is None:
-        shipped = SHIPPED / f"{name}-{dataset}.npz"
-        if not shipped.is_file():
+        if not is_shipped(name, dataset):
             raise InputError(
                 f"no {name} trained on {dataset} is shipped; give its weights with "
                 f"--teacher-weights FILE or RUN, or train one: python -m experiments.run "
                 f"--dataset {dataset} --student {name} --method cross-entropy --epochs 0+200"
             )
-        return load_network(name, shipped)
+        return load_network(name, _shipped(name, dataset))
     run = workdir / "runs" / weights
     if record := read_record(run / "record.json"):
         if record["config"]["student"] != name:

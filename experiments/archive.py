@@ -1,0 +1,44 @@
+"""The records there are: those that the repository holds, and a workdir's own."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from abflax.errors import InputError
+from abflax.record import SCHEMA, read_record
+
+RECORDS = Path(__file__).parent / "records"
+Record = dict[str, Any]
+
+
+def committed(folder: Path = RECORDS) -> dict[str, Record]:
+    """hash -> record, by hash.
+
+    Raises:
+      ValueError: naming a file that is no record, or not the one that it is called after.
+    """
+    found = {}
+    for path in sorted(folder.glob("*.json")):
+        record = read_record(path)
+        if record is None:
+            raise InputError(f"{path} is no record of schema {SCHEMA}")
+        if record["hash"] != path.stem:
+            raise InputError(f"{path} holds the record of another run, {record['hash']}")
+        found[record["hash"]] = record
+    return found
+
+
+def finished(workdir: Path) -> dict[str, Record]:
+    """hash -> record, of a workdir's finished runs."""
+    records = (read_record(path) for path in sorted((workdir / "runs").glob("*/record.json")))
+    return {record["hash"]: record for record in records if record is not None}
+
+
+def add(workdir: Path, folder: Path = RECORDS) -> int:
+    """Copies a workdir's finished CIFAR-10 runs into the records. Returns how many."""
+    chosen = [r["hash"] for r in finished(workdir).values() if r["config"]["dataset"] == "cifar10"]
+    for name in chosen:
+        shutil.copyfile(workdir / "runs" / name / "record.json", folder / f"{name}.json")
+    return len(chosen)

@@ -1,0 +1,137 @@
+"""What is to be run for some tables: teachers first, each run once, in shares, with its cost."""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+from collections import defaultdict
+from collections.abc import Collection, Mapping, Sequence
+
+from abflax.config import RunConfig
+from abflax.journal import phases_and_spans
+from experiments.cells import seeded
+from experiments.layout import Record, Table
+
+Rates = Mapping[tuple[str, str | None, str, str], float]
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """One run of a plan.
+
+    Attributes:
+      run: its configuration; a teacher is an architecture yet.
+      seed: of the run.
+      examples: of its training data.
+      teaches: whether it trains a teacher.
+    """
+
+    run: RunConfig
+    seed: int
+    examples: int
+    teaches: bool = False
+
+    def configuration(self, teachers: Mapping[str, str]) -> RunConfig | None:
+        """As it is run, or None as long as its teacher is not there.
+
+        Args:
+          teachers: architecture -> identity.
+        """
+        if self.run.teacher is None:
+            return seeded(self.run, None, self.seed)
+        if self.run.teacher not in teachers:
+            return None
+        return seeded(self.run, teachers[self.run.teacher], self.seed)
+
+    @property
+    def steps(self) -> dict[str, int]:
+        """phase -> optimisation steps.
+
+        Raises:
+          ValueError: if a phase has none.
+        """
+        phases, spans = phases_and_spans(self.run, round(self.run.fraction * self.examples))
+        return {phase.name: span.steps for phase, span in zip(phases, spans, strict=True)}
+
+    def seconds(self, rates: Rates) -> float | None:
+        """About how long it takes; None: nobody knows."""
+        keys = {
+            (self.run.student, self.run.teacher, self.run.method, phase): steps
+            for phase, steps in self.steps.items()
+        }
+        if not keys.keys() <= rates.keys():
+            return None
+        return sum(steps * rates[key] for key, steps in keys.items())
+
+    @property
+    def words(self) -> tuple[str, str, str, str]:
+        """Method and options, networks, share of the data, epochs."""
+        run = self.run
+        options = "".join(f" {name}={_plain(value)}" for name, value in run.options)
+        return (
+            run.method + options,
+            run.student if run.teacher is None else f"{run.teacher} → {run.student}",
+            f"{100 * run.fraction:g} %",
+            f"{run.epochs[0]}+{run.epochs[1]}",
+        )
+
+    @property
+    def label(self) -> str:
+        """The same as a sentence has it."""
+        method, networks, share_of_data, epochs = self.words
+        return f"{method}, {networks}, {share_of_data} of {self.run.dataset}, {epochs} epochs"
+
+
+def _plain(value: object) -> str:
+    """An option's value; None stands for all layers."""
+    if value is None:
+        return "all"
+    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def jobs(
+    tables: Sequence[Table], seeds: Sequence[int], given: Collection[str] = ()
+) -> tuple[Job, ...]:
+    """All runs of some tables, each once: teachers, then group by group, seed by seed.
+
+    A function of what was asked for, not of what is finished: so shares of it stay the same.
+
+    Args:
+      given: the architectures whose weights are there already, so that nobody trains them.
+    """
+    teachers, students = {}, {}
+    for table in tables:
+        for group in table.groups:
+            runs = {
+                run.hash: run for cell in group if (run := table.configuration(*cell)) is not None
+            }
+            for seed in seeds:
+                for name, run in runs.items():
+                    students.setdefault((name, seed), Job(run, seed, table.examples))
+        for name in sorted({run.teacher for run in table.runs} - {None, *given}):
+            run = dataclasses.replace(table.teacher_run, student=name)
+            job = Job(run, run.seeds.weights, table.examples, teaches=True)
+            teachers.setdefault(run.hash, job)
+    return (*teachers.values(), *students.values())
+
+
+def share(everything: Sequence[Job], index: int, count: int) -> tuple[Job, ...]:
+    """The index-th of count shares, from 1. Every job is in exactly one."""
+    return tuple(everything[index - 1 :: count])
+
+
+def rates(records: Mapping[str, Record], device: str) -> Rates:
+    """(student, teacher's architecture, method, phase) -> seconds a step on that device.
+
+    Medians over the records, evaluation and compilation included.
+    """
+    found = defaultdict(list)
+    for record in records.values():
+        if record["environment"]["device"] != device:
+            continue
+        config = record["config"]
+        teacher = config["teacher"].split(":")[0] if config["teacher"] else None
+        for phase in record["phases"]:
+            key = (config["student"], teacher, config["method"], phase["name"])
+            found[key].append(phase["seconds"] / phase["steps"])
+    return {key: statistics.median(values) for key, values in found.items()}

@@ -1,0 +1,155 @@
+"""What a plan would do, without doing it: its cost, or the first steps of every cell."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+
+import jax
+import numpy as np
+from rich.console import Console
+from rich.table import Table as Printed
+
+from abflax import InputError, Network, NonFiniteError, Resources, distill, load
+from abflax.config import RunConfig, Seeds
+from abflax.data import Dataset
+from abflax.models import MODELS
+from abflax.record import device_name
+from abflax.step import init_variables
+from experiments.layout import Record
+from experiments.plan import Job, rates
+
+
+def forecast(
+    console: Console,
+    plan: Sequence[Job],
+    teachers: Mapping[str, str],
+    records: Mapping[str, Record],
+) -> None:
+    """Prints what would run, in how many steps and about how long.
+
+    Args:
+      teachers: architecture -> identity, as far as they are known.
+    """
+    device = device_name(jax.devices()[0])
+    known = rates(records, device)
+    left: dict[RunConfig, list[Job]] = defaultdict(list)
+    for job in plan:
+        config = job.configuration(teachers)
+        if config is None or config.hash not in records:
+            left[job.run].append(job)
+    table = Printed(box=None, pad_edge=False, header_style="bold")
+    for column in ("to run", "networks", "data", "epochs", "seeds", "steps each", "time each"):
+        right = column not in ("to run", "networks")
+        table.add_column(column, justify="right" if right else "left", no_wrap=True)
+    for group in left.values():
+        seeds = ",".join(str(job.seed) for job in group)
+        steps, seconds = sum(group[0].steps.values()), group[0].seconds(known)
+        table.add_row(*group[0].words, seeds, f"{steps:,}", _duration(seconds))
+    if left:
+        console.print(table, soft_wrap=True)
+    waiting = [job for group in left.values() for job in group]
+    steps = sum(sum(job.steps.values()) for job in waiting)
+    times = [job.seconds(known) for job in waiting]
+    unknown = times.count(None)
+    told = _duration(sum(time for time in times if time is not None))
+    about = f"about {told} on {device}" if unknown < len(times) else f"time unknown on {device}"
+    console.print(
+        f"{len(plan)} runs, {sum(job.teaches for job in plan)} of them of teachers; "
+        f"{len(plan) - len(waiting)} finished, {len(waiting)} to run in {steps:,} steps"
+        + (f"; {about}" if waiting else "")
+        + (f" for {len(waiting) - unknown}, unknown for {unknown}" * (0 < unknown < len(times))),
+        soft_wrap=True,
+    )
+
+
+def start_every_cell(
+    console: Console,
+    plan: Sequence[Job],
+    steps: int,
+    teachers: Mapping[str, Network],
+    data_dir: str | None,
+    resources: Resources,
+) -> None:
+    """Makes a few steps of each phase of every run that differs in more than its length or data.
+
+    The networks, the method, its options and the batch size are the real ones; the training data
+    are as many images as the steps need, and one evaluation batch is measured. Nothing is
+    written. A teacher that is not there is an untrained network. Runs of other lengths or shares
+    of the data are the same programs; that their phases have steps at all is looked at.
+
+    Raises:
+      NonFiniteError, ValueError: if a cell does not start; after the others.
+    """
+    if steps < 1:
+        raise InputError(f"--steps must be at least 1, not {steps}")
+    groups: dict[RunConfig, list[Job]] = defaultdict(list)
+    for job in plan:
+        same = {"epochs": (1, 1), "fraction": 1.0, "evaluate_every": 1, "seeds": Seeds()}
+        groups[dataclasses.replace(job.run, **same)].append(job)
+    failures = []
+    for run, group in groups.items():
+        label, began = ", ".join(group[0].words[:2]), time.perf_counter()
+        try:
+            for job in group:
+                _ = job.steps  # raises where a phase of the real run would have none
+            losses = _start(run, steps, teachers, data_dir, resources)
+        except (InputError, NonFiniteError) as error:
+            failures.append(f"{label}: {error}")
+            console.print(f"FAILS   {failures[-1]}", soft_wrap=True)
+            continue
+        runs = "1 run" if len(group) == 1 else f"{len(group)} runs"
+        seconds = time.perf_counter() - began
+        console.print(f"starts  {label} ({runs}): {losses}; {seconds:.0f} s", soft_wrap=True)
+    console.print(
+        f"{len(groups) - len(failures)} of {len(groups)} start, for {len(plan)} runs; "
+        "nothing was kept",
+        soft_wrap=True,
+    )
+    if failures:
+        raise InputError(f"{len(failures)} of {len(groups)} do not start: {failures[0]}")
+
+
+def _start(
+    run: RunConfig,
+    steps: int,
+    teachers: Mapping[str, Network],
+    data_dir: str | None,
+    resources: Resources,
+) -> str:
+    """The losses of a few steps."""
+    data, test = (load(run.dataset, split, data_dir) for split in ("train", "test"))
+    teacher = teachers.get(run.teacher) if run.teacher is not None else None
+    if run.teacher is not None and teacher is None:
+        teacher = _untrained(run.teacher, data)
+    result = distill(
+        MODELS[run.student](num_classes=data.num_classes),
+        teacher,
+        data.take(np.arange(steps * run.batch_size) % len(data)),
+        test=test.take(np.arange(min(len(test), 250))),
+        method=run.method,
+        protocol=run.protocol,
+        setting=run.setting,
+        epochs=run.epochs,
+        batch_size=run.batch_size,
+        precision=run.precision,
+        resources=resources,
+        **dict(run.options),
+    )
+    phases = {phase["name"]: phase["steps"] for phase in result.record["phases"]}
+    losses = {entry["phase"]: entry["loss"] for entry in result.record["history"]}
+    return ", ".join(f"{name} {phases[name]} steps, loss {losses[name]:.3g}" for name in phases)
+
+
+def _untrained(name: str, data: Dataset) -> Network:
+    model = MODELS[name](num_classes=data.num_classes)
+    variables = init_variables(model, jax.random.key(1000), data.image_shape)
+    return Network(model, variables, f"{name}:untrained")
+
+
+def _duration(seconds: float | None) -> str:
+    if seconds is None:
+        return "unknown"
+    return f"{seconds / 3600:.1f} h" if seconds >= 3600 else f"{seconds / 60:.0f} min"

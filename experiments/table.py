@@ -1,0 +1,252 @@
+"""The paper's CIFAR-10 tables, with error bars: run what is missing, then show them.
+
+examples:
+  python -m experiments.table 1 --scale small
+      train what Table 1 still needs at a size for two CPU cores, and print it
+  python -m experiments.table all --scale paper --dry-run
+      what would run for all tables, in how many steps and about how long
+  python -m experiments.table 3 --seeds 5 --only 2/8
+      the second of eight shares of the runs, for a job array on one workdir
+  python -m experiments.table all --scale paper --steps 2
+      show that every cell starts: two steps of each phase, of which nothing is kept
+  python -m experiments.table 6 --teacher-weights wrn22-4=teacher.safetensors
+
+A run is named by its configuration: what is finished, here or among the committed records, is
+not run again, and the same command goes on where it stopped. A teacher that is neither given nor
+shipped is trained once, before its students; shares that come to its students too early leave
+them for the next call. Markdown and a picture of the whole table go to WORKDIR/tables.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from abflax import Network, NonFiniteError, Resources, distill, load
+from abflax.errors import unknown
+from abflax.models import MODELS
+from abflax.progress import Live, Reporter
+from abflax.record import require_writable
+from experiments import archive, cli, figures
+from experiments.cells import Filled, fill, identities, markdown
+from experiments.layout import Record, Table
+from experiments.plan import Job, jobs, share
+from experiments.rehearsal import forecast, start_every_cell
+from experiments.tables import SCALES, TABLES
+from experiments.teachers import find_teacher, is_shipped
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    description, rest = (__doc__ or "").split("\n\nexamples:", 1)
+    scales = "\n".join(f"  {name:<8} {scale.summary}" for name, scale in SCALES.items())
+    tables = "\n".join(f"  {name:<8} {table.title}" for name, table in TABLES["paper"].items())
+    parser = cli.Parser(
+        prog="python -m experiments.table",
+        description=description,
+        epilog=f"tables:\n{tables}\n\nscales:\n{scales}\n\nexamples:{rest}",
+    )
+    add = parser.add_argument
+    add("tables", metavar="N", help="number of a table, several such as 1,3, or all")
+    add("--scale", default="paper", help=f"{' or '.join(SCALES)} (default paper)")
+    add("--rows", type=cli.names_type, metavar="NAMES", help="some of the rows, by their names")
+    add("--columns", type=cli.names_type, metavar="NAMES", help="some of the columns")
+    add("--methods", type=cli.names_type, metavar="NAMES", help="some of the methods")
+    add("--seeds", type=cli.seeds_type, metavar="N",
+        help="how many, or a list such as 0,3 (default 5; 2 at scale small)")  # fmt: skip
+    add("--only", type=share_type, default=(1, 1), metavar="K/N", help="a share of the runs")
+    add("--dry-run", action="store_true", help="tell what would run, and run nothing")
+    add("--steps", type=int, metavar="K", help="make K steps of every cell, and keep nothing")
+    add("--teacher-weights", type=weights_type, action="append", default=[], metavar="NAME=FILE",
+        help="a teacher's weights: file or run; may be given again")  # fmt: skip
+    add("--data-dir", help="of TensorFlow Datasets; default: TFDS_DATA_DIR")
+    add("--workdir", type=Path, default=cli.WORKDIR, help="where all goes (default ./workdir)")
+    add("--devices", type=int, help="how many (default all)")
+    add("--steps-per-dispatch", type=int, help="default: 1 on CPUs, 100 elsewhere")
+    add("--checkpoint-seconds", type=float, default=60.0)
+    return parser.parse_args(arguments)
+
+
+def share_type(text: str) -> tuple[int, int]:
+    """ "2/8" -> (2, 8)."""
+    parts = text.split("/")
+    if len(parts) == 2 and all(part.isdigit() for part in parts):
+        index, count = map(int, parts)
+        if 1 <= index <= count:
+            return index, count
+    raise argparse.ArgumentTypeError(f"'{text}' is not K/N with 1 <= K <= N, such as 2/8")
+
+
+def weights_type(text: str) -> tuple[str, str]:
+    """ "wrn22-4=FILE" -> ("wrn22-4", "FILE")."""
+    name, _, weights = text.partition("=")
+    if not weights:
+        raise argparse.ArgumentTypeError(f"'{text}' is not NAME=FILE, such as wrn22-4=t.npz")
+    return name, weights
+
+
+def main(console: Console) -> None:
+    arguments = parse()
+    whole = find_tables(arguments.tables, arguments.scale)
+    chosen = [table.select(arguments.rows, arguments.columns, arguments.methods) for table in whole]
+    given = dict(arguments.teacher_weights)
+    require_used(given, chosen)
+    seeds = arguments.seeds or range(SCALES[arguments.scale].seeds)
+    teachers = look_for_teachers(chosen, given, arguments.workdir, {})
+    there = {name for table in chosen for name in architectures(table)
+             if name in given or is_shipped(name, table.run.dataset)}  # fmt: skip
+    mine = share(jobs(chosen, seeds, there), *arguments.only)
+    if arguments.steps is not None:
+        cli.cache_compilation(arguments.workdir)
+        start_every_cell(
+            console, mine, arguments.steps, teachers, arguments.data_dir, _resources(arguments)
+        )
+        return
+    records = archive.committed() | archive.finished(arguments.workdir)
+    if arguments.dry_run:
+        known = {}
+        for table in chosen:
+            known |= identities(table, records, _names(teachers))
+        forecast(console, mine, known, records)
+        return
+    require_writable(arguments.workdir)
+    cli.cache_compilation(arguments.workdir)
+    live = Live(console)
+    with live.shown():
+        notes, failures = run(mine, chosen, given, teachers, records, arguments, live)
+    records = archive.committed() | archive.finished(arguments.workdir)
+    for table, part in zip(whole, chosen, strict=True):
+        show(console, fill(part, records, _names(teachers)))
+        write(fill(table, records, _names(teachers)), arguments.workdir / "tables")
+    for note in notes:
+        console.print(note, soft_wrap=True)
+    if failures:
+        raise NonFiniteError(f"{len(failures)} of {len(mine)} runs failed: {'; '.join(failures)}")
+
+
+def find_tables(names: str, scale: str) -> list[Table]:
+    """The tables of these names, in the given order."""
+    if scale not in TABLES:
+        raise unknown("scale", scale, TABLES)
+    known = TABLES[scale]
+    wanted = list(known) if names == "all" else cli.names_type(names)
+    for name in wanted:
+        if name not in known:
+            raise unknown("table", name, [*known, "all"])
+    return [known[name] for name in wanted]
+
+
+def architectures(table: Table) -> list[str]:
+    """Of a table's teachers."""
+    return sorted({run.teacher for run in table.runs} - {None})
+
+
+def require_used(given: Mapping[str, str], tables: Sequence[Table]) -> None:
+    """Raises `InputError` for weights of a teacher that no table has."""
+    known = {name for table in tables for name in architectures(table)}
+    for name in given:
+        if name not in known:
+            raise unknown("teacher of these tables", name, known)
+
+
+def look_for_teachers(
+    tables: Sequence[Table], given: Mapping[str, str], workdir: Path, found: Mapping[str, Network]
+) -> dict[str, Network]:
+    """architecture -> teacher: those found before, given, shipped, or trained in the workdir."""
+    found = dict(found)
+    for job in jobs(tables, ()):
+        name, dataset = job.run.student, job.run.dataset
+        trained = job.configuration({})
+        if name in found or trained is None:
+            continue
+        if name in given or is_shipped(name, dataset):
+            found[name] = find_teacher(name, dataset, given.get(name), workdir)
+        elif trained.hash in archive.finished(workdir):
+            found[name] = find_teacher(name, dataset, trained.hash, workdir)
+    return found
+
+
+def run(
+    mine: Sequence[Job],
+    tables: Sequence[Table],
+    given: Mapping[str, str],
+    teachers: dict[str, Network],
+    records: Mapping[str, Record],
+    arguments: argparse.Namespace,
+    reporter: Reporter,
+) -> tuple[list[str], list[str]]:
+    """Runs what is not finished. Returns (what is left for another call, what went wrong).
+
+    Args:
+      teachers: those that are there; those that are trained here come to them.
+    """
+    notes, failures = [], []
+    for job in mine:
+        if job.run.teacher not in (None, *teachers):
+            teachers |= look_for_teachers(tables, given, arguments.workdir, teachers)
+        config = job.configuration(_names(teachers))
+        if config is None:
+            notes.append(
+                f"left: {job.label}, seed {job.seed}: its teacher {job.run.teacher} is not "
+                "trained yet; the same command again goes on with it"
+            )
+            continue
+        # A teacher's record is of no use without the weights, which a workdir has.
+        if config.hash in (archive.finished(arguments.workdir) if job.teaches else records):
+            continue
+        data = load(config.dataset, "train", arguments.data_dir)
+        try:
+            distill(
+                MODELS[config.student](num_classes=data.num_classes),
+                teachers[job.run.teacher] if job.run.teacher is not None else None,
+                data,
+                test=load(config.dataset, "test", arguments.data_dir),
+                method=config.method,
+                protocol=config.protocol,
+                setting=config.setting,
+                epochs=config.epochs,
+                batch_size=config.batch_size,
+                fraction=config.fraction,
+                evaluate_every=config.evaluate_every,
+                seeds=config.seeds,
+                precision=config.precision,
+                workdir=arguments.workdir,
+                resources=_resources(arguments),
+                reporter=reporter,
+                **dict(config.options),
+            )
+        except NonFiniteError as error:  # the other cells may do well
+            failures.append(f"{job.label}, seed {job.seed}: {error}")
+    return notes, failures
+
+
+def show(console: Console, filled: Filled) -> None:
+    """Prints a table as Markdown."""
+    table = filled.table
+    console.print(f"\n## Table {table.name}, scale {table.scale}: {table.title}\n", soft_wrap=True)
+    console.print(markdown(filled), soft_wrap=True, markup=False)
+
+
+def write(filled: Filled, folder: Path) -> None:
+    """Writes Markdown and, where there is a number, a picture."""
+    folder.mkdir(exist_ok=True)
+    name = f"table{filled.table.name}-{filled.table.scale}"
+    (folder / f"{name}.md").write_text(markdown(filled))
+    if filled.records:
+        figures.draw(filled, folder / f"{name}.png")
+
+
+def _names(teachers: Mapping[str, Network]) -> dict[str, str]:
+    """architecture -> identity."""
+    return {name: str(network.name) for name, network in teachers.items()}
+
+
+def _resources(arguments: argparse.Namespace) -> Resources:
+    return Resources(arguments.devices, arguments.steps_per_dispatch, arguments.checkpoint_seconds)
+
+
+if __name__ == "__main__":
+    cli.main(main)
