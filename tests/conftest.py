@@ -9,10 +9,13 @@ os.environ["XLA_FLAGS"] = (
 )
 
 from pathlib import Path
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 
 FIXTURES = Path(__file__).parent / "fixtures"
 
@@ -26,6 +29,23 @@ def reference():
             return dict(file)
 
     return read
+
+
+class Small(nn.Module):
+    """A network that compiles in a moment: one convolution, one tap."""
+
+    num_classes: int = 10
+    param_dtype: Any = jnp.float32
+    axis_name: str | None = None
+
+    @nn.compact
+    def __call__(self, images, *, train):
+        from abflax.taps import sow_tap
+
+        before = nn.Conv(4, (3, 3), (2, 2), param_dtype=self.param_dtype, name="stem")(images)
+        sow_tap(self, "layer1", before)
+        pooled = nn.relu(before).mean(axis=(1, 2))
+        return nn.Dense(self.num_classes, param_dtype=self.param_dtype, name="classifier")(pooled)
 
 
 @pytest.fixture

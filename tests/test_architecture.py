@@ -16,7 +16,8 @@ MAY_KNOW = {
     "data": set(),
     "interrupt": set(),
     "progress": set(),
-    "checkpoint": set(),
+    "checkpoint": {"networks"},  # the digest
+    "lock": set(),
     "terms": {"losses", "metrics", "taps"},
     "methods": {"terms", "optim"},
     "networks": {"models"},
@@ -49,6 +50,7 @@ MAY_KNOW = {
         "config",
         "data",
         "interrupt",
+        "lock",
         "models",
         "networks",
         "progress",
