@@ -150,8 +150,9 @@ class Checkpoints:
     def _meta(self, step: int) -> dict[str, Any]:
         arguments = ocp.args.Composite(meta=ocp.args.JsonRestore())
         meta = self._manager.restore(step, args=arguments)["meta"]
-        written = meta.pop("digest", None)  # None: from before there were digests
-        if written is not None and written != _text_digest(meta):
+        # Neither: from before there were digests. One flipped bit cannot hide both names.
+        digests = {"digest", "state"} & meta.keys()
+        if digests and meta.pop("digest", None) != _text_digest(meta):
             raise InputError("its description is not the one that was written")
         return meta
 

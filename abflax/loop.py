@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 import shutil
 from pathlib import Path
@@ -130,7 +131,8 @@ def distill(
 
 def _finished(directory: Path) -> dict[str, Any] | None:
     """The record of a finished run whose directory is tidy; None: something is left to do."""
-    return None if (directory / "checkpoints").exists() else read_record(directory / "record.json")
+    untidy = os.path.exists(directory / "checkpoints")  # False where it may not be looked at
+    return None if untidy else read_record(directory / "record.json")
 
 
 def _train_in(directory: Path, run: Run, force: bool) -> Result:

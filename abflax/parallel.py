@@ -19,6 +19,7 @@ import optax
 from flax import linen as nn
 
 from abflax.data import Preprocessing, augment, normalise
+from abflax.diagnosis import look
 from abflax.errors import InputError
 from abflax.methods import Phase
 from abflax.optim import Span
@@ -49,6 +50,8 @@ class Program:
         are made; the metrics are `[steps]`. The state is donated.
       evaluate: (params, batch_stats, teacher params, data, examples, mask) -> sums, `[batches]`
         each; `examples` and `mask` are `[devices, batches, share]`.
+      look: as `train` without the count -> what is not finite in the first step (see
+        `abflax.diagnosis.look`); compiled where it is first called.
       schedule: the phase's own step -> learning rate.
     """
 
@@ -56,6 +59,7 @@ class Program:
     begin: Callable[..., TrainState]
     train: Callable[..., tuple[TrainState, dict[str, Any]]]
     evaluate: Callable[..., dict[str, Any]]
+    look: Callable[..., dict[str, Any]]
     schedule: Callable[[int], Any]
 
 
@@ -134,6 +138,10 @@ def compile_phase(
             donate_argnums=(0,),
         ),
         evaluate=mapped(evaluate, in_axes=(None, None, None, None, 0, 0)),
+        look=mapped(
+            functools.partial(_look, objective, preprocessing),
+            in_axes=(None, None, None, None, 0, 0),
+        ),
         schedule=optimiser.schedule(span),
     )
 
@@ -172,8 +180,7 @@ def _train_many(
 
     def one(index: Any, state: TrainState) -> tuple[TrainState, dict[str, Any]]:
         chosen = examples[index]
-        images = augment(data["images"][chosen], chosen, epochs[index], key, preprocessing)
-        images, labels = normalise(images, preprocessing), data["labels"][chosen]
+        images, labels = _batch(data, chosen, epochs[index], key, preprocessing)
         return train_step(objective, optimiser, state, teacher_params, images, labels)
 
     if steps == 1:
@@ -187,6 +194,33 @@ def _train_many(
     shapes = jax.eval_shape(lambda state: one(0, state)[1], state)
     metrics = jax.tree.map(lambda leaf: jnp.zeros((steps, *leaf.shape), leaf.dtype), shapes)
     return jax.lax.fori_loop(0, count, body, (state, metrics))
+
+
+def _batch(
+    data: dict[str, jax.Array],
+    chosen: jax.Array,
+    epochs: jax.Array,
+    key: jax.Array,
+    preprocessing: Preprocessing,
+) -> tuple[jax.Array, jax.Array]:
+    """Augmented and normalised images, and labels, of the chosen examples."""
+    images = augment(data["images"][chosen], chosen, epochs, key, preprocessing)
+    return normalise(images, preprocessing), data["labels"][chosen]
+
+
+def _look(
+    objective: Objective,
+    preprocessing: Preprocessing,
+    state: TrainState,
+    teacher_params: Any,
+    data: dict[str, jax.Array],
+    key: jax.Array,
+    examples: jax.Array,
+    epochs: jax.Array,
+) -> dict[str, Any]:
+    """`look` at the first of the steps that the arguments would train."""
+    images, labels = _batch(data, examples[0], epochs[0], key, preprocessing)
+    return look(objective, state, teacher_params, images, labels)
 
 
 def _evaluate(

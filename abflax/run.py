@@ -17,6 +17,7 @@ from abflax.checkpoint import Checkpoints
 from abflax.compatibility import require_compatible
 from abflax.config import Resources, RunConfig
 from abflax.data import Dataset, Stream, subset
+from abflax.diagnosis import Trend, first_not_finite, norm_of
 from abflax.errors import InputError, NonFiniteError
 from abflax.evaluation import Evaluation
 from abflax.interrupt import Interrupted, StopRequest
@@ -81,6 +82,7 @@ class Run:
             if state is None or journal.phase != index:
                 state = self._begin(index, state)
                 journal.phase = index
+                self._keep(journal.step, state)
             state = self._train_phase(journal, state)
         variables = jax.tree.map(
             np.asarray,
@@ -108,6 +110,7 @@ class Run:
         program = self.programs[journal.phase]
         key = jax.random.key(self.config.seeds.augmentation)
         done = journal.step - span.start
+        self.trend = Trend(norm_of(self.kept[1].params["student"]))
         self.reporter.phase(self._label(), phase.name, span.steps, done, span.epochs)
         saved = began = time.perf_counter()
         waiting: list[tuple[int, dict[str, Any], int]] = []
@@ -145,16 +148,49 @@ class Run:
         while len(waiting) > keep:
             start, metrics, count = waiting.pop(0)
             flat = {k: np.asarray(v) for k, v in flatten_dict(metrics, sep="/").items()}
-            for name in ("loss", "gradient_norm"):
-                finite = np.isfinite(flat[name][:count])
-                if not finite.all():
-                    self._not_finite(journal, name, start + int(np.argmin(finite)))
+            finite = np.isfinite([flat["loss"][:count], flat["gradient_norm"][:count]])
+            good = int(np.argmin([*finite.all(axis=0), False]))
+            self.trend.add(flat["loss"][:good])
+            if good < count:
+                name = "gradient norm" if finite[0, good] else "loss"
+                self._not_finite(journal, name, start + good)
             journal.add(flat, count)
             loss = float(flat["loss"][count - 1])
         return loss
 
     def _not_finite(self, journal: Journal, name: str, step: int) -> None:
+        """Raises, and says what was not finite first."""
         phase, span = self.phases[journal.phase], self.spans[journal.phase]
+        raise NonFiniteError(
+            f"the {name} is not finite at step {step - span.start} of phase {phase.name} (step "
+            f"{step} of the run); {self._diagnosis(journal.phase, step)}; {self._last_good()}"
+        )
+
+    def _diagnosis(self, index: int, step: int) -> str:
+        """Makes the steps since the newest kept state again, which have the same bits, and looks
+        into the one that went wrong."""
+        program, span = self.programs[index], self.spans[index]
+        key = jax.random.key(self.config.seeds.augmentation)
+
+        def batches(start: int) -> list[np.ndarray]:
+            drawn = self.stream.batches(start, self.per_dispatch)
+            return [parallel.split(each, self.devices) for each in drawn]
+
+        made, state = self.kept
+        state = parallel.replicate(state, self.devices)
+        while made < step:
+            count = min(self.per_dispatch, step - made)
+            state, _ = program.train(
+                state, self.teacher_params, self.data, key, *batches(made), count
+            )
+            made += count
+        found = program.look(state, self.teacher_params, self.data, key, *batches(step))
+        norm = norm_of(jax.tree.map(np.asarray, state.params["student"]))
+        rate = float(program.schedule(step - span.start))
+        parts = [first_not_finite(found), self.trend.divergence(norm, rate)]
+        return "; ".join(part for part in parts if part)
+
+    def _last_good(self) -> str:
         where = "there is no checkpoint, since the run has no workdir"
         if self.checkpoints is not None:
             self.checkpoints.wait()
@@ -164,10 +200,7 @@ class Run:
                 if latest is not None
                 else "it came before the first checkpoint"
             )
-        raise NonFiniteError(
-            f"the {name.replace('_', ' ')} is not finite at step {step - span.start} of phase "
-            f"{phase.name} (step {step} of the run); {where}"
-        )
+        return where
 
     def _evaluate(self, journal: Journal, state: TrainState) -> None:
         """Appends an entry to the history."""
@@ -187,6 +220,13 @@ class Run:
                 program, state.params, state.batch_stats, self.teacher_params
             )
             entry |= {k: measured[k] for k in ("test_error", "test_cross_entropy", "agreement")}
+            if not np.isfinite(measured["test_cross_entropy"]):
+                norm = norm_of(jax.tree.map(np.asarray, state.params["student"]))
+                diverged = self.trend.divergence(norm, entry["learning_rate"])
+                raise NonFiniteError(
+                    f"the cross-entropy on held-out data is not finite after step {journal.step} "
+                    f"of the run; {diverged + '; ' if diverged else ''}{self._last_good()}"
+                )
         journal.history.append(entry)
         self.reporter.evaluated(entry)
 
@@ -220,7 +260,9 @@ class Run:
         meta, state = self.checkpoints.restore(
             lambda meta: jax.eval_shape(lambda: self._abstract_state(meta["journal"]["phase"]))
         )
-        return Journal(**meta["journal"]), parallel.replicate(state, self.devices)
+        journal = Journal(**meta["journal"])
+        self._keep(journal.step, state)
+        return journal, parallel.replicate(state, self.devices)
 
     def _abstract_state(self, index: int) -> TrainState:
         key = jax.random.key(0)
@@ -228,10 +270,14 @@ class Run:
         return self.programs[index].begin(student, self.teacher_stats, key)
 
     def _save(self, journal: Journal, state: TrainState) -> None:
+        self._keep(journal.step, state)
         if self.checkpoints is not None:
             meta = {"config": self.config.as_json(), "journal": dataclasses.asdict(journal)}
-            # Copies on the host: plain arrays, whatever the devices, and safe from donation.
-            self.checkpoints.save(journal.step, jax.tree.map(np.array, state), meta)
+            self.checkpoints.save(journal.step, self.kept[1], meta)
+
+    def _keep(self, step: int, state: TrainState) -> None:
+        """Copies the state to the host: plain arrays, whatever the devices, safe from donation."""
+        self.kept = step, jax.tree.map(np.array, state)
 
     def _stop_if_asked(self, journal: Journal, phase: Phase) -> None:
         if self.stop.signal is None:

@@ -190,7 +190,7 @@ def student_loss(
     stats = {"student": student.batch_stats, "connectors": {}}
     total, measures = jnp.zeros((), jnp.result_type(float)), {}
     for index, (weight, term) in enumerate(objective.phase.terms):
-        forward, moved = _through_connectors(
+        forward, moved = through_connectors(
             objective.connectors[index],
             index,
             pool_positions(student, objective.pooled[index]),
@@ -298,7 +298,7 @@ def eval_step(
     connected: dict[str, jax.Array] = {}
     for index, connectors in enumerate(objective.connectors):
         if connectors is not None:  # of several terms' connectors the first term's count
-            view, _ = _through_connectors(connectors, index, student, params, batch_stats, False)
+            view, _ = through_connectors(connectors, index, student, params, batch_stats, False)
             connected = {name: view.taps[name] for name, _ in connectors.widths} | connected
     student = student.replace(taps=student.taps | connected)
     teacher = run_model(
@@ -317,7 +317,7 @@ def _needs_pullback(phase: Phase) -> bool:
     return any(term.needs_pullback for _, term in phase.terms)
 
 
-def _through_connectors(
+def through_connectors(
     connectors: Connectors | None,
     index: int,
     student: Forward,

@@ -42,7 +42,7 @@ class Small(nn.Module):
     def __call__(self, images, *, train):
         from abflax.taps import sow_tap
 
-        before = nn.Conv(4, (3, 3), (2, 2), param_dtype=self.param_dtype, name="stem")(images)
+        before = nn.Conv(64, (3, 3), (2, 2), param_dtype=self.param_dtype, name="stem")(images)
         sow_tap(self, "layer1", before)
         pooled = nn.relu(before).mean(axis=(1, 2))
         return nn.Dense(self.num_classes, param_dtype=self.param_dtype, name="classifier")(pooled)

@@ -3,12 +3,15 @@
 import json
 import sys
 
+import jax
 import numpy as np
 import pytest
 
+from abflax import Network
 from abflax.data import holdout, load
+from abflax.step import init_variables
 from experiments import cli, search
-from tests.conftest import save_random_network
+from tests.conftest import Small, save_random_network
 
 
 def _point(weight, errors, failure=None):
@@ -64,3 +67,24 @@ def test_mistakes(monkeypatch, capsys, arguments, sentence):
         cli.main(search.main)
     err = capsys.readouterr().err
     assert left.value.code == 2 and sentence in err and err.count("\n") == 1
+
+
+def test_a_point_that_diverges_does_not_end_the_search(monkeypatch, capsys, tmp_path):
+    teacher = Network(Small(), init_variables(Small(), jax.random.key(1), (8, 8, 1)), "teacher")
+    monkeypatch.setattr(cli, "cache_compilation", lambda workdir: None)
+    monkeypatch.setattr(search, "find_teacher", lambda *_: teacher)
+    monkeypatch.setattr(search, "MODELS", {"small": Small})
+    monkeypatch.setattr(sys, "argv", [
+        "x", "--method", "l2", "--dataset", "digits", "--student", "small", "--epochs", "1+1",
+        "--fraction", "0.05", "--batch-size", "32", "--grid", "1,1e25,1e30", "--workdir",
+        str(tmp_path),
+    ])  # fmt: skip
+    with pytest.raises(SystemExit) as left:
+        cli.main(search.main)
+    out = capsys.readouterr().out
+    assert left.value.code == 0 and out.count("diverged") == 2
+    first, *others = json.loads((tmp_path / "search" / "l2-paper.json").read_text())
+    assert first["failure"] is None and len(first["records"]) == 1
+    for point in others:
+        assert "of phase initialise" in point["failure"] and not point["records"]
+        assert "every tap is finite, the gradient" in point["failure"]
