@@ -23,6 +23,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -62,16 +63,17 @@ def main(console: Console) -> None:
     arguments = parser.parse_args()
     if not arguments.page:
         with tempfile.TemporaryDirectory() as folder:
-            facts = strike(Path(folder), arguments.strikes, arguments.seed, console)
-        write_record(FACTS, facts)
+            for facts in strike(Path(folder), arguments.strikes, arguments.seed, console):
+                write_record(FACTS, facts)
     facts = json.loads(FACTS.read_text())
     write_whole(PAGE, page(facts).encode())
     console.print(f"{PAGE}: {sum(run['survived'] for run in facts['runs'])} of "
                   f"{len(facts['runs'])} runs ended as if nothing had happened")  # fmt: skip
 
 
-def strike(base: Path, strikes: int, seed: int, console: Console) -> dict[str, Any]:
-    """Strikes runs, ten times each, until there were so many strikes. Returns what happened."""
+def strike(base: Path, strikes: int, seed: int, console: Console) -> Iterator[dict[str, Any]]:
+    """Strikes runs, ten times each, until there were so many strikes. Yields what has happened,
+    run by run."""
     draw, runs, weights = random.Random(seed), [], base / "teacher.npz"
     save_random_network("wrn10-2", weights)
     struck = 0
@@ -95,7 +97,7 @@ def strike(base: Path, strikes: int, seed: int, console: Console) -> dict[str, A
         }
         runs.append({"seed": index, "survived": all(same.values()), **same, "strikes": blows})
         struck += len(blows)
-    return {"seed": seed, "runs": runs, "environment": environment(jax.local_devices())}
+        yield {"seed": seed, "runs": runs, "environment": environment(jax.local_devices())}
 
 
 class _Run:
@@ -267,7 +269,8 @@ checkpoint before stays; the rerun ends with the same bits | `tests/test_disks.p
 | workdir that may not be written, or not even read | one sentence, exit code 2 \
 | `tests/test_disks.py` |
 | a flipped bit, a file cut short, emptied or gone in the newest checkpoint | named; the one \
-before is used | `tests/test_disks.py`; 1,000 flips: `python -m pytest -n 0 -m slow tests/test_disks.py` |
+before is used | `tests/test_disks.py`; 1,000 flips: \
+`python -m pytest -n 0 -m slow tests/test_disks.py` |
 | a damaged record | named, and not done again unasked | `tests/test_lock.py` |
 | NaN or infinity in images, teacher, taps, connectors, loss, gradient or held-out loss | step, \
 phase and the first tap that is not finite; the checkpoint before stays \
@@ -275,7 +278,7 @@ phase and the first tap that is not finite; the checkpoint before stays \
 | a learning rate that is too large | called divergence, with the growth of loss and weights; a \
 search goes on with the next point | `tests/test_diagnosis.py`, `tests/test_search.py` |
 | bad input | the documented exception, or one sentence and exit code 2 | `tests/test_input.py`; \
-many more examples: `python -m pytest -n 0 -m slow tests/test_input.py` |
+many more examples: `python -m pytest -n 0 tests/test_input.py --hypothesis-profile=slow` |
 | code in a weights file | never runs | `tests/test_weights.py`, `tests/test_input.py` |
 """
 
