@@ -79,6 +79,7 @@ class Run:
         self.checkpoints = checkpoints
         journal, state = self._resume(Journal())
         for index in range(journal.phase, len(self.phases)):
+            self._stop_if_asked(journal, index)  # what has been made is on the disk here
             if state is None or journal.phase != index:
                 state = self._begin(index, state)
                 journal.phase = index
@@ -114,6 +115,9 @@ class Run:
         self.reporter.phase(self._label(), phase.name, span.steps, done, span.epochs)
         saved = began = time.perf_counter()
         waiting: list[tuple[int, dict[str, Any], int]] = []
+        if self.stop.signal:  # it came before the first dispatch, which would compile
+            self._save(journal, state)
+            self._stop_if_asked(journal, journal.phase)
         while journal.step < span.start + span.steps:
             target = min(stop for stop in self.stops if stop > journal.step)
             count = min(self.per_dispatch, target - journal.step)
@@ -135,7 +139,7 @@ class Run:
                 began = journal.clock(phase.name, began)
                 saved = time.perf_counter()
                 self._save(journal, state)
-                self._stop_if_asked(journal, phase)
+                self._stop_if_asked(journal, journal.phase)
         self.reporter.finished()
         return state
 
@@ -279,14 +283,14 @@ class Run:
         """Copies the state to the host: plain arrays, whatever the devices, safe from donation."""
         self.kept = step, jax.tree.map(np.array, state)
 
-    def _stop_if_asked(self, journal: Journal, phase: Phase) -> None:
+    def _stop_if_asked(self, journal: Journal, index: int) -> None:
         if self.stop.signal is None:
             return
         kept = "nothing is kept, since the run has no workdir"
         if self.checkpoints is not None:
             self.checkpoints.wait()
             kept = f"the same command goes on from step {journal.step}"
-        message = f"stopped in phase {phase.name} of {self.config.hash}; {kept}"
+        message = f"stopped in phase {self.phases[index].name} of {self.config.hash}; {kept}"
         raise Interrupted(message, self.stop.signal)
 
     def _program(self, phase: Phase, span: Span) -> parallel.Program:

@@ -118,6 +118,6 @@ def seeds_type(text: str) -> tuple[int, ...]:
         raise argparse.ArgumentTypeError(f"'{text}' is neither a count nor a list of seeds")
     if "," in text:
         return tuple(dict.fromkeys(int(part) for part in parts))
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError("at least one seed is needed")
+    if not 1 <= int(text) <= 10_000:
+        raise argparse.ArgumentTypeError("at least one seed is needed, and 10,000 at most")
     return tuple(range(int(text)))

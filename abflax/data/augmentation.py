@@ -7,6 +7,9 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from abflax.errors import InputError
+from abflax.settings import require_types
+
 
 @dataclasses.dataclass(frozen=True)
 class Preprocessing:
@@ -22,6 +25,24 @@ class Preprocessing:
     std: tuple[float, ...] = (1.0,)
     pad: int = 0
     flip: bool = False
+
+    def __post_init__(self) -> None:
+        require_types(self)
+        if not self.mean or not self.std or min(self.std) <= 0 or self.pad < 0:
+            raise InputError(f"mean and std need entries, std above 0 and pad at least 0: {self}")
+
+    def require_fits(self, image_shape: tuple[int, ...]) -> None:
+        """Raises `InputError` where it is not for images of that shape."""
+        height, width, channels = image_shape
+        for name in ("mean", "std"):
+            if len(getattr(self, name)) not in (1, channels):
+                raise InputError(
+                    f"{name} has {len(getattr(self, name))} entries for {channels} channels"
+                )
+        if self.pad >= min(height, width):
+            raise InputError(
+                f"images of {height}×{width} cannot be padded by {self.pad} in reflection"
+            )
 
 
 def normalise(images: jax.Array, preprocessing: Preprocessing) -> jax.Array:
