@@ -2,7 +2,7 @@
 
 from abflax.config import Resources, RunConfig, Seeds
 from abflax.data import Dataset, load
-from abflax.errors import InputError, NonFiniteError
+from abflax.errors import BusyError, DiskError, InputError, NonFiniteError
 from abflax.evaluation import evaluate
 from abflax.interrupt import Interrupted
 from abflax.loop import Result, distill
@@ -12,7 +12,9 @@ from abflax.taps import Tapped
 __version__ = "0.1.0"
 
 __all__ = [
+    "BusyError",
     "Dataset",
+    "DiskError",
     "InputError",
     "Interrupted",
     "Network",

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
+import os
+import re
+import shutil
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +19,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import LatestN
 
-from abflax.errors import InputError
+from abflax.errors import DiskError, InputError
+from abflax.networks import digest
 
 _KEPT = 2  # the newest, and the one before it in case the newest cannot be read
 
@@ -22,44 +29,70 @@ class Checkpoints:
     """The checkpoints of one run; a context manager that waits for writes in the background.
 
     Each holds a state (a pytree of arrays) and a description (JSON): the configuration, phase,
-    step and record so far.
+    step and record so far. Both carry a digest, since Orbax does not notice a bit of an array that
+    has changed on the disk.
 
     Args:
-      directory: made if it does not exist.
+      directory: made if it does not exist; nobody else may be at work in it. What a killed process
+        had begun to write there is removed.
     """
 
     def __init__(self, directory: str | Path) -> None:
-        logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax tells of every save otherwise
+        # Orbax tells of every save otherwise, and of what it raises anyway.
+        logging.getLogger("absl").setLevel(logging.CRITICAL)
         self.directory = Path(directory).absolute()
+        if self.directory.is_dir():
+            for path in self.directory.iterdir():
+                if not path.name.isdigit():
+                    shutil.rmtree(path, ignore_errors=True)
         self._manager = ocp.CheckpointManager(
             self.directory,
             item_handlers={
                 "state": ocp.StandardCheckpointHandler(),
                 "meta": ocp.JsonCheckpointHandler(),
             },
-            options=ocp.CheckpointManagerOptions(
-                preservation_policy=LatestN(_KEPT), cleanup_tmp_directories=True
-            ),
+            options=ocp.CheckpointManagerOptions(preservation_policy=LatestN(_KEPT)),
         )
 
     def __enter__(self) -> Checkpoints:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._manager.close()
+        with self._writing():
+            self._manager.close()
 
     def save(self, step: int, state: Any, meta: dict[str, Any]) -> None:
-        """Copies the state now and writes it in the background."""
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta)
-            ),
-        )
+        """Copies the state now and writes it in the background.
+
+        Raises:
+          DiskError: if this checkpoint, or the one before it in the background, cannot be written.
+        """
+        described = {**meta, "state": digest(state)}
+        described["digest"] = _text_digest(described)
+        with self._writing():
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(described)
+                ),
+            )
 
     def wait(self) -> None:
-        """Returns when all that was saved is on disk."""
-        self._manager.wait_until_finished()
+        """Returns when all that was saved is on disk. Raises `DiskError` as `save` does."""
+        with self._writing():
+            self._manager.wait_until_finished()
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Says in a sentence what Orbax raises where a file cannot be written."""
+        try:
+            yield
+        except (OSError, ValueError) as error:
+            latest = self.latest_step()
+            kept = f"that of step {latest} stays" if latest is not None else "there is none before"
+            raise DiskError(
+                f"cannot write a checkpoint in {self.directory}: {_reason(error)}; {kept}"
+            ) from error
 
     def latest_step(self) -> int | None:
         """The step of the newest checkpoint; None: there is none."""
@@ -98,7 +131,7 @@ class Checkpoints:
         for step in sorted(self._manager.all_steps(), reverse=True):
             try:
                 meta = self._meta(step)
-                state = self._state(step, target(meta))
+                state = self._state(step, target(meta), meta.pop("state", None))
             except Exception as error:
                 _warn_unreadable(self.directory / str(step), error)
                 damaged.append(step)
@@ -116,9 +149,14 @@ class Checkpoints:
 
     def _meta(self, step: int) -> dict[str, Any]:
         arguments = ocp.args.Composite(meta=ocp.args.JsonRestore())
-        return self._manager.restore(step, args=arguments)["meta"]
+        meta = self._manager.restore(step, args=arguments)["meta"]
+        # Neither: from before there were digests. One flipped bit cannot hide both names.
+        digests = {"digest", "state"} & meta.keys()
+        if digests and meta.pop("digest", None) != _text_digest(meta):
+            raise InputError("its description is not the one that was written")
+        return meta
 
-    def _state(self, step: int, target: Any) -> Any:
+    def _state(self, step: int, target: Any, written: str | None) -> Any:
         found = self._manager.item_metadata(step)["state"]
         arguments = ocp.args.Composite(state=ocp.args.StandardRestore(target))
         state = self._manager.restore(step, args=arguments)["state"]
@@ -127,10 +165,23 @@ class Checkpoints:
                            for tree in (found, target))  # fmt: skip
         if on_disk != wanted:
             raise InputError(f"its dtypes are {sorted({*on_disk})}, not {sorted({*wanted})}")
-        return jax.tree.map(np.asarray, state)
+        state = jax.tree.map(np.asarray, state)
+        if written is not None and written != digest(state):
+            raise InputError("its arrays are not the ones that were written")
+        return state
 
 
 def _warn_unreadable(path: Path, error: Exception) -> None:
-    reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
-    message = f"checkpoint {path} cannot be read ({reason}); trying the one before"
+    message = f"checkpoint {path} cannot be read ({_reason(error)}); trying the one before"
     warnings.warn(message, stacklevel=3)
+
+
+def _reason(error: Exception) -> str:
+    """What the operating system said, where TensorStore passes that on; else the first line."""
+    if number := re.search(r"os_error_code='(\d+)'", str(error)):
+        return os.strerror(int(number[1]))
+    return next(iter(str(error).strip().splitlines()), repr(error))
+
+
+def _text_digest(description: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()[:12]

@@ -9,6 +9,7 @@ from typing import Any
 
 from abflax.errors import InputError, unknown
 from abflax.methods import METHODS
+from abflax.settings import require_types
 
 PRECISIONS = ("float32", "bfloat16", "float64")
 
@@ -31,6 +32,11 @@ class Seeds:
     order: int = 0
     augmentation: int = 0
     subset: int = 0
+
+    def __post_init__(self) -> None:
+        require_types(self)
+        if min(dataclasses.astuple(self)) < 0:
+            raise InputError(f"seeds must be whole numbers >= 0: {self}")
 
     @classmethod
     def all(cls, seed: int) -> Seeds:
@@ -76,14 +82,12 @@ class RunConfig:
     views: int | None = None
 
     def __post_init__(self) -> None:
-        if len(self.epochs) != 2 or min(self.epochs) < 0 or sum(self.epochs) < 1:
+        require_types(self)
+        if min(self.epochs) < 0 or sum(self.epochs) < 1:
             raise InputError(
                 f"epochs must be two numbers >= 0, initialise + classify, and not both 0; "
                 f"not {self.epochs}"
             )
-        for seed in dataclasses.astuple(self.seeds):
-            if not isinstance(seed, int) or seed < 0:
-                raise InputError(f"seeds must be whole numbers >= 0: {self.seeds}")
         for name in ("batch_size", "evaluate_every"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be at least 1, not {getattr(self, name)}")
@@ -153,6 +157,7 @@ class Resources:
     keep_targets: bool = False
 
     def __post_init__(self) -> None:
+        require_types(self)
         if self.steps_per_dispatch is not None and self.steps_per_dispatch < 1:
             raise InputError(
                 f"steps_per_dispatch must be at least 1, not {self.steps_per_dispatch}"

@@ -1,7 +1,8 @@
 """The errors that abflax raises on purpose; everything else is a bug.
 
 `InputError` is a `ValueError`: something that the caller gave cannot be right, and the message
-is one sentence that names it. `NonFiniteError` stops a run whose numbers are no longer numbers.
+is one sentence that names it. `NonFiniteError` stops a run whose numbers are no longer numbers,
+`DiskError` one that can no longer be written down; `BusyError` says that somebody else is at it.
 """
 
 from __future__ import annotations
@@ -23,6 +24,20 @@ class UnknownNameError(InputError, KeyError):
 
 class NonFiniteError(FloatingPointError):
     """A loss or a gradient is NaN or infinite. The last good checkpoint stays."""
+
+
+class BusyError(InputError):
+    """Another process is doing the same work. The message names it; nothing was touched.
+
+    Whoever has more work to do can go on with that, and come back.
+    """
+
+
+class DiskError(OSError):
+    """A file could not be written. What stood there before stays, and the run can go on from it."""
+
+    def __str__(self) -> str:
+        return str(self.args[0])
 
 
 def unknown(kind: str, name: object, known: Iterable[str]) -> UnknownNameError:

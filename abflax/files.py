@@ -1,14 +1,46 @@
-"""Files that are written whole or not at all."""
+"""Files that are written whole or not at all, and read with a sentence where they are damaged."""
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
 from pathlib import Path
+from typing import Any
+
+from abflax.errors import DiskError, InputError
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Replaces a file's content in one step, on the disk and not only in its cache."""
+    """Replaces a file's content in one step, on the disk and not only in its cache.
+
+    Raises:
+      DiskError: if that cannot be done; the file is what it was.
+    """
+    try:
+        _write_whole(path, content)
+    except OSError as error:
+        raise DiskError(f"cannot write {path}: {error.strerror}") from error
+
+
+def read_json(path: Path) -> Any:
+    """What a JSON file holds.
+
+    Raises:
+      FileNotFoundError: if there is none.
+      ValueError: if it cannot be read, or is no JSON.
+    """
+    try:
+        return json.loads(path.read_text())
+    except (FileNotFoundError, NotADirectoryError):
+        raise FileNotFoundError(path) from None
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise InputError(f"{path} is damaged: {error}") from error
+
+
+def _write_whole(path: Path, content: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
     try:

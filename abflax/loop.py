@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 import shutil
 from pathlib import Path
@@ -15,6 +16,7 @@ from abflax.config import Resources, RunConfig, Seeds
 from abflax.data import Dataset
 from abflax.errors import InputError
 from abflax.interrupt import Interrupted, StopRequest
+from abflax.lock import Lock
 from abflax.models import model_name
 from abflax.networks import Network
 from abflax.progress import Reporter, Silent
@@ -84,7 +86,10 @@ def distill(
 
     Raises:
       ValueError: if something that was given cannot be right; nothing is written then.
+      BusyError: if another process is at this run; a `ValueError` too.
       NonFiniteError: if a loss or gradient is NaN or infinite.
+      DiskError: if checkpoint, weights or record cannot be written; the same call goes on from the
+        checkpoint before.
       Interrupted: after SIGINT or SIGTERM, when the checkpoint is written.
     """
     config = RunConfig(
@@ -111,7 +116,7 @@ def distill(
             "found again: use named functions, or no workdir"
         )
     reporter, resources = reporter or Silent(), resources or Resources()
-    if directory is not None and not force and (done := read_record(directory / "record.json")):
+    if directory is not None and not force and (done := _finished(directory)):
         reporter.finished(f"{config.hash} is finished already: {directory}")
         return Result(done, None, directory)
     with jax.enable_x64(precision == "float64"), StopRequest() as stop:
@@ -119,20 +124,38 @@ def distill(
         if directory is None:
             result = Result(*run.train(None), None)
         else:
-            result = _train_in(directory, run, config)
+            require_writable(directory)
+            with Lock(directory / "lock", f"run {config.hash}"):
+                result = _train_in(directory, run, force)
     if stop.signal is not None:  # it came too late to stop this run
         raise Interrupted(f"{config.hash} is finished", stop.signal)
     return result
 
 
-def _train_in(directory: Path, run: Run, config: RunConfig) -> Result:
-    """Trains with checkpoints in `directory`, which record and weights replace at the end."""
-    require_writable(directory)
-    (directory / "record.json").unlink(missing_ok=True)  # only `force` comes here with one
-    write_record(directory / "config.json", config.as_json())
-    with Checkpoints(directory / "checkpoints") as checkpoints:
-        record, variables = run.train(checkpoints)
+def _finished(directory: Path) -> dict[str, Any] | None:
+    """The record of a finished run whose directory is tidy; None: something is left to do."""
+    untidy = os.path.exists(directory / "checkpoints")  # False where it may not be looked at
+    return None if untidy else read_record(directory / "record.json")
+
+
+def _train_in(directory: Path, run: Run, force: bool) -> Result:
+    """Trains with checkpoints in `directory`, which record and weights replace at the end.
+
+    Only for who holds the directory's lock.
+    """
+    path, checkpoints = directory / "record.json", directory / "checkpoints"
+    if path.exists():  # to be done again, finished by another process just now, or not tidied up
+        done = None if force else read_record(path)
+        shutil.rmtree(checkpoints, ignore_errors=True)
+        if done is not None:
+            return Result(done, None, directory)
+        path.unlink()
+    for unfinished in directory.glob("*.tmp"):  # of a process that was killed while writing
+        unfinished.unlink(missing_ok=True)
+    write_record(directory / "config.json", run.config.as_json())
+    with Checkpoints(checkpoints) as kept:
+        record, variables = run.train(kept)
     save_variables(directory / "student.safetensors", variables)
-    write_record(directory / "record.json", record)
-    shutil.rmtree(directory / "checkpoints")
+    write_record(path, record)
+    shutil.rmtree(checkpoints, ignore_errors=True)
     return Result(record, variables, directory)

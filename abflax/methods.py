@@ -5,13 +5,13 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
-import types
 import typing
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from abflax.errors import InputError, unknown
 from abflax.optim import Optimiser
+from abflax.settings import described, is_of
 from abflax.terms import (
     ActivationBoundary,
     AttentionTransfer,
@@ -269,7 +269,7 @@ def _phases(
     ):
         raise InputError(f"method {name} has no transfer loss, so no transfer_weight")
     weight = options.pop("transfer_weight", 1.0)
-    if not _is(weight, float) or not weight > 0:
+    if not is_of(weight, float) or not weight > 0:
         raise InputError(f"transfer_weight must be a number above 0, not {weight!r}")
     _check_options(
         name, {type(t) for m in parts.values() for t in (*m.initialise, *m.classify)}, options
@@ -323,16 +323,6 @@ def _check_options(name: str, kinds: set[type[Term]], options: dict[str, Any]) -
     for option, value in options.items():
         if option not in hints:
             raise unknown(f"option of method {name}", option, {*hints, "transfer_weight"})
-        if not _is(value, hints[option]):
-            raise InputError(f"option {option} of method {name}: {value!r} is no {hints[option]}")
-
-
-def _is(value: Any, hint: Any) -> bool:
-    """Whether a value is of a field's type (bool, float, a tuple of names, or None)."""
-    if isinstance(hint, types.UnionType):
-        return any(_is(value, each) for each in typing.get_args(hint))
-    if hint is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool)
-    if typing.get_origin(hint) is tuple:
-        return isinstance(value, tuple) and all(isinstance(each, str) for each in value)
-    return isinstance(value, hint)
+        if not is_of(value, hints[option]):
+            kind = described(hints[option])
+            raise InputError(f"option {option} of method {name} must be {kind}, not {value!r}")

@@ -7,6 +7,8 @@ import jax.numpy as jnp
 
 from abflax.errors import InputError, require_same_shape
 from abflax.losses.activation import activation_indicator
+from abflax.losses.classification import require_labels
+from abflax.losses.dtypes import real
 
 
 def activation_agreement(student: jax.Array, teacher: jax.Array) -> jax.Array:
@@ -23,7 +25,7 @@ def activation_agreement(student: jax.Array, teacher: jax.Array) -> jax.Array:
     Raises:
       ValueError: if the shapes differ, or there is no neuron.
     """
-    student, teacher = jnp.asarray(student), jnp.asarray(teacher)
+    student, teacher = real(student), real(teacher)
     require_same_shape("activation_agreement", student, teacher)
     if student.size == 0:
         raise InputError("activation_agreement: there is no neuron to agree on")
@@ -42,12 +44,8 @@ def misclassified(logits: jax.Array, labels: jax.Array) -> jax.Array:
       Booleans `[...]`.
 
     Raises:
-      ValueError: if the leading shapes differ.
+      ValueError: if the leading shapes differ, there is no class, or the labels are no integers.
     """
-    logits, labels = jnp.asarray(logits), jnp.asarray(labels)
-    if logits.shape[:-1] != labels.shape:
-        raise InputError(
-            f"misclassified: logits {logits.shape} need labels of shape {logits.shape[:-1]}, "
-            f"not {labels.shape}"
-        )
+    logits, labels = real(logits), jnp.asarray(labels)
+    require_labels("misclassified", logits, labels)
     return jnp.argmax(logits, axis=-1) != labels

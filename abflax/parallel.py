@@ -19,6 +19,7 @@ import numpy as np
 import optax
 
 from abflax.data import Preprocessing, augment, draw_views, normalise, view
+from abflax.diagnosis import look
 from abflax.errors import InputError
 from abflax.methods import Phase
 from abflax.optim import Span
@@ -56,6 +57,8 @@ class Program:
       evaluate: (params, batch_stats, teacher params, data, examples, mask) -> sums, `[batches]`
         each, and "silent": layer -> the share of neurons that fired on no example; `examples` and
         `mask` are `[devices, batches, share]`.
+      look: as `train` without the count -> what is not finite in the first step (see
+        `abflax.diagnosis.look`); compiled where it is first called.
       schedule: the phase's own step -> learning rate.
     """
 
@@ -64,6 +67,7 @@ class Program:
     train: Callable[..., tuple[TrainState, dict[str, Any]]]
     targets: Callable[..., Any]
     evaluate: Callable[..., dict[str, Any]]
+    look: Callable[..., dict[str, Any]]
     schedule: Callable[[int], Any]
 
 
@@ -148,6 +152,10 @@ def compile_phase(
             devices=devices,
         ),
         evaluate=mapped(evaluate, in_axes=(None, None, None, None, 0, 0)),
+        look=mapped(
+            functools.partial(_look, objective, preprocessing),
+            in_axes=(None, None, None, None, 0, 0),
+        ),
         schedule=optimiser.schedule(span),
     )
 
@@ -187,11 +195,8 @@ def _train_many(
 
     def one(index: Any, state: TrainState) -> tuple[TrainState, dict[str, Any]]:
         chosen = examples[index]
-        images = augment(data["images"][chosen], chosen, epochs[index], key, preprocessing)
-        images, labels = normalise(images, preprocessing), data["labels"][chosen]
-        # The batch that begins with this example in this epoch: there is but one.
-        dropout = jax.random.fold_in(jax.random.fold_in(key, epochs[index][0]), chosen[0])
-        dropout = jax.random.fold_in(dropout, _DROPOUT)
+        images, labels = _batch(data, chosen, epochs[index], key, preprocessing)
+        dropout = _dropout_key(chosen, epochs[index], key)
         targets = None
         if kept is not None:
             view = draw_views(chosen, epochs[index], key, preprocessing.views)
@@ -251,6 +256,40 @@ def _unpacked(packed: Any, like: Any) -> Any:
         return bits.reshape(like.shape).astype(bool)
 
     return jax.tree.map(one, packed, like)
+
+
+def _batch(
+    data: dict[str, jax.Array],
+    chosen: jax.Array,
+    epochs: jax.Array,
+    key: jax.Array,
+    preprocessing: Preprocessing,
+) -> tuple[jax.Array, jax.Array]:
+    """Augmented and normalised images, and labels, of the chosen examples."""
+    images = augment(data["images"][chosen], chosen, epochs, key, preprocessing)
+    return normalise(images, preprocessing), data["labels"][chosen]
+
+
+def _dropout_key(chosen: jax.Array, epochs: jax.Array, key: jax.Array) -> jax.Array:
+    """Of the batch that begins with this example in this epoch: there is but one."""
+    own = jax.random.fold_in(jax.random.fold_in(key, epochs[0]), chosen[0])
+    return jax.random.fold_in(own, _DROPOUT)
+
+
+def _look(
+    objective: Objective,
+    preprocessing: Preprocessing,
+    state: TrainState,
+    teacher_params: Any,
+    data: dict[str, jax.Array],
+    key: jax.Array,
+    examples: jax.Array,
+    epochs: jax.Array,
+) -> dict[str, Any]:
+    """`look` at the first of the steps that the arguments would train."""
+    images, labels = _batch(data, examples[0], epochs[0], key, preprocessing)
+    dropout = _dropout_key(examples[0], epochs[0], key)
+    return look(objective, state, teacher_params, images, labels, dropout)
 
 
 def _evaluate(

@@ -40,7 +40,7 @@ import jax
 
 from abflax.config import RunConfig
 from abflax.errors import InputError
-from abflax.files import write_whole
+from abflax.files import read_json, write_whole
 
 SCHEMA = 1
 
@@ -108,9 +108,9 @@ def make_record(
     }
 
 
-def write_record(path: Path, record: dict[str, Any]) -> None:
-    """Writes a record whole or not at all."""
-    write_whole(path, (json.dumps(record, indent=1) + "\n").encode())
+def write_record(path: Path, record: Any) -> None:
+    """Writes a record whole or not at all. Raises `DiskError` where it cannot be written."""
+    write_whole(path, (json.dumps(record, indent=1, allow_nan=False) + "\n").encode())
 
 
 def require_writable(directory: Path) -> None:
@@ -124,12 +124,18 @@ def require_writable(directory: Path) -> None:
 
 
 def read_record(path: Path) -> dict[str, Any] | None:
-    """The record at that path; None: there is none, or none of this schema."""
+    """The record at that path; None: there is none.
+
+    Raises:
+      ValueError: if there is one, but it is damaged or of another schema.
+    """
     try:
-        record = json.loads(path.read_text())
-    except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError):
+        record = read_json(path)
+    except FileNotFoundError:
         return None
-    return record if isinstance(record, dict) and record.get("schema") == SCHEMA else None
+    if not isinstance(record, dict) or record.get("schema") != SCHEMA:
+        raise InputError(f"{path} is no record of schema {SCHEMA}")
+    return record
 
 
 def _version(package: str) -> str | None:

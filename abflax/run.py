@@ -16,6 +16,7 @@ from abflax.checkpoint import Checkpoints
 from abflax.compatibility import require_compatible, uses_dropout
 from abflax.config import Resources, RunConfig
 from abflax.data import Dataset, Stream, subset
+from abflax.diagnosis import Trend, first_not_finite, norm_of
 from abflax.errors import InputError, NonFiniteError
 from abflax.evaluation import Evaluation
 from abflax.interrupt import Interrupted, StopRequest
@@ -82,9 +83,11 @@ class Run:
         self.checkpoints = checkpoints
         journal, state = self._resume(Journal())
         for index in range(journal.phase, len(self.phases)):
+            self._stop_if_asked(journal, index)  # what has been made is on the disk here
             if state is None or journal.phase != index:
                 state = self._begin(index, state)
                 journal.phase = index
+                self._keep(journal.step, state)
             state = self._train_phase(journal, state)
         variables = jax.tree.map(
             np.asarray,
@@ -111,11 +114,15 @@ class Run:
         span, phase = self.spans[journal.phase], self.phases[journal.phase]
         program = self.programs[journal.phase]
         key = jax.random.key(self.config.seeds.augmentation)
-        kept = self._keep(program, state) if self.resources.keep_targets else None
+        self.targets = self._ask_once(program, state) if self.resources.keep_targets else None
         done = journal.step - span.start
+        self.trend = Trend(norm_of(self.kept[1].params["student"]))
         self.reporter.phase(self._label(), phase.name, span.steps, done, span.epochs)
         saved = began = time.perf_counter()
         waiting: list[tuple[int, dict[str, Any], int]] = []
+        if self.stop.signal:  # it came before the first dispatch, which would compile
+            self._save(journal, state)
+            self._stop_if_asked(journal, journal.phase)
         while journal.step < span.start + span.steps:
             target = min(stop for stop in self.stops if stop > journal.step)
             count = min(self.per_dispatch, target - journal.step)
@@ -123,7 +130,7 @@ class Run:
             state, metrics = program.train(
                 state, self.teacher_params, self.data, key,
                 parallel.split(examples, self.devices), parallel.split(epochs, self.devices),
-                count, kept,
+                count, self.targets,
             )  # fmt: skip
             waiting.append((journal.step, metrics, count))
             journal.step += count
@@ -138,11 +145,11 @@ class Run:
                 began = journal.clock(phase.name, began)
                 saved = time.perf_counter()
                 self._save(journal, state)
-                self._stop_if_asked(journal, phase)
+                self._stop_if_asked(journal, journal.phase)
         self.reporter.finished()
         return state
 
-    def _keep(self, program: parallel.Program, state: TrainState) -> Any:
+    def _ask_once(self, program: parallel.Program, state: TrainState) -> Any:
         """The phase's targets, from the teacher or from a run before."""
         assert self.config.views is not None
         return keep_targets(
@@ -159,16 +166,49 @@ class Run:
         while len(waiting) > keep:
             start, metrics, count = waiting.pop(0)
             flat = {k: np.asarray(v) for k, v in flatten_dict(metrics, sep="/").items()}
-            for name in ("loss", "gradient_norm"):
-                finite = np.isfinite(flat[name][:count])
-                if not finite.all():
-                    self._not_finite(journal, name, start + int(np.argmin(finite)))
+            finite = np.isfinite([flat["loss"][:count], flat["gradient_norm"][:count]])
+            good = int(np.argmin([*finite.all(axis=0), False]))
+            self.trend.add(flat["loss"][:good])
+            if good < count:
+                name = "gradient norm" if finite[0, good] else "loss"
+                self._not_finite(journal, name, start + good)
             journal.add(flat, count)
             loss = float(flat["loss"][count - 1])
         return loss
 
     def _not_finite(self, journal: Journal, name: str, step: int) -> None:
+        """Raises, and says what was not finite first."""
         phase, span = self.phases[journal.phase], self.spans[journal.phase]
+        raise NonFiniteError(
+            f"the {name} is not finite at step {step - span.start} of phase {phase.name} (step "
+            f"{step} of the run); {self._diagnosis(journal.phase, step)}; {self._last_good()}"
+        )
+
+    def _diagnosis(self, index: int, step: int) -> str:
+        """Makes the steps since the newest kept state again, which have the same bits, and looks
+        into the one that went wrong."""
+        program, span = self.programs[index], self.spans[index]
+        key = jax.random.key(self.config.seeds.augmentation)
+
+        def batches(start: int) -> list[np.ndarray]:
+            drawn = self.stream.batches(start, self.per_dispatch)
+            return [parallel.split(each, self.devices) for each in drawn]
+
+        made, state = self.kept
+        state = parallel.replicate(state, self.devices)
+        while made < step:
+            count = min(self.per_dispatch, step - made)
+            state, _ = program.train(
+                state, self.teacher_params, self.data, key, *batches(made), count, self.targets
+            )
+            made += count
+        found = program.look(state, self.teacher_params, self.data, key, *batches(step))
+        norm = norm_of(jax.tree.map(np.asarray, state.params["student"]))
+        rate = float(program.schedule(step - span.start))
+        parts = [first_not_finite(found), self.trend.divergence(norm, rate)]
+        return "; ".join(part for part in parts if part)
+
+    def _last_good(self) -> str:
         where = "there is no checkpoint, since the run has no workdir"
         if self.checkpoints is not None:
             self.checkpoints.wait()
@@ -178,10 +218,7 @@ class Run:
                 if latest is not None
                 else "it came before the first checkpoint"
             )
-        raise NonFiniteError(
-            f"the {name.replace('_', ' ')} is not finite at step {step - span.start} of phase "
-            f"{phase.name} (step {step} of the run); {where}"
-        )
+        return where
 
     def _evaluate(self, journal: Journal, state: TrainState) -> None:
         """Appends an entry to the history."""
@@ -200,8 +237,15 @@ class Run:
             measured = self.evaluation(
                 program, state.params, state.batch_stats, self.teacher_params
             )
-            kept = ("test_error", "test_cross_entropy", "agreement", "silent")
-            entry |= {name: measured[name] for name in kept}
+            told = ("test_error", "test_cross_entropy", "agreement", "silent")
+            entry |= {name: measured[name] for name in told}
+            if not np.isfinite(measured["test_cross_entropy"]):
+                norm = norm_of(jax.tree.map(np.asarray, state.params["student"]))
+                diverged = self.trend.divergence(norm, entry["learning_rate"])
+                raise NonFiniteError(
+                    f"the cross-entropy on held-out data is not finite after step {journal.step} "
+                    f"of the run; {diverged + '; ' if diverged else ''}{self._last_good()}"
+                )
         journal.history.append(entry)
         self.reporter.evaluated(entry)
 
@@ -235,7 +279,9 @@ class Run:
         meta, state = self.checkpoints.restore(
             lambda meta: jax.eval_shape(lambda: self._abstract_state(meta["journal"]["phase"]))
         )
-        return Journal(**meta["journal"]), parallel.replicate(state, self.devices)
+        journal = Journal(**meta["journal"])
+        self._keep(journal.step, state)
+        return journal, parallel.replicate(state, self.devices)
 
     def _abstract_state(self, index: int) -> TrainState:
         key = jax.random.key(0)
@@ -243,19 +289,23 @@ class Run:
         return self.programs[index].begin(student, self.teacher_stats, key)
 
     def _save(self, journal: Journal, state: TrainState) -> None:
+        self._keep(journal.step, state)
         if self.checkpoints is not None:
             meta = {"config": self.config.as_json(), "journal": dataclasses.asdict(journal)}
-            # Copies on the host: plain arrays, whatever the devices, and safe from donation.
-            self.checkpoints.save(journal.step, jax.tree.map(np.array, state), meta)
+            self.checkpoints.save(journal.step, self.kept[1], meta)
 
-    def _stop_if_asked(self, journal: Journal, phase: Phase) -> None:
+    def _keep(self, step: int, state: TrainState) -> None:
+        """Copies the state to the host: plain arrays, whatever the devices, safe from donation."""
+        self.kept = step, jax.tree.map(np.array, state)
+
+    def _stop_if_asked(self, journal: Journal, index: int) -> None:
         if self.stop.signal is None:
             return
         kept = "nothing is kept, since the run has no workdir"
         if self.checkpoints is not None:
             self.checkpoints.wait()
             kept = f"the same command goes on from step {journal.step}"
-        message = f"stopped in phase {phase.name} of {self.config.hash}; {kept}"
+        message = f"stopped in phase {self.phases[index].name} of {self.config.hash}; {kept}"
         raise Interrupted(message, self.stop.signal)
 
     def _program(self, phase: Phase, span: Span) -> parallel.Program:

@@ -110,7 +110,7 @@ def bind(
             connectors.append(ExtraHead(_classes(teacher, image_shape), **fields))
         else:
             connectors.append(None)
-    connected = {name for each in connectors for name in _connected(each)}
+    connected = {name for each in connectors for name in connected_taps(each)}
     measured = tuple(
         name
         for name in ours
@@ -208,7 +208,7 @@ def student_loss(
     stats = {"student": student.batch_stats, "connectors": {}}
     total, measures = jnp.zeros((), jnp.result_type(float)), {}
     for index, (weight, term) in enumerate(objective.phase.terms):
-        forward, moved = _through_connectors(
+        forward, moved = through_connectors(
             objective.connectors[index],
             index,
             pool_positions(student, objective.pooled[index]),
@@ -327,8 +327,10 @@ def eval_step(
         return sums
     connected: dict[str, jax.Array] = {}
     for index, connectors in enumerate(objective.connectors):
-        if names := _connected(connectors):  # of several terms' connectors the first term's count
-            view, _ = _through_connectors(connectors, index, student, params, batch_stats, False)
+        if names := connected_taps(
+            connectors
+        ):  # of several terms' connectors the first term's count
+            view, _ = through_connectors(connectors, index, student, params, batch_stats, False)
             connected = {name: view.taps[name] for name in names} | connected
     student = student.replace(taps=student.taps | connected)
     teacher = run_model(
@@ -347,7 +349,7 @@ def _classes(model: Model, image_shape: tuple[int, ...]) -> int:
     return number_of_logits(model, abstract_variables(model, image_shape), image_shape)
 
 
-def _connected(connectors: Connectors | ExtraHead | None) -> tuple[str, ...]:
+def connected_taps(connectors: Connectors | ExtraHead | None) -> tuple[str, ...]:
     """The taps that pass through connectors."""
     return tuple(name for name, _ in getattr(connectors, "widths", ()))
 
@@ -362,7 +364,7 @@ def _needs_pullback(phase: Phase) -> bool:
     return any(term.needs_pullback for _, term in phase.terms)
 
 
-def _through_connectors(
+def through_connectors(
     connectors: Connectors | ExtraHead | None,
     index: int,
     student: Forward,

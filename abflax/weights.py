@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -111,7 +112,7 @@ def read_state_dict(path: str | Path) -> dict[str, np.ndarray]:
       ValueError: if the file is missing, damaged, or of another kind.
     """
     path = Path(path)
-    if not path.is_file():
+    if not os.path.isfile(path):  # not Path.is_file, which raises for a name that is too long
         raise InputError(f"there is no weights file {path}")
     if path.suffix not in _READERS:
         raise InputError(

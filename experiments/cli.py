@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import difflib
 import logging
+import os
 import platform
 import signal
 import sys
@@ -18,7 +19,7 @@ from typing import Any, NoReturn
 import jax
 from rich.console import Console
 
-from abflax.errors import InputError, NonFiniteError
+from abflax.errors import BusyError, DiskError, InputError, NonFiniteError
 from abflax.interrupt import Interrupted
 
 WORKDIR = Path("workdir")
@@ -48,16 +49,26 @@ class Parser(argparse.ArgumentParser):
 def main(command: Callable[[Console], None]) -> NoReturn:
     """Runs a command and turns what it raises on purpose into one sentence and an exit code.
 
-    0: done. 1: the numbers went wrong. 2: something given cannot be right. 130, 143: stopped by
-    Ctrl-C or SIGTERM, to be gone on with by the same command. Anything else is a bug and shows
-    its traceback.
+    0: done. 1: the numbers went wrong. 2: something given cannot be right. 74: something could
+    not be written; 75: another process is at it; 130, 143: stopped by Ctrl-C or SIGTERM: to be
+    gone on with by the same command. Anything else is a bug and shows its traceback.
     """
-    logging.getLogger("absl").setLevel(logging.ERROR)
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    # What Orbax leaves running when it gives up a damaged checkpoint has nobody to report to.
+    sys.unraisablehook = lambda unraisable: (
+        None
+        if str(unraisable.exc_value) == "Event loop is closed"
+        else sys.__unraisablehook__(unraisable)
+    )
     warnings.showwarning = lambda text, *_, **__: print(f"warning: {text}", file=sys.stderr)
     # Where nobody looks at the width, tables are as wide as they need to be.
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
     try:
         command(console)
+    except BusyError as error:
+        _leave(f"error: {error}", os.EX_TEMPFAIL)
+    except DiskError as error:
+        _leave(f"error: {error}", os.EX_IOERR)
     except InputError as error:
         _leave(f"error: {error}", 2)
     except NonFiniteError as error:
@@ -67,6 +78,13 @@ def main(command: Callable[[Console], None]) -> NoReturn:
     except KeyboardInterrupt:
         _leave("stopped", 128 + signal.SIGINT)
     raise SystemExit(0)
+
+
+def require_all(finished: Sequence[Any], busy: Sequence[BusyError]) -> None:
+    """Raises where some of a command's runs are another process's, so that no mean is of a part."""
+    if busy:
+        total = len(finished) + len(busy)
+        raise BusyError(f"{len(finished)} of {total} runs are finished; {busy[0]}")
 
 
 def _leave(message: str, code: int) -> NoReturn:
@@ -100,8 +118,8 @@ def seeds_type(text: str) -> tuple[int, ...]:
         raise argparse.ArgumentTypeError(f"'{text}' is neither a count nor a list of seeds")
     if "," in text:
         return tuple(dict.fromkeys(int(part) for part in parts))
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError("at least one seed is needed")
+    if not 1 <= int(text) <= 10_000:
+        raise argparse.ArgumentTypeError("at least one seed is needed, and 10,000 at most")
     return tuple(range(int(text)))
 
 

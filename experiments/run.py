@@ -26,7 +26,8 @@ from rich.table import Table
 from abflax import Resources, distill, evaluate, load
 from abflax.config import PRECISIONS, RunConfig
 from abflax.data import DATASETS
-from abflax.errors import InputError, unknown
+from abflax.errors import BusyError, InputError, unknown
+from abflax.files import read_json
 from abflax.methods import METHODS, PROTOCOLS
 from abflax.models import MODELS
 from abflax.progress import Live
@@ -127,30 +128,34 @@ def train(arguments: argparse.Namespace, console: Console) -> None:
         arguments.keep_targets,
     )
     live = Live(console)
+    results, busy = [], []
     with live.shown():
-        results = [
-            distill(
-                student,
-                teacher,
-                data,
-                test=test,
-                method=arguments.method,
-                protocol=arguments.protocol,
-                epochs=arguments.epochs,
-                batch_size=arguments.batch_size,
-                fraction=arguments.fraction,
-                evaluate_every=arguments.evaluate_every,
-                seeds=seed,
-                precision=arguments.precision,
-                views=arguments.views,
-                workdir=arguments.workdir,
-                force=arguments.force,
-                resources=resources,
-                reporter=live,
-                **options,
-            )
-            for seed in arguments.seeds
-        ]
+        for seed in arguments.seeds:
+            try:
+                result = distill(
+                    student,
+                    teacher,
+                    data,
+                    test=test,
+                    method=arguments.method,
+                    protocol=arguments.protocol,
+                    epochs=arguments.epochs,
+                    batch_size=arguments.batch_size,
+                    fraction=arguments.fraction,
+                    evaluate_every=arguments.evaluate_every,
+                    seeds=seed,
+                    precision=arguments.precision,
+                    views=arguments.views,
+                    workdir=arguments.workdir,
+                    force=arguments.force,
+                    resources=resources,
+                    reporter=live,
+                    **options,
+                )
+                results.append(result)
+            except BusyError as error:  # the other seeds first
+                busy.append(error)
+    cli.require_all(results, busy)
     if arguments.json:
         json.dump([result.record for result in results], sys.stdout, indent=1)
         return
@@ -200,7 +205,7 @@ def list_runs(arguments: argparse.Namespace, console: Console) -> None:
 
 
 def _row(path: Path) -> dict[str, Any]:
-    config = json.loads(path.read_text())
+    config = read_json(path)
     record = read_record(path.parent / "record.json")
     steps = [int(p.name) for p in (path.parent / "checkpoints").glob("*") if p.name.isdigit()]
     error = record["result"].get("test_error") if record else None

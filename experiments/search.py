@@ -13,7 +13,6 @@ examples:
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 from pathlib import Path
 from typing import Any
@@ -21,11 +20,13 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from abflax import InputError, NonFiniteError, distill, load
+from abflax import BusyError, InputError, NonFiniteError, distill, load
 from abflax.data import holdout
+from abflax.lock import Lock
 from abflax.methods import METHODS
 from abflax.models import MODELS
 from abflax.progress import Live
+from abflax.record import require_writable, write_record
 from experiments import cli
 from experiments.statistics import mean_and_std
 from experiments.teachers import find_teacher
@@ -80,7 +81,10 @@ def main(console: Console) -> None:
     cli.cache_compilation(arguments.workdir)
     live = Live(console)
     points: list[dict[str, Any]] = []
-    with live.shown():
+    busy: list[BusyError] = []
+    path = arguments.workdir / "search" / f"{arguments.method}-{arguments.protocol}.json"
+    require_writable(path.parent)
+    with Lock(path.with_suffix(".lock"), f"the search {path.stem}"), live.shown():
         for weight in arguments.grid:
             records, failure = [], None
             for seed in arguments.seeds:
@@ -103,10 +107,11 @@ def main(console: Console) -> None:
                     records.append(result.record)
                 except NonFiniteError as error:  # a point that diverges is a point that loses
                     failure = str(error)
+                except BusyError as error:  # the other points first
+                    busy.append(error)
             points.append({"transfer_weight": weight, "records": records, "failure": failure})
-    path = arguments.workdir / "search" / f"{arguments.method}-{arguments.protocol}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(points, indent=1) + "\n")
+        cli.require_all([record for point in points for record in point["records"]], busy)
+        write_record(path, points)
     console.print(_table(points, arguments), soft_wrap=True)
     console.print(f"points: {path}", soft_wrap=True)
 

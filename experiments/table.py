@@ -26,7 +26,7 @@ from pathlib import Path
 from rich.console import Console
 
 from abflax import Network, NonFiniteError, Resources, distill, load
-from abflax.errors import unknown
+from abflax.errors import BusyError, unknown
 from abflax.models import MODELS
 from abflax.progress import Live, Reporter
 from abflax.record import require_writable
@@ -218,6 +218,8 @@ def run(
                 reporter=reporter,
                 **dict(config.options),
             )
+        except BusyError as error:  # the other cells meanwhile
+            notes.append(f"left: {job.label}, seed {job.seed}: {error}")
         except NonFiniteError as error:  # the other cells may do well
             failures.append(f"{job.label}, seed {job.seed}: {error}")
     return notes, failures

@@ -9,10 +9,19 @@ os.environ["XLA_FLAGS"] = (
 )
 
 from pathlib import Path
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
+from hypothesis import settings
+
+# The same few examples each time; `--hypothesis-profile=slow` tries many, and others each time.
+settings.register_profile("quick", max_examples=20, derandomize=True, deadline=None, database=None)
+settings.register_profile("slow", max_examples=1000, deadline=None, database=None)
+settings.load_profile("quick")
 
 FIXTURES = Path(__file__).parent / "fixtures"
 
@@ -26,6 +35,23 @@ def reference():
             return dict(file)
 
     return read
+
+
+class Small(nn.Module):
+    """A network that compiles in a moment: one convolution, one tap."""
+
+    num_classes: int = 10
+    param_dtype: Any = jnp.float32
+    axis_name: str | None = None
+
+    @nn.compact
+    def __call__(self, images, *, train):
+        from abflax.taps import sow_tap
+
+        before = nn.Conv(64, (3, 3), (2, 2), param_dtype=self.param_dtype, name="stem")(images)
+        sow_tap(self, "layer1", before)
+        pooled = nn.relu(before).mean(axis=(1, 2))
+        return nn.Dense(self.num_classes, param_dtype=self.param_dtype, name="classifier")(pooled)
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ import sys
 import numpy as np
 import pytest
 
+from abflax import NonFiniteError, Result
 from abflax.data import holdout, load
 from experiments import cli, search
 from tests.conftest import save_random_network
@@ -64,3 +65,27 @@ def test_mistakes(monkeypatch, capsys, arguments, sentence):
         cli.main(search.main)
     err = capsys.readouterr().err
     assert left.value.code == 2 and sentence in err and err.count("\n") == 1
+
+
+def test_a_point_that_diverges_does_not_end_the_search(monkeypatch, capsys, tmp_path):
+    def distill(*_, transfer_weight, **__):
+        if transfer_weight == 1.0:
+            raise NonFiniteError("training diverged: the loss from 1 to 1e9 grew")
+        record = {"result": {"test_error": 0.5 - transfer_weight / 1000}}
+        return Result(record, None, tmp_path)
+
+    monkeypatch.setattr(cli, "cache_compilation", lambda workdir: None)
+    monkeypatch.setattr(search, "find_teacher", lambda *_: None)
+    monkeypatch.setattr(search, "distill", distill)
+    monkeypatch.setattr(sys, "argv", [
+        "x", "--method", "l2", "--dataset", "digits", "--grid", "0.1,1,10", "--workdir",
+        str(tmp_path),
+    ])  # fmt: skip
+    with pytest.raises(SystemExit) as left:
+        cli.main(search.main)
+    lines = capsys.readouterr().out.splitlines()
+    assert left.value.code == 0
+    assert [line.split()[0] for line in lines if "best" in line] == ["10"]
+    points = json.loads((tmp_path / "search" / "l2-paper.json").read_text())
+    assert [bool(point["failure"]) for point in points] == [False, True, False]
+    assert "diverged: the loss from 1" in points[1]["failure"] and not points[1]["records"]

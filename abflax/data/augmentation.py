@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from abflax.errors import InputError
+from abflax.settings import require_types
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +32,9 @@ class Preprocessing:
     views: int | None = None
 
     def __post_init__(self) -> None:
+        require_types(self)
+        if not self.mean or not self.std or min(self.std) <= 0 or self.pad < 0:
+            raise InputError(f"mean and std need entries, std above 0 and pad at least 0: {self}")
         if self.views is not None and not 1 <= self.views <= self.all_views:
             raise InputError(
                 f"an image has {self.all_views} views (crops and flips), so there cannot be "
@@ -41,6 +45,19 @@ class Preprocessing:
     def all_views(self) -> int:
         """(2·pad + 1)² crops, each mirrored or not if `flip`."""
         return (2 * self.pad + 1) ** 2 * (1 + self.flip)
+
+    def require_fits(self, image_shape: tuple[int, ...]) -> None:
+        """Raises `InputError` where it is not for images of that shape."""
+        height, width, channels = image_shape
+        for name in ("mean", "std"):
+            if len(getattr(self, name)) not in (1, channels):
+                raise InputError(
+                    f"{name} has {len(getattr(self, name))} entries for {channels} channels"
+                )
+        if self.pad >= min(height, width):
+            raise InputError(
+                f"images of {height}×{width} cannot be padded by {self.pad} in reflection"
+            )
 
 
 def normalise(images: jax.Array, preprocessing: Preprocessing) -> jax.Array:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 
+import jax.numpy as jnp
 import numpy as np
 
 from abflax.data.augmentation import Preprocessing
 from abflax.errors import InputError
+from abflax.settings import is_of
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -23,8 +25,8 @@ class Dataset:
       name: how records call it; None: a digest of the contents.
 
     Raises:
-      ValueError: if the shapes do not fit, there is no example, a label is out of range, or a
-        pixel is NaN or infinite.
+      ValueError: if shapes or dtypes do not fit, there is no example, a label is out of range, a
+        pixel is NaN or infinite, or the preprocessing is not for such images.
     """
 
     images: np.ndarray
@@ -40,17 +42,24 @@ class Dataset:
                 "a data set needs images [examples, height, width, channels] and labels "
                 f"[examples], at least one; got {images.shape} and {labels.shape}"
             )
+        if 0 in images.shape:
+            raise InputError(f"images need height, width and channels, not {images.shape}")
+        if images.dtype != np.uint8 and not jnp.issubdtype(images.dtype, jnp.floating):
+            raise InputError(f"images must be uint8 or floating, not {images.dtype}")
         if not np.issubdtype(labels.dtype, np.integer):
             raise InputError(f"labels must be integers, not {labels.dtype}")
-        classes = self.num_classes or int(labels.max()) + 1
+        classes = int(labels.max()) + 1 if self.num_classes is None else self.num_classes
+        if not is_of(classes, int) or classes < 1:
+            raise InputError(f"num_classes must be a whole number above 0, not {classes!r}")
         if labels.min() < 0 or labels.max() >= classes:
             raise InputError(
                 f"labels must lie in [0, {classes}), but reach from {labels.min()} to "
                 f"{labels.max()}"
             )
-        if np.issubdtype(images.dtype, np.floating) and not np.isfinite(images).all():
+        if images.dtype != np.uint8 and not np.isfinite(images).all():
             bad = int(np.argmin(np.isfinite(images).all(axis=(1, 2, 3))))
             raise InputError(f"image {bad} has a pixel that is NaN or infinite")
+        self.preprocessing.require_fits(images.shape[1:])
         object.__setattr__(self, "images", images)
         object.__setattr__(self, "labels", labels.astype(np.int32))
         object.__setattr__(self, "num_classes", classes)

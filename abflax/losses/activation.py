@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from abflax.errors import require_same_shape
-from abflax.losses.dtypes import at_least_float32
+from abflax.losses.dtypes import at_least_float32, real, require_spreads
 
 
 def activation_indicator(x: jax.Array) -> jax.Array:
@@ -19,11 +19,14 @@ def activation_indicator(x: jax.Array) -> jax.Array:
     Returns:
       Booleans of the same shape. ρ(0) = 0, and NaN does not fire.
 
+    Raises:
+      ValueError: for complex numbers.
+
     References:
       Heo et al., Knowledge Transfer via Distillation of Activation Boundaries Formed by Hidden
       Neurons, AAAI 2019, equation (2).
     """
-    x = jnp.asarray(x)
+    x = real(x)
     return x if x.dtype == jnp.bool_ else x > 0
 
 
@@ -42,12 +45,12 @@ def activation_transfer_loss(student: jax.Array, teacher: jax.Array) -> jax.Arra
       student's dtype, float32 at least.
 
     Raises:
-      ValueError: if the shapes differ.
+      ValueError: if the shapes differ, or for complex numbers.
 
     References:
       Heo et al., AAAI 2019, equation (3), before its norm over neurons.
     """
-    student, teacher = jnp.asarray(student), jnp.asarray(teacher)
+    student, teacher = real(student), real(teacher)
     require_same_shape("activation_transfer_loss", student, teacher)
     differs = activation_indicator(student) != activation_indicator(teacher)
     return differs.astype(jnp.promote_types(student.dtype, jnp.float32))
@@ -65,7 +68,7 @@ def activation_transfer_hinge(
     Args:
       student: pre-activations S, of any shape.
       teacher: pre-activations T of the same shape, or booleans already taken from them.
-      margin: μ, in units of pre-activation.
+      margin: μ, in units of pre-activation; an array spreads over S.
 
     Returns:
       An array of the student's shape, >= 0, in the student's dtype, float32 at least. Its
@@ -73,12 +76,13 @@ def activation_transfer_hinge(
       does not and S > −μ, else 0. (The paper's equation (5) drops the sign of the first.)
 
     Raises:
-      ValueError: if the shapes differ.
+      ValueError: if the shapes differ, or for complex numbers.
 
     References:
       Heo et al., AAAI 2019, equation (4).
     """
-    student, teacher = at_least_float32(student), jnp.asarray(teacher)
+    student, teacher = at_least_float32(student), real(teacher)
     require_same_shape("activation_transfer_hinge", student, teacher)
+    require_spreads("activation_transfer_hinge: a margin", margin, student.shape)
     shortfall = jnp.where(activation_indicator(teacher), margin - student, margin + student)
     return jnp.square(jax.nn.relu(shortfall))

@@ -28,8 +28,9 @@ def attention_map(features: jax.Array) -> jax.Array:
     """
     features = at_least_float32(features)
     require_feature_map("attention_map", features)
+    batch, height, width, _ = features.shape
     energy = jnp.mean(jnp.square(features), axis=-1)
-    return unit_length(energy.reshape(energy.shape[0], -1), axis=-1)
+    return unit_length(energy.reshape(batch, height * width), axis=-1)
 
 
 def attention_transfer(student: jax.Array, teacher: jax.Array) -> jax.Array:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from abflax.errors import InputError, require_same_shape
-from abflax.losses.dtypes import at_least_float32
+from abflax.losses.dtypes import at_least_float32, require_spreads
 
 
 def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
@@ -21,14 +21,10 @@ def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
       `[...]`, in nats, float32 at least.
 
     Raises:
-      ValueError: if the leading shapes differ.
+      ValueError: if the leading shapes differ, there is no class, or the labels are no integers.
     """
     logits, labels = at_least_float32(logits), jnp.asarray(labels)
-    if logits.shape[:-1] != labels.shape:
-        raise InputError(
-            f"cross_entropy: logits {logits.shape} need labels of shape {logits.shape[:-1]}, "
-            f"not {labels.shape}"
-        )
+    require_labels("cross_entropy", logits, labels)
     return optax.losses.softmax_cross_entropy_with_integer_labels(logits, labels)
 
 
@@ -43,19 +39,39 @@ def knowledge_distillation(
     Args:
       student: logits S `[..., classes]`.
       teacher: logits T of the same shape.
-      temperature: τ > 0.
+      temperature: τ > 0; an array spreads over S.
 
     Returns:
       `[...]`, in nats, >= 0, float32 at least.
 
     Raises:
-      ValueError: if the shapes differ.
+      ValueError: if the shapes differ, or there is no class.
 
     References:
       Hinton, Vinyals, Dean, Distilling the Knowledge in a Neural Network, 2015.
     """
     student, teacher = at_least_float32(student), at_least_float32(teacher)
     require_same_shape("knowledge_distillation", student, teacher)
+    require_classes("knowledge_distillation", student)
+    require_spreads("knowledge_distillation: a temperature", temperature, student.shape)
     return optax.losses.kl_divergence_with_log_targets(
         jax.nn.log_softmax(student / temperature), jax.nn.log_softmax(teacher / temperature)
     )
+
+
+def require_classes(what: str, logits: jax.Array) -> None:
+    """Raises `InputError` where an array is not `[..., classes]`, one class at least."""
+    if logits.ndim < 1 or not logits.shape[-1]:
+        raise InputError(f"{what}: logits are [..., classes], not {logits.shape}")
+
+
+def require_labels(what: str, logits: jax.Array, labels: jax.Array) -> None:
+    """Raises `InputError` where there is not one integer label for each row of logits."""
+    require_classes(what, logits)
+    if logits.shape[:-1] != labels.shape:
+        raise InputError(
+            f"{what}: logits {logits.shape} need labels of shape {logits.shape[:-1]}, "
+            f"not {labels.shape}"
+        )
+    if not jnp.issubdtype(labels.dtype, jnp.integer):
+        raise InputError(f"{what}: labels are integers, not {labels.dtype}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from abflax.errors import require_same_shape
+from abflax.errors import InputError, require_same_shape
 from abflax.losses.dtypes import at_least_float32
 from abflax.losses.features import positions_pooled
 
@@ -46,11 +46,13 @@ def fsp(student_gram: jax.Array, teacher_gram: jax.Array) -> jax.Array:
       `[batch]`, float32 at least.
 
     Raises:
-      ValueError: if the shapes differ.
+      ValueError: if the shapes differ, or they are no Gram matrices.
 
     References:
       Yim et al., CVPR 2017, equation (2), with the mean over the entries for the sum.
     """
     student_gram, teacher_gram = at_least_float32(student_gram), at_least_float32(teacher_gram)
     require_same_shape("fsp", student_gram, teacher_gram)
+    if student_gram.ndim != 3 or not all(student_gram.shape[1:]):
+        raise InputError(f"fsp: Gram matrices are [batch, C₁, C₂], not {student_gram.shape}")
     return jnp.mean(jnp.square(student_gram - teacher_gram), axis=(-2, -1))

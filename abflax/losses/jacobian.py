@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from abflax.errors import InputError, require_same_shape
-from abflax.losses.dtypes import at_least_float32
+from abflax.losses.dtypes import at_least_float32, real
 from abflax.losses.features import require_feature_map, unit_length
 
 
@@ -50,8 +50,9 @@ def largest_attention_pixel(features: jax.Array) -> jax.Array:
     """
     features = at_least_float32(features)
     require_feature_map("largest_attention_pixel", features)
+    batch, height, width, _ = features.shape
     energy = jnp.mean(jnp.square(features), axis=-1)
-    return jnp.argmax(energy.reshape(energy.shape[0], -1), axis=-1)
+    return jnp.argmax(energy.reshape(batch, height * width), axis=-1)
 
 
 def attention_pixel_cotangent(features: jax.Array, index: jax.Array) -> jax.Array:
@@ -72,9 +73,9 @@ def attention_pixel_cotangent(features: jax.Array, index: jax.Array) -> jax.Arra
       least.
 
     Raises:
-      ValueError: if F is no feature map, or there is not one index for each example.
+      ValueError: if F is no feature map, or there is not one integer index for each example.
     """
-    features, index = jnp.asarray(features), jnp.asarray(index)
+    features, index = real(features), jnp.asarray(index)
     require_feature_map("attention_pixel_cotangent", features)
     batch, height, width, channels = features.shape
     if index.shape != (batch,):
@@ -82,6 +83,8 @@ def attention_pixel_cotangent(features: jax.Array, index: jax.Array) -> jax.Arra
             f"attention_pixel_cotangent: features {features.shape} need an index of shape "
             f"{(batch,)}, not {index.shape}"
         )
+    if not jnp.issubdtype(index.dtype, jnp.integer):
+        raise InputError(f"attention_pixel_cotangent: an index is an integer, not {index.dtype}")
     wide = at_least_float32(features)
     chosen = jax.nn.one_hot(index, height * width, dtype=wide.dtype)
     cotangent = 2 / channels * wide * chosen.reshape(batch, height, width, 1)

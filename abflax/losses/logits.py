@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from abflax.errors import require_same_shape
+from abflax.losses.classification import require_classes
 from abflax.losses.dtypes import at_least_float32
 
 
@@ -22,12 +23,13 @@ def centred_logits_difference(student: jax.Array, teacher: jax.Array) -> jax.Arr
       An array of that shape, float32 at least.
 
     Raises:
-      ValueError: if the shapes differ.
+      ValueError: if the shapes differ, or there is no class.
 
     References:
       Srinivas, Fleuret, Knowledge Transfer with Jacobian Matching, ICML 2018.
     """
     student, teacher = at_least_float32(student), at_least_float32(teacher)
     require_same_shape("centred_logits_difference", student, teacher)
+    require_classes("centred_logits_difference", student)
     difference = student - teacher
     return jnp.square(difference - jnp.mean(difference, axis=-1, keepdims=True))
