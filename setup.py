@@ -38,6 +38,7 @@ setup(
     ],
     extras_require={
         "test": ["pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "ruff>=0.9"],
+        "docs": ["pdoc>=15"],
         "prepare": ["tensorflow>=2.16"],  # only to download and prepare a TFDS data set
         "torch": ["torch>=2.4"],  # only to read .pt and .pth files
         "cuda": ["jax[cuda12]>=0.10.1,!=0.10.2"],

@@ -47,6 +47,10 @@ class _Models(Mapping[str, Callable[..., nn.Module]]):
 
 
 MODELS: Mapping[str, Callable[..., nn.Module]] = _Models()
+"""Name -> a callable that takes a module's fields: `MODELS["wrn22-4"](num_classes=10)`.
+
+Wide ResNets of any legal depth and width are parsed; iteration lists those that the paper uses.
+"""
 
 
 def model_name(model: Model) -> str:
