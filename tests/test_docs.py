@@ -9,7 +9,9 @@ import dataclasses
 import doctest
 import importlib
 import inspect
+import os
 import re
+import shutil
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -85,6 +87,37 @@ def test_the_pages_links_lead_to_files_and_their_commands_to_modules():
             assert (ROOT / target).exists(), f"{page.name}: {target}"
         for name in re.findall(r"python -m (experiments\.\w+)", text):
             assert (ROOT / f"{name.replace('.', '/')}.py").is_file(), f"{page.name}: {name}"
+
+
+@pytest.mark.slow
+def test_the_contributions_of_the_page_work(tmp_path):
+    """A method, a model and a data set are added to a copy as told there; their tests pass."""
+    page = (ROOT / "CONTRIBUTING.md").read_text()
+    for name in ("abflax", "experiments", "tests"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md"):
+        shutil.copyfile(ROOT / name, tmp_path / name)
+    files = re.findall(r"^```python (\S+)\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
+    for name, code in files:
+        assert not (tmp_path / name).exists(), name
+        (tmp_path / name).write_text(code)
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    environment["GIT_CEILING_DIRECTORIES"] = str(tmp_path.parent)  # it is no part of a repository
+
+    def run(*command, **options):
+        done = subprocess.run(
+            command, cwd=tmp_path, env=environment, capture_output=True, text=True, **options
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+
+    diffs = _blocks(ROOT / "CONTRIBUTING.md", "diff")
+    for diff in diffs:
+        run("git", "apply", "-C1", "-", input=diff)
+    commands = re.findall(r"^python (-m pytest -n 0 .*)$", page, re.MULTILINE)
+    assert (len(files), len(diffs), len(commands)) == (5, 3, 3)
+    for command in [*commands, "-m pytest -n 0 tests/test_architecture.py", "-m ruff check ."]:
+        run(sys.executable, *command.split())
+    run(sys.executable, "-m", "ruff", "format", "--check", ".")
 
 
 class _Html(HTMLParser):
