@@ -81,9 +81,11 @@ def test_the_readmes_python_runs(monkeypatch):
 def test_the_pages_links_lead_to_files_and_their_commands_to_modules():
     for page in PAGES:
         text = page.read_text()
-        targets = re.findall(r"\]\((?!https?:)([^)#\s]+)", text)
+        prose = re.sub(r"^```.*?^```|`[^`\n]*`", "", text, flags=re.DOTALL | re.MULTILINE)
+        targets = re.findall(r"\]\((?!https?:)([^)#\s]+)", prose)
         targets += re.findall(r"`((?:tests|abflax|experiments)/[\w./-]+)`", text)
-        for target in targets:
+        added = re.findall(r"^```python (\S+)$", text, re.MULTILINE)  # by who follows the page
+        for target in set(targets) - set(added):
             assert (ROOT / target).exists(), f"{page.name}: {target}"
         for name in re.findall(r"python -m (experiments\.\w+)", text):
             assert (ROOT / f"{name.replace('.', '/')}.py").is_file(), f"{page.name}: {name}"
