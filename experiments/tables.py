@@ -186,9 +186,10 @@ def _table(
     )
 
 
-# Times of scale small are estimates for two idle CPU cores and two seeds, what tables share counted
-# at the first of them: steps times what a step takes, without compilation. A step of wrn16-2 → wrn16-1 takes 0.35 s by cross-entropy, 0.5 by KD, 0.7
-# initialising, 0.6 by attention and about 2 by Jacobian matching; an epoch has 390 steps.
+# Times of scale small are estimates for two idle CPU cores and two seeds, without compilation; what
+# tables share counts at the first of them. A step of wrn16-2 → wrn16-1 takes 0.35 s by
+# cross-entropy, 0.5 by KD, 0.7 initialising, 0.6 by attention and about 2 by Jacobian matching; an
+# epoch has 390.
 _BOTH = (
     _table(
         1, "paper", _PAPER, _methods(*_ALL),
