@@ -6,7 +6,7 @@ import dataclasses
 import itertools
 import shlex
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from abflax.config import RunConfig, Seeds
 from abflax.errors import InputError
@@ -199,7 +199,7 @@ def _caption(filled: Filled) -> str:
     made = ""
     if runs:
         devices = _listed(each["device"] for each in runs)
-        commits = _listed(str(each["commit"])[:12] for each in runs)
+        commits = _listed(_short(each["commit"]) for each in runs)
         made = f" Teacher: {teachers}. Device: {devices}; commit {commits}."
     return (
         f"{what[0].upper() + what[1:]}: paper │ here, mean ± sample standard deviation (number of "
@@ -209,8 +209,13 @@ def _caption(filled: Filled) -> str:
     ).rstrip()
 
 
-def _listed(names: object) -> str:
-    return ", ".join(sorted({str(name) for name in names if name is not None})) or "none"
+def _listed(names: Iterable[str | None]) -> str:
+    return ", ".join(sorted({name for name in names if name is not None})) or "none"
+
+
+def _short(commit: str | None) -> str | None:
+    """Twelve digits, and the mark of changed code."""
+    return None if commit is None else commit[:12] + "+" * commit.endswith("+")
 
 
 def missing(filled: Filled) -> str:

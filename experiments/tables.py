@@ -186,16 +186,17 @@ def _table(
     )
 
 
-# Times of scale small: two idle CPU cores, two seeds, what other tables share counted once, in the
-# order of the tables. A step of wrn16-2 → wrn16-1 takes 0.35 s by cross-entropy, 0.5 by KD, 0.7
-# initialising, 0.6 by attention and about 2 by Jacobian matching; an epoch has 390 steps.
+# Times of scale small are estimates for two idle CPU cores and two seeds, without compilation; what
+# tables share counts at the first of them. A step of wrn16-2 → wrn16-1 takes 0.35 s by
+# cross-entropy, 0.5 by KD, 0.7 initialising, 0.6 by attention and about 2 by Jacobian matching; an
+# epoch has 390.
 _BOTH = (
     _table(
         1, "paper", _PAPER, _methods(*_ALL),
         _epochs((1, 1), (1, 5), (3, 12), (5, 25), (10, 50), (20, 100)),
         f"{_PAIR}, all training images",
     ),
-    _table(  # 3.5 h, the first column 2.3 h
+    _table(  # 4.1 h, the first column 2.3 h
         1, "small", _SMALL, _methods(*_ALL),
         _epochs((1, 1), (1, 5), only={"1+5": ("cross-entropy", "kd", "activation-boundary")}),
         f"{_SMALL_PAIR}, all training images",
@@ -224,7 +225,7 @@ _BOTH = (
         ),
         _methods(*_ALL[1:]), "10 % of the training images, 20+100 epochs", "columns",
     ),
-    _table(  # 3.3 h, of which the same network's two thirds
+    _table(  # 3.2 h, of which the same network's half
         3, "small", _SMALL,
         _pairs(
             ("depth", "wrn16-2", "wrn10-2"),

@@ -46,7 +46,7 @@ def test_markdown_to_the_letter():
         "Test error, %: paper │ here, mean ± sample standard deviation (number of seeds), last "
         "epoch; the best in bold. Here, scale `small`: digits, wrn10-1 → wrn10-1; protocol "
         "`official`, batch 13. Teacher: wrn10-1:0123456789ab. Device: abacus; commit "
-        "0123456789ab. Paper: wrn22-4 → wrn16-2. The paper's numbers are of larger networks, "
+        "0123456789ab+. Paper: wrn22-4 → wrn16-2. The paper's numbers are of larger networks, "
         "most of them trained for longer: what compares is the order.\n\n"
         "Not run yet: 2 of 6 cells. `python -m experiments.table 1 --scale small --rows "
         "kd,attention`\n\n"
