@@ -59,6 +59,7 @@ MAY_KNOW = {
         "progress",
         "record",
         "run",
+        "settings",
         "weights",
     },
 }
