@@ -22,14 +22,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from abflax import Dataset, InputError, Resources, RunConfig, Seeds
+from abflax import Dataset, InputError, Resources, RunConfig, Seeds, distill
 from abflax.checkpoint import Checkpoints
 from abflax.data import Preprocessing, holdout, subset
 from abflax.methods import METHODS
 from abflax.models import MODELS
 from abflax.weights import from_torch, load_network, read_state_dict, save_variables
 from experiments import cli, run
-from tests.conftest import under
+from tests.conftest import Small, under
 from tests.strategies import SIDES, arrays
 
 ANYTHING = st.one_of(
@@ -301,3 +301,40 @@ def test_command_lines(flags, data):
             assert left.code == 0 or (len(shown) == 1 and shown[0].startswith("error: ")), shown
             assert "\n" not in "".join(shown)
         assert not list(Path(folder).iterdir())
+
+
+DIGITS = Dataset(np.zeros((32, 8, 8, 1), np.uint8), np.arange(32) % 10, name="zeros")
+GIVEN = {
+    "student": Small(), "teacher": None, "data": DIGITS, "test": None, "method": "cross-entropy",
+    "protocol": "paper", "setting": "cifar", "epochs": (0, 1), "batch_size": 16, "fraction": 1.0,
+    "evaluate_every": 1, "seeds": 0, "precision": "float32", "workdir": None,
+}  # fmt: skip
+
+
+@given(name=st.sampled_from(sorted(GIVEN)), value=ANYTHING)
+def test_distill(name, value):
+    """One argument is anything at all."""
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr("abflax.loop.Run", lambda *_: (_ for _ in ()).throw(_Reached))
+        try:
+            distill(**GIVEN | {name: value})
+        except _Reached:
+            pass
+        except InputError as error:
+            words = str(error)
+            assert name in words or repr(value)[:20] in words or str(value) in words, error
+        assert not list(Path(folder).iterdir())
+
+
+@given(shape=st.lists(st.integers(1, 3), max_size=5).map(tuple))
+def test_images_of_any_shape(shape):
+    model = MODELS["wrn10-1"]()
+    run = lambda: jax.eval_shape(
+        lambda: model.init(jax.random.key(0), jnp.zeros(shape), train=False)
+    )
+    if len(shape) == 4:
+        assert run()["params"]["stem"]["kernel"].shape == (3, 3, shape[-1], 16)
+    else:
+        with pytest.raises(InputError, match=re.escape(str(shape))):
+            run()
