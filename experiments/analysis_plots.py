@@ -67,15 +67,16 @@ def _agreement(found: Found, summary: dict[str, Any]) -> Figure:
                               linewidth=0)  # fmt: skip
         shares = 100 * np.array([each[layer].by_class for each in matches])
         at = np.arange(shares.shape[1])
-        classes.errorbar(at, shares.mean(axis=0), _spread(shares), color=colour, marker=marker,
-                         markersize=4, linestyle="none", capsize=2)  # fmt: skip
+        beside = 0.18 * (index - (len(matches[0]) - 1) / 2)
+        classes.errorbar(at + beside, shares.mean(axis=0), _spread(shares), color=colour,
+                         marker=marker, markersize=4, linestyle="none", capsize=2)  # fmt: skip
         overall = 100 * float(np.mean([each[layer].agreement for each in matches]))
         classes.axhline(overall, color=colour, linewidth=0.8, linestyle=_LINES[index % 4])
     channels.axhline(50, color="0.5", linewidth=0.8, linestyle=(0, (1, 3)))
-    channels.text(1, 50.3, "two coins", fontsize=7.5, color="0.35")
+    channels.text(99, 50.3, "two coins", ha="right", fontsize=7.5, color="0.35")
     channels.set(title="by channel", xlabel="channels in order of agreement, %",
                  ylabel="neurons that fire alike, %", xlim=(0, 100))  # fmt: skip
-    channels.legend(title="layer (channels)", loc="lower right")
+    channels.legend(title="layer (channels)", loc="upper left")
     classes.set(title="by class; lines: all images", xlabel="class", ylabel="")
     if shares.shape[1] <= 20:
         classes.set_xticks(at)
@@ -89,17 +90,17 @@ def _error(found: Found, summary: dict[str, Any]) -> Figure:
     figure, (axis,) = _figure(1, 3.2)
     groups = summary["groups"]
     lines = (
-        ("error", "student", COLOURS[0], "o"),
-        ("teacher_error", "teacher", _TEACHER, "s"),
-        ("differs_from_teacher", "student answers other than teacher", COLOURS[1], "^"),
+        ("error", "student's error", COLOURS[0], "o-"),
+        ("differs_from_teacher", "student answers other than teacher", COLOURS[1], "^--"),
+        ("teacher_error", "teacher's error", _TEACHER, "s:"),
     )
     x = 100 * np.mean([each["agreement"] for each in groups], axis=0)
     counts = np.array(groups[0]["examples"])
-    for key, label, colour, marker in lines:
+    for key, label, colour, style in lines:
         shares = np.array([each[key] for each in groups])
         mean = shares.mean(axis=0)
         bars = _spread(shares) if len(groups) > 1 else np.sqrt(mean * (1 - mean) / counts)
-        axis.errorbar(x, 100 * mean, 100 * bars, color=colour, marker=marker, markersize=5,
+        axis.errorbar(x, 100 * mean, 100 * bars, color=colour, fmt=style, markersize=5,
                       capsize=3, label=label)  # fmt: skip
     bars = "std over networks" if len(groups) > 1 else "binomial standard error"
     axis.set(
