@@ -326,7 +326,8 @@ class Run:
                     f"{type(module).__name__} has no field axis_name, so its batch norms cannot "
                     f"be averaged over {many}"
                 )
-            if model is self.student and uses_dropout(model, self.shape):
+            alone = prepared(model, self.config.precision, None)
+            if model is self.student and uses_dropout(alone, self.shape):
                 raise InputError(
                     f"{type(module).__name__} has dropout, which would drop other neurons on {many}"
                 )
