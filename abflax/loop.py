@@ -94,7 +94,7 @@ def distill(
       Interrupted: after SIGINT or SIGTERM, when the checkpoint is written.
     """
     for name, value, kind in (
-        ("student", student, nn.Module),
+        ("student", student, Model),
         ("teacher", teacher, Network | None),
         ("data", data, Dataset),
         ("test", test, Dataset | None),
