@@ -180,7 +180,7 @@ def best(group: Sequence[Cell]) -> list[Cell]:
 def _shown(cell: Cell, wins: bool, compared: bool) -> str:
     """ "paper │ here", with a dash for what there is not; "here" where the paper has nothing."""
     if cell.values:
-        here = mean_and_std(cell.values, cell.measure.digits)
+        here = mean_and_std(cell.values, cell.measure.digits, cell.measure.factor)
         here = f"{f'**{here}**' if wins else here} ({len(cell.values)})"
     else:
         here = "–" if cell.run is None or cell.records else "not run"
@@ -225,9 +225,7 @@ def missing(filled: Filled) -> str:
     absent = [cell for cell in cells if not cell.records]
     if not absent:
         return ""
-    command = (
-        f"python -m experiments.table {table.command or f'{table.name} --scale {table.scale}'}"
-    )
+    command = f"python -m experiments.table {table.name} --scale {table.scale}"
     for flag, axis, labels in (
         ("--rows", table.rows, {cell.row.label for cell in absent}),
         ("--columns", table.columns, {cell.column.label for cell in absent}),

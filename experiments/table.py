@@ -240,7 +240,7 @@ def write(filled: Filled, folder: Path) -> None:
     folder.mkdir(exist_ok=True)
     name = f"table{filled.table.name}-{filled.table.scale}"
     (folder / f"{name}.md").write_text(markdown(filled))
-    if filled.records:
+    if filled.records and filled.table.picture:
         figures.draw(filled, folder / f"{name}.png")
 
 

@@ -12,7 +12,7 @@ from experiments.cells import best, fill, identities, markdown, missing, order
 from experiments.layout import Axis, Point, agreement, silent
 from experiments.plan import jobs, rates, share
 from experiments.statistics import beyond_error_bars
-from experiments.tables import ONE_PLUS_ONE, TABLES
+from experiments.tables import EVERY_METHOD, TABLES
 from tests.tiny_tables import GRID, TABLE, record, run_of
 
 
@@ -260,8 +260,9 @@ def test_the_commands_of_missing_cells_are_right():
         f"Not run yet: 3 of 12 cells. `{command} 3 --scale small --rows 'depth & channel'`"
     )
     records = dict([record(run_of(small["1"], "cross-entropy", "1+1"), 0, 0.1)])
-    assert missing(fill(ONE_PLUS_ONE, records)).endswith(
-        f"`{command} 1 --scale small --columns 1+1 --rows kd,activation-boundary`"
+    assert missing(fill(EVERY_METHOD, records)).endswith(
+        f"`{command} methods --scale small --rows "
+        "kd,fitnet,fsp,attention,jacobian,activation-boundary,l2,l1,l0.5,nst,dtl`"
     )
 
 
