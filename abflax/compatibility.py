@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax.numpy as jnp
 from flax import linen as nn
 from flax.traverse_util import flatten_dict
 
@@ -34,6 +35,8 @@ def require_fits(what: str, model: nn.Module, variables: Any, image_shape: tuple
                 f"{what} for {name}: '{key}' has shape {found[key].shape}, where images of "
                 f"{image_shape[-1]} channels need {wanted[key].shape}"
             )
+        if not jnp.issubdtype(found[key].dtype, jnp.floating):
+            raise InputError(f"{what} for {name}: '{key}' holds {found[key].dtype}, no floats")
 
 
 def require_classes(what: str, model: nn.Module, image_shape: tuple[int, ...], classes: int):
