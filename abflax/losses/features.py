@@ -87,9 +87,10 @@ def positions_pooled(student: jax.Array, teacher: jax.Array) -> tuple[jax.Array,
 def require_feature_map(what: str, features: jax.Array) -> None:
     """Raises `InputError` where an array is not `[batch, height, width, channels]`."""
     if features.ndim != 4 or not all(features.shape[1:]):
+        empty = ", which is empty" if features.ndim == 4 else ""
         raise InputError(
-            f"{what}: a feature map is [batch, height, width, channels], none of the last three "
-            f"0, not {features.shape}"
+            f"{what}: a feature map is [batch, height, width, channels], not {features.shape}"
+            f"{empty}"
         )
 
 
