@@ -54,7 +54,7 @@ def _spread(values: np.ndarray) -> np.ndarray:
 
 def _agreement(found: Found, summary: dict[str, Any]) -> Figure:
     """Agreement by channel, the channels in order of it, and by class."""
-    figure, (channels, classes) = _figure(2)
+    figure, (channels, classes) = _figure(2, 3.4)
     matches = [each.match for each in found.examinations]
     for index, layer in enumerate(matches[0]):
         colour, marker = COLOURS[index % 7], MARKERS[index % 7]
@@ -76,7 +76,8 @@ def _agreement(found: Found, summary: dict[str, Any]) -> Figure:
     channels.text(99, 50.3, "two coins", ha="right", fontsize=7.5, color="0.35")
     channels.set(title="by channel", xlabel="channels in order of agreement, %",
                  ylabel="neurons that fire alike, %", xlim=(0, 100))  # fmt: skip
-    channels.legend(title="layer (channels)", loc="upper left")
+    figure.legend(*channels.get_legend_handles_labels(), title="layer (channels)",
+                  loc="outside lower center", ncols=len(matches[0]))  # fmt: skip
     classes.set(title="by class; lines: all images", xlabel="class", ylabel="")
     if shares.shape[1] <= 20:
         classes.set_xticks(at)
