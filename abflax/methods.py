@@ -220,6 +220,20 @@ class Methods(Mapping[str, Any]):
     of `Phase`. An option is a field of one of the method's terms (`margin`, `layers`,
     `temperature`, …) or `transfer_weight`, a factor on every transfer loss; any other raises
     `ValueError`, and so does an unknown method, protocol or setting.
+
+    Examples:
+      >>> phases = METHODS["activation-boundary"](protocol="official", margin=2.0)
+      >>> for phase in phases:
+      ...     print(phase.name, phase.terms)
+      initialise ((0.003, ActivationBoundary(layers=None, layer_ratio=0.5, margin=2.0)),)
+      classify ((1.0, KnowledgeDistillation(temperature=3.0, temperature_squared=False, \
+cross_entropy_share=0.0)),)
+      >>> [type(term).__name__ for _, term in METHODS["kd+nst"]()[0].terms]
+      ['KnowledgeDistillation', 'NeuronSelectivity']
+      >>> METHODS["activation-boundary"](margn=2.0)
+      Traceback (most recent call last):
+      abflax.errors.UnknownNameError: unknown option of method activation-boundary 'margn'; did \
+you mean margin?
     """
 
     def __getitem__(self, name: str) -> Any:

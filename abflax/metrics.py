@@ -24,6 +24,10 @@ def activation_agreement(student: jax.Array, teacher: jax.Array) -> jax.Array:
 
     Raises:
       ValueError: if the shapes differ, or there is no neuron.
+
+    Examples:
+      >>> float(activation_agreement(jnp.array([-1.0, 2, 0, 3]), jnp.array([-5.0, 1, 1, 9])))
+      0.75
     """
     student, teacher = real(student), real(teacher)
     require_same_shape("activation_agreement", student, teacher)

@@ -27,6 +27,11 @@ class Dataset:
     Raises:
       ValueError: if shapes or dtypes do not fit, there is no example, a label is out of range, a
         pixel is NaN or infinite, or the preprocessing is not for such images.
+
+    Examples:
+      >>> data = Dataset(np.zeros((6, 8, 8, 1), np.uint8), np.array([0, 0, 0, 0, 1, 1]))
+      >>> len(data), data.image_shape, data.num_classes
+      (6, (8, 8, 1), 2)
     """
 
     images: np.ndarray
@@ -100,6 +105,13 @@ def subset(dataset: Dataset, fraction: float, seed: int) -> Dataset:
 
     Raises:
       ValueError: unless 0 < fraction <= 1.
+
+    Examples:
+      Half of each class:
+
+      >>> data = Dataset(np.zeros((6, 8, 8, 1)), np.array([0, 0, 0, 0, 1, 1]))
+      >>> subset(data, 0.5, seed=0).labels.tolist()
+      [0, 0, 1]
     """
     if not 0 < fraction <= 1:
         raise InputError(f"the fraction of the training data must be in (0, 1], not {fraction}")

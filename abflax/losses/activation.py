@@ -49,6 +49,13 @@ def activation_transfer_loss(student: jax.Array, teacher: jax.Array) -> jax.Arra
 
     References:
       Heo et al., AAAI 2019, equation (3), before its norm over neurons.
+
+    Examples:
+      A neuron at exactly zero does not fire:
+
+      >>> student, teacher = jnp.array([-2.0, 0.0, 0.5]), jnp.array([-9.0, 0.1, 7.0])
+      >>> activation_transfer_loss(student, teacher).tolist()
+      [0.0, 1.0, 0.0]
     """
     student, teacher = real(student), real(teacher)
     require_same_shape("activation_transfer_loss", student, teacher)
@@ -80,6 +87,21 @@ def activation_transfer_hinge(
 
     References:
       Heo et al., AAAI 2019, equation (4).
+
+    Examples:
+      The right side costs something too until the margin is reached, and then nothing:
+
+      >>> student = jnp.array([-1.0, 0.0, 0.5, 1.0, 2.0])
+      >>> activation_transfer_hinge(student, student > -9).tolist()  # the teacher fires
+      [4.0, 1.0, 0.25, 0.0, 0.0]
+      >>> activation_transfer_hinge(student, student > 9).tolist()  # it does not
+      [0.0, 1.0, 2.25, 4.0, 9.0]
+
+      It is not reduced, so the objective's sum is the caller's:
+
+      >>> loss = lambda student: activation_transfer_hinge(student, student > -9).sum()
+      >>> jax.grad(loss)(student).tolist()
+      [-4.0, -2.0, -1.0, 0.0, 0.0]
     """
     student, teacher = at_least_float32(student), real(teacher)
     require_same_shape("activation_transfer_hinge", student, teacher)

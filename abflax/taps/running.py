@@ -117,6 +117,15 @@ def run_model(
     Raises:
       ValueError: if a path is nothing that ran, or ran more than once, or puts out something else
         than one array; or if the model does not put out one array of logits.
+
+    Examples:
+      >>> model = nn.Sequential([nn.Dense(16), nn.relu, nn.Dense(10)])
+      >>> images = jax.numpy.ones((2, 64))
+      >>> variables = model.init(jax.random.key(0), images)
+      >>> paths = {"layer1": "layers_0"}
+      >>> forward = run_model(model, variables, images, train=False, tap_paths=paths)
+      >>> forward.logits.shape, forward.taps["layer1"].shape
+      ((2, 10), (2, 16))
     """
     if isinstance(model, Tapped) and tap_paths is None:
         tap_paths = dict(model.tap_paths)

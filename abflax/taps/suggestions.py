@@ -49,6 +49,22 @@ def suggest(model: Model, variables: Any, images: Any) -> tuple[Candidate, ...]:
       variables: its variables, arrays or shapes.
       images: `[batch, …]`, an array or a `jax.ShapeDtypeStruct`. Shapes are found by
         `jax.eval_shape`; only `rectified` needs a pass, of at most 16 images.
+
+    Examples:
+      >>> class Net(nn.Module):
+      ...     @nn.compact
+      ...     def __call__(self, images):
+      ...         x = nn.relu(nn.Conv(4, (3, 3))(images))
+      ...         x = nn.relu(nn.Conv(8, (3, 3), strides=2)(x))
+      ...         return nn.Dense(10)(x.mean(axis=(1, 2)))
+      >>> images = jax.numpy.ones((1, 8, 8, 1))
+      >>> candidates = suggest(Net(), Net().init(jax.random.key(0), images), images)
+      >>> for each in candidates:
+      ...     print(each.path, each.shape, each.marked)
+      Conv_0 (1, 8, 8, 4) True
+      Conv_1 (1, 4, 4, 8) True
+      >>> marked(candidates)
+      {'layer1': 'Conv_0', 'layer2': 'Conv_1'}
     """
     keys: list[tuple[tuple[str, ...], str, tuple[int, ...]]] = []
 
