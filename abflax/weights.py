@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -234,7 +234,7 @@ def _read_torch(path: Path) -> dict[str, np.ndarray]:
     }
 
 
-_READERS = {
+_READERS: Mapping[str, Callable[[Path], dict[str, np.ndarray]]] = {
     ".npz": _read_npz,
     ".safetensors": safetensors.numpy.load_file,
     ".pt": _read_torch,

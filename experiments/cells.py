@@ -117,7 +117,7 @@ def identities(
       ValueError: where it is not known, and the records have several.
     """
     found, seeds = dict(known), _seeds(records)
-    for name in {run.teacher for run in table.runs} - {None, *known}:
+    for name in set(table.teachers) - set(known):
         candidates = {str(record["config"]["teacher"]) for record in records.values()}
         used = [
             each
@@ -249,11 +249,12 @@ def order(filled: Filled) -> str:
     kept = within = single = 0
     against: list[str] = []
     for group in filled.groups:
-        for pair in itertools.combinations([cell for cell in group if cell.values], 2):
-            if None in (pair[0].paper, pair[1].paper) or pair[0].paper == pair[1].paper:
+        for one, other in itertools.combinations([cell for cell in group if cell.values], 2):
+            if one.paper is None or other.paper is None or one.paper == other.paper:
                 continue
-            sign = 1 if pair[0].measure.lower_is_better else -1
-            better, worse = sorted(pair, key=lambda cell: sign * cell.paper)
+            sign = 1 if one.measure.lower_is_better else -1
+            first = sign * one.paper < sign * other.paper
+            better, worse = (one, other) if first else (other, one)
             found = beyond_error_bars(better.values, worse.values)
             if found is None:
                 single += 1
@@ -296,12 +297,12 @@ def _leaders(filled: Filled) -> str:
     """In how many groups the paper's best is the best here, where both are known."""
     same = known = 0
     for group in filled.groups:
-        cells = [cell for cell in group if cell.paper is not None]
-        if len(cells) < 2:
+        told = [(cell, cell.paper) for cell in group if cell.paper is not None]
+        if len(told) < 2:
             continue
-        choose = min if cells[0].measure.lower_is_better else max
-        top = choose(cell.paper for cell in cells)
-        leaders = [cell for cell in cells if cell.paper == top]
+        choose = min if told[0][0].measure.lower_is_better else max
+        top = choose(paper for _, paper in told)
+        leaders = [cell for cell, paper in told if paper == top]
         if all(cell.values for cell in leaders) and (winners := best(group)):
             known += 1
             same += any(cell in leaders for cell in winners)

@@ -217,12 +217,17 @@ class Table:
     @property
     def runs(self) -> tuple[RunConfig, ...]:
         """The runs of all cells, each once, in the order of the groups."""
-        found = {}
+        found: dict[str, RunConfig] = {}
         for group in self.groups:
             for row, column in group:
                 if (run := self.configuration(row, column)) is not None:
                     found.setdefault(run.hash, run)
         return tuple(found.values())
+
+    @property
+    def teachers(self) -> tuple[str, ...]:
+        """The architectures of its teachers, each once, by name."""
+        return tuple(sorted({run.teacher for run in self.runs if run.teacher is not None}))
 
     @property
     def groups(self) -> tuple[tuple[tuple[Point, Point], ...], ...]:

@@ -97,7 +97,7 @@ def main(console: Console) -> None:
     require_used(given, chosen)
     seeds = arguments.seeds or range(SCALES[arguments.scale].seeds)
     teachers = look_for_teachers(chosen, given, arguments.workdir, {})
-    there = {name for table in chosen for name in architectures(table)
+    there = {name for table in chosen for name in table.teachers
              if name in given or is_shipped(name, table.run.dataset)}  # fmt: skip
     mine = share(jobs(chosen, seeds, there), *arguments.only)
     if arguments.steps is not None:
@@ -108,7 +108,7 @@ def main(console: Console) -> None:
         return
     records = archive.committed() | archive.finished(arguments.workdir)
     if arguments.dry_run:
-        known = {}
+        known: dict[str, str] = {}
         for table in chosen:
             known |= identities(table, records, _names(teachers))
         forecast(console, mine, known, records)
@@ -143,14 +143,9 @@ def find_tables(names: str, scale: str) -> list[Table]:
     return [known[name] for name in wanted]
 
 
-def architectures(table: Table) -> list[str]:
-    """Of a table's teachers."""
-    return sorted({run.teacher for run in table.runs} - {None})
-
-
 def require_used(given: Mapping[str, str], tables: Sequence[Table]) -> None:
     """Raises `InputError` for weights of a teacher that no table has."""
-    known = {name for table in tables for name in architectures(table)}
+    known = {name for table in tables for name in table.teachers}
     for name in given:
         if name not in known:
             raise unknown("teacher of these tables", name, known)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -98,7 +99,9 @@ class WideResNet(nn.Module):
         )(pooled)
 
 
-def _layers(module: WideBlock | WideResNet, train: bool):
+def _layers(
+    module: WideBlock | WideResNet, train: bool
+) -> tuple[Callable[..., nn.Conv], Callable[..., nn.BatchNorm]]:
     """Convolution and batch norm with the module's own dtypes and axis."""
 
     def conv(features: int, kernel: int, stride: int = 1, *, name: str) -> nn.Conv:
