@@ -33,7 +33,7 @@ setup(
         "rich>=13.9",
     ],
     extras_require={
-        "test": ["pytest>=8", "pytest-xdist>=3.6", "ruff>=0.9"],
+        "test": ["pytest>=8", "pytest-xdist>=3.6", "ruff>=0.9", "nbclient>=0.10", "ipykernel>=6"],
         "prepare": ["tensorflow>=2.16"],  # only to download and prepare a TFDS data set
         "torch": ["torch>=2.4"],  # only to read .pt and .pth files
         "cuda": ["jax[cuda12]>=0.10.1,!=0.10.2"],
