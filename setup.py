@@ -46,6 +46,7 @@ setup(
             "nbclient>=0.10",
             "ipykernel>=6",
         ],
+        "docs": ["pdoc>=15"],
         "prepare": ["tensorflow>=2.16"],  # only to download and prepare a TFDS data set
         "torch": ["torch>=2.4"],  # only to read .pt and .pth files
         "cuda": ["jax[cuda12]>=0.10.1,!=0.10.2"],

@@ -12,6 +12,7 @@ from abflax.methods import METHODS
 from abflax.settings import require_types
 
 PRECISIONS = ("float32", "bfloat16", "float64")
+"""What a run's networks may compute in."""
 
 
 @dataclasses.dataclass(frozen=True)

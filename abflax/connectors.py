@@ -33,6 +33,9 @@ class Connectors(nn.Module):
     Attributes:
       widths: (tap, channels of the teacher) for every tap that is passed on; a tap that has that
         many channels already passes unchanged.
+      dtype, param_dtype: of the computation (None: that of taps and parameters), and of the
+        parameters.
+      axis_name: the mapped axis over which batch norm averages; None: this device alone.
     """
 
     widths: tuple[tuple[str, int], ...]
@@ -76,6 +79,7 @@ class ExtraHead(nn.Module):
 
     Attributes:
       num_classes: the teacher's.
+      dtype, param_dtype: as those of `Connectors`.
     """
 
     num_classes: int

@@ -38,7 +38,7 @@ def look(
 
     Args:
       state: before the step.
-      images, labels, dropout_key: this device's share, as `train_step` takes them.
+      images, labels, dropout_key: this device's share, as `abflax.step.train_step` takes them.
 
     Returns:
       "sources" (images and weights), "taps" (pre-activations and logits; the teacher's, the

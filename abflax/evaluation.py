@@ -16,7 +16,8 @@ from abflax.methods import METHODS
 from abflax.networks import Network, prepared
 from abflax.optim import Span
 
-BATCH = 250  # images a device looks at at once
+BATCH = 250
+"""Images that a device looks at at once."""
 
 
 def evaluate(network: Network, test: Dataset, devices: int | None = None) -> dict[str, Any]:

@@ -46,13 +46,14 @@ def keep_targets(
     batch_size: int,
     devices: tuple[jax.Device, ...],
 ) -> Any:
-    """A phase's targets for all views of all examples, on the devices; see `Program.targets`.
+    """A phase's targets for all views of all examples, on the devices.
 
-    Computed once in a process for one teacher, data set and kind of targets, whatever margin,
-    student or seed. The two that were used last stay.
+    They are what `abflax.parallel.Program.targets` gives. Computed once in a process for one
+    teacher, data set and kind of targets, whatever margin, student or seed. The two that were used
+    last stay.
 
     Args:
-      data: the images and labels, as `Program.train` takes them.
+      data: the images and labels, as `abflax.parallel.Program.train` takes them.
       views: how many of an image.
       batch_size: of the teacher's pass.
 

@@ -72,17 +72,18 @@ def distill(
         sows none gets them by path, `Tapped(module, {"layer1": "Conv_0"})`.
       teacher: None only for methods that need none; given to those, agreement with it is measured
         where both have the same neurons.
-      data: the training data, as `load` gives it or `Dataset(images, labels)`.
+      data: the training data, as `abflax.load` gives it or `Dataset(images, labels)`.
       test: held-out data for error and agreement; None: neither is measured.
-      method: a name in `METHODS`, or several joined by "+"; `**options` are its options.
+      method: a name in `abflax.methods.METHODS`, or several joined by "+"; `**options` are its
+        options.
       protocol, setting: see `abflax.methods`.
       epochs: of initialise and classify; a joint phase has their sum.
-      batch_size, fraction, evaluate_every, seeds, precision, views: see `RunConfig`; an integer
-        seed stands for all four.
+      batch_size, fraction, evaluate_every, seeds, precision, views: see `abflax.RunConfig`; an
+        integer seed stands for all four.
       workdir: where `runs/HASH/` with checkpoints, record and weights goes; None: nothing is
         written. The same call again goes on where it stopped, or returns the finished record.
       force: do a finished run again; one that is not finished goes on.
-      resources: see `Resources`; None: its defaults.
+      resources: see `abflax.Resources`; None: its defaults.
       reporter: told of progress.
 
     Raises:

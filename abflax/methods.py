@@ -125,6 +125,7 @@ PROTOCOLS: Mapping[str, Mapping[str, Protocol]] = {
         )
     },
 }
+"""Name -> setting -> `Protocol`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -263,6 +264,7 @@ you mean margin?
 
 
 METHODS = Methods()
+"""All methods by name; see `Methods`."""
 
 
 def find_protocol(protocol: str, setting: str) -> Protocol:

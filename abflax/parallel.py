@@ -38,6 +38,8 @@ from abflax.step import (
 from abflax.taps import Model
 
 AXIS = "devices"
+"""The mapped axis over which gradients, statistics and batch norms are averaged."""
+
 _DROPOUT = 1  # which of an example's keys; the augmentation has the one before this fold
 
 
@@ -47,7 +49,7 @@ class Program:
 
     Attributes:
       init: key -> variables of a fresh student.
-      begin: (student variables, teacher statistics, key) -> `TrainState`.
+      begin: (student variables, teacher statistics, key) -> `abflax.step.TrainState`.
       train: (state, teacher params, data, key, examples, epochs, count, kept) -> (state, metrics);
         `examples` and `epochs` are `[devices, steps, share]`, of which the first `count` steps
         are made; `kept`: None, or the targets of all views; the metrics are `[steps]`. The state
@@ -124,7 +126,7 @@ def compile_phase(
       dtype: `jnp.result_type(float)`, which tracing depends on.
 
     Raises:
-      ValueError: if the phase cannot compare the two networks (see `bind`).
+      ValueError: if the phase cannot compare the two networks (see `abflax.step.bind`).
     """
     del dtype
     objective = bind(student, teacher, phase, image_shape, axis_name=AXIS)

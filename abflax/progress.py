@@ -31,7 +31,7 @@ class Reporter(Protocol):
         """The phase is over, or (with a note) the run needs no training."""
 
 
-class Silent:
+class Silent(Reporter):
     """A reporter that says nothing."""
 
     def phase(self, label: str, name: str, steps: int, done: int, epochs: int) -> None: ...
@@ -40,7 +40,7 @@ class Silent:
     def finished(self, note: str = "") -> None: ...
 
 
-class Live:
+class Live(Reporter):
     """One line a phase: label, bar, epochs, loss, test error, images/s, time left.
 
     Args:

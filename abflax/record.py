@@ -43,6 +43,7 @@ from abflax.errors import InputError
 from abflax.files import read_json, write_whole
 
 SCHEMA = 1
+"""The schema that records are written in, and the only one that is read."""
 
 
 def environment(devices: Sequence[jax.Device]) -> dict[str, Any]:

@@ -50,8 +50,8 @@ def from_torch(name: str, state_dict: Mapping[str, Any], prefix: str = "") -> di
     running mean and variance keep their values. `num_batches_tracked` is not needed.
 
     Args:
-      name: of the architecture, in `MODELS`; the numbers of classes and of the images' channels
-        are read off the weights.
+      name: of the architecture, in `abflax.models.MODELS`; the numbers of classes and of the
+        images' channels are read off the weights.
       state_dict: name -> array, with the published names.
       prefix: what all names begin with, e.g. "module.".
 
@@ -139,7 +139,7 @@ def load_network(name: str, path: str | Path, label: str | None = None) -> Netwo
     """The network of that architecture whose weights lie in a file.
 
     Args:
-      name: of the architecture, in `MODELS`.
+      name: of the architecture, in `abflax.models.MODELS`.
       path: a file that `save_variables` wrote, or a published state dict.
       label: the network's name in records; None: the architecture and a digest.
 

@@ -90,7 +90,8 @@ def main(console: Console) -> None:
         **summarise(found, arguments.groups),
     }
     write_whole(directory / "analysis.json", (json.dumps(summary, indent=1) + "\n").encode())
-    np.savez_compressed(directory / "analysis.npz", **arrays(found))
+    named: dict[str, Any] = dict(arrays(found))
+    np.savez_compressed(directory / "analysis.npz", **named)
     pictures = analysis_plots.draw(found, summary, directory)
     if arguments.json:
         json.dump(summary, sys.stdout, indent=1)
@@ -128,7 +129,8 @@ def _teacher(
         return find_teacher(
             arguments.teacher, dataset, arguments.teacher_weights, arguments.workdir
         )
-    names = {record["config"]["teacher"] if record else None for record in records} - {None}
+    taught = (record["config"]["teacher"] for record in records if record)
+    names = {str(teacher) for teacher in taught if teacher is not None}
     if not names:
         return None
     if len(names) > 1:

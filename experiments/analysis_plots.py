@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from abflax.analysis import silent
 from experiments.analysis_report import Found
-from experiments.plots import COLOURS, MARKERS, STYLE, plt
+from experiments.plots import COLOURS, MARKERS, STYLE
 
 _WIDTH = 7.2  # inches: the width of a page's text, so that nothing shrinks
 _TEACHER = "0.35"

@@ -27,9 +27,12 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.lines import Line2D
 from rich.console import Console
 from rich.table import Table
 
@@ -39,7 +42,7 @@ from abflax.losses import activation_indicator
 from abflax.record import require_writable
 from abflax.taps import run_model
 from experiments import cli
-from experiments.plots import COLOURS, STYLE, plt
+from experiments.plots import COLOURS, STYLE
 from experiments.statistics import mean_and_std, percent
 
 TEACHER, STUDENT = (32, 12), (24, 12)  # neurons of both hidden layers; the second is tapped
@@ -185,9 +188,9 @@ def draw(teacher: Network, taught: Result, results: dict[str, list[Result]], pat
     theirs = _on_grid(teacher, grid)
     seeds = len(next(iter(results.values())))
     with plt.rc_context(STYLE | {"font.size": 8.5, "axes.grid": False, "axes.titlesize": 9}):
-        figure, axes = plt.subplots(2, 3, figsize=(7.2, 7.0), layout="constrained",
+        figure, axes = plt.subplots(2, 3, figsize=(7.2, 7.0),
+                                    layout=ConstrainedLayoutEngine(hspace=0.05),
                                     sharex=True, sharey=True)  # fmt: skip
-        figure.get_layout_engine().set(hspace=0.05)
         _regions(axes[0, 0], line, theirs, theirs["taps"])
         error = percent(taught.record["result"]["test_error"], 1)
         axes[0, 0].set_title(f"teacher\nerror {error} %")
@@ -202,7 +205,10 @@ def draw(teacher: Network, taught: Result, results: dict[str, list[Result]], pat
             axes[0, column].set_title(
                 f"student: {method}\nerror {mean_and_std(shares(runs, 'test_error'), 1)} %"
             )
-            fires = [np.asarray(activation_indicator(each["taps"])) for each in (ours, theirs)]
+            fires = [
+                np.asarray(activation_indicator(jnp.asarray(each["taps"])))
+                for each in (ours, theirs)
+            ]
             otherwise = 100 * (fires[0] != fires[1]).mean(axis=-1)
             shown = axes[1, column].pcolormesh(
                 line, line, otherwise, cmap="Greys", vmin=0, vmax=50, rasterized=True
@@ -217,8 +223,8 @@ def draw(teacher: Network, taught: Result, results: dict[str, list[Result]], pat
         for axis in axes.flat:
             axis.set(aspect="equal", xticks=(-2, 0, 2), yticks=(-2, 0, 2))
         handles = [
-            plt.Line2D([], [], color="black", linewidth=1.1),
-            plt.Line2D([], [], color=COLOURS[5], linewidth=1.1, linestyle="--"),
+            Line2D([], [], color="black", linewidth=1.1),
+            Line2D([], [], color=COLOURS[5], linewidth=1.1, linestyle="--"),
         ]
         figure.legend(handles, ["its own activation boundaries", "the teacher's"],
                       loc="outside lower center", ncols=2)  # fmt: skip

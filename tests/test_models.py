@@ -17,8 +17,20 @@ from abflax.taps import run_model, tap_shapes
 # Parameters with ten classes; wrn16-2 is stated beside the shipped teacher, the ratios in the
 # paper's Table 3 (wrn16-2 is 16.1 % of wrn22-4, wrn10-1 1.8 %, wrn10-4 27.9 %, of wrn16-4 25.2 %).
 PARAMETERS = {
-    "wrn10-1": 77850, "wrn10-4": 1198810, "wrn16-1": 175066, "wrn16-2": 691674,
-    "wrn16-4": 2748890, "wrn22-4": 4298970,
+    "wrn10-1": 77850,
+    "wrn10-4": 1198810,
+    "wrn16-1": 175066,
+    "wrn16-2": 691674,
+    "wrn16-4": 2748890,
+    "wrn22-4": 4298970,
+}
+# Channels and sides of each tap of 32×32 images.
+TAPS = {
+    name: [(16 * width, 32), (32 * width, 16), (64 * width, 8)]
+    for name, width in (
+        ("wrn10-1", 1), ("wrn10-4", 4), ("wrn16-1", 1), ("wrn16-2", 2), ("wrn16-4", 4),
+        ("wrn22-4", 4),
+    )
 }  # fmt: skip
 
 
@@ -35,11 +47,9 @@ def test_parameters_and_taps(name):
     model = MODELS[name]()
     variables = abstract_variables(model, (32, 32, 3))
     assert _count(variables["params"]) == PARAMETERS[name]
-    width = model.width
     assert tap_shapes(model, variables, (32, 32, 3)) == {
-        "layer1": (1, 32, 32, 16 * width),
-        "layer2": (1, 16, 16, 32 * width),
-        "layer3": (1, 8, 8, 64 * width),
+        f"layer{index}": (1, side, side, channels)
+        for index, (channels, side) in enumerate(TAPS[name], start=1)
     }
     assert set(variables) == {"params", "batch_stats"}
     assert model_name(model) == name

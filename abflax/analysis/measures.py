@@ -18,7 +18,7 @@ from abflax.losses import activation_indicator
 
 
 def matching(student: jax.Array, teacher: jax.Array) -> jax.Array:
-    """ρ(T) = ρ(S), neuron by neuron; its mean is `activation_agreement`.
+    """ρ(T) = ρ(S), neuron by neuron; its mean is `abflax.metrics.activation_agreement`.
 
     Args:
       student: pre-activations or booleans, of any shape.

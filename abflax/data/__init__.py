@@ -1,4 +1,7 @@
-"""Data sets as arrays in memory, their subsets, order and augmentation."""
+"""Data sets as arrays in memory, their subsets, order and augmentation.
+
+`DATASETS` maps a name to a function (split, data directory or None) -> `Dataset`.
+"""
 
 from abflax.data.augmentation import Preprocessing, augment, draw_views, normalise, view
 from abflax.data.dataset import Dataset, holdout, subset

@@ -10,12 +10,12 @@ from abflax.data.digits import load_digits
 from abflax.data.tfds import load_cifar10, load_cifar100
 from abflax.errors import unknown
 
-# name -> (split, data directory or None) -> Dataset
 DATASETS: Mapping[str, Callable[[str, str | None], Dataset]] = {
     "cifar10": load_cifar10,
     "cifar100": load_cifar100,
     "digits": load_digits,
 }
+"""Name -> a function (split, data directory or None) -> `Dataset`."""
 
 
 @functools.lru_cache(maxsize=4)
@@ -23,7 +23,7 @@ def load(name: str, split: str, data_dir: str | None = None) -> Dataset:
     """The data set of that name, read into memory once per process.
 
     Args:
-      name: a name in `DATASETS`.
+      name: a name in `abflax.data.DATASETS`.
       split: "train" or "test".
       data_dir: where TensorFlow Datasets keeps its data; None: `TFDS_DATA_DIR`, else
         `~/tensorflow_datasets`. Data sets that come with a package need none.

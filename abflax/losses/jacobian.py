@@ -58,8 +58,8 @@ def largest_attention_pixel(features: jax.Array) -> jax.Array:
 def attention_pixel_cotangent(features: jax.Array, index: jax.Array) -> jax.Array:
     """2F/C at one position of each example, 0 elsewhere: the gradient in F of mean_c F² there.
 
-    Pulled back through the network (`Forward.pullback`), it gives the gradient of that pixel of
-    the attention map, before normalisation, with respect to the images: J of
+    Pulled back through the network (`abflax.taps.Forward.pullback`), it gives the gradient of that
+    pixel of the attention map, before normalisation, with respect to the images: J of
     `jacobian_difference`. It depends on F, so that what is pulled back can be differentiated in
     turn.
 

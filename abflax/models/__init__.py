@@ -17,6 +17,17 @@ from abflax.taps import Model, Tapped
 __all__ = ["MODELS", "WideResNet", "model_name"]
 
 
+# One line a model, whose architecture is what is bound here; other fields are the caller's.
+_NAMED: Mapping[str, functools.partial[nn.Module]] = {
+    "wrn10-1": functools.partial(WideResNet, depth=10, width=1),
+    "wrn10-4": functools.partial(WideResNet, depth=10, width=4),
+    "wrn16-1": functools.partial(WideResNet, depth=16, width=1),
+    "wrn16-2": functools.partial(WideResNet, depth=16, width=2),
+    "wrn16-4": functools.partial(WideResNet, depth=16, width=4),
+    "wrn22-4": functools.partial(WideResNet, depth=22, width=4),
+}
+
+
 class _Models(Mapping[str, Callable[..., nn.Module]]):
     """Name -> a callable that takes the module's remaining fields.
 
@@ -25,9 +36,10 @@ class _Models(Mapping[str, Callable[..., nn.Module]]):
     """
 
     _WIDE = re.compile(r"wrn-?(\d+)-(\d+)")
-    _PAPER = ("wrn10-1", "wrn10-4", "wrn16-1", "wrn16-2", "wrn16-4", "wrn22-4")
 
     def __getitem__(self, name: str) -> Callable[..., nn.Module]:
+        if name in _NAMED:
+            return _NAMED[name]
         if match := self._WIDE.fullmatch(name):
             depth, width = map(int, match.groups())
             if depth < 10 or (depth - 4) % 6 or width < 1:
@@ -40,13 +52,17 @@ class _Models(Mapping[str, Callable[..., nn.Module]]):
         raise unknown("model", name, self)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._PAPER)
+        return iter(_NAMED)
 
     def __len__(self) -> int:
-        return len(self._PAPER)
+        return len(_NAMED)
 
 
 MODELS: Mapping[str, Callable[..., nn.Module]] = _Models()
+"""Name -> a callable that takes a module's fields: `MODELS["wrn22-4"](num_classes=10)`.
+
+Wide ResNets of any legal depth and width are parsed; iteration lists those that the paper uses.
+"""
 
 
 def model_name(model: Model) -> str:
@@ -58,6 +74,10 @@ def model_name(model: Model) -> str:
     if isinstance(model, Tapped):
         taps = ", ".join(f"{name}={path}" for name, path in model.tap_paths)
         return f"{model_name(model.model)} tapped at {taps}"
+    for name, make in _NAMED.items():
+        bound = make.keywords.items()
+        if type(model) is make.func and all(getattr(model, key) == to for key, to in bound):
+            return name
     if isinstance(model, WideResNet):
         return f"wrn{model.depth}-{model.width}"
     named = repr(model)

@@ -67,7 +67,7 @@ class Tapped:
 
     Attributes:
       model: any Linen module that takes images.
-      tap_paths: (name, path) of each tap; see `run_model`. Given as a mapping.
+      tap_paths: (name, path) of each tap; see `abflax.taps.run_model`. Given as a mapping.
     """
 
     model: nn.Module
@@ -80,6 +80,7 @@ class Tapped:
 
 
 Model = nn.Module | Tapped
+"""What can be run for its taps: a module that sows them, or one that is told where they are."""
 
 
 def module_of(model: Model) -> nn.Module:

@@ -24,7 +24,7 @@ class Term:
       transfers: True for a method's own transfer loss, which has a weight to be searched; False
         for the supervision by labels or logits.
       needs_teacher: False for a term that compares with nothing.
-      needs_pullback: True for a term that uses `Forward.pullback`.
+      needs_pullback: True for a term that uses `abflax.taps.Forward.pullback`.
       connects: what of the student goes through trained connectors before `loss` sees it: its
         "taps", to the teacher's widths; its "features", to logits over the teacher's classes; or
         None.

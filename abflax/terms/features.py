@@ -21,7 +21,7 @@ class FeatureDifference(LayerTerm):
     comparison of Heo et al. 2019, Table 7. Targets: the teacher's activations.
 
     Attributes:
-      power: p > 0; see `feature_difference` for p < 1.
+      power: p > 0; see `abflax.losses.feature_difference` for p < 1.
     """
 
     connects: ClassVar = "taps"
