@@ -7,10 +7,10 @@ the tapped layer's neurons; below: how strongly the teacher responds, which is w
 where each student's neurons fire otherwise than the teacher's.
 
 It illustrates, and proves nothing: problem and sizes were chosen, with this figure in sight, so
-that the boundaries show. The
-students differ much in where they fire, and here not in error. The transfer weight of each method
-is the best of 10, 30, 100, 300, 1000 by the mean error of seeds 0, 1, 2 on other points than those
-that the figure measures; the figure's seeds are others too. Less than a minute on two CPU cores.
+that the boundaries show. The students differ much in where they fire, and here not in error. The
+transfer weight of each method is the best of 10, 30, 100, 300, 1000 by the mean error of seeds 0,
+1, 2 on other points than those that the figure measures; the figure's seeds are others too. Less
+than a minute on two CPU cores.
 
 examples:
   python -m experiments.figure1
