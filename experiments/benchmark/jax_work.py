@@ -198,7 +198,7 @@ class Bench:
 
         def step(state: Any, images: jax.Array, targets: Any) -> Any:
             return train_step(
-                objective, transformation, state, teacher["params"], images, labels, targets
+                objective, transformation, state, teacher["params"], images, labels, targets=targets
             )
 
         targets = jax.eval_shape(ask, images) if kept else None
