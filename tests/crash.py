@@ -237,8 +237,8 @@ def page(facts: dict[str, Any]) -> str:
 
 {len(blows)} strikes; {len(runs)} run(s) (`python -m tests.crash --strikes {len(blows)} --seed \
 {facts["seed"]}`); each run is started again after each strike.
-**{survived} of {len(runs)} runs ended with the bits of an undisturbed run**, the same record but for
-times, no file left over and no traceback.
+**{survived} of {len(runs)} runs ended with the bits of an undisturbed one**, the same record but
+for times, no file left over and no traceback.
 
 | moment | SIGKILL | SIGTERM |
 | --- | --- | --- |
