@@ -235,10 +235,10 @@ def page(facts: dict[str, Any]) -> str:
 
 ## Killed at random moments
 
-{len(blows)} strikes on {len(runs)} runs (`python -m tests.crash --strikes {len(blows)} --seed \
+{len(blows)} strikes; {len(runs)} run(s) (`python -m tests.crash --strikes {len(blows)} --seed \
 {facts["seed"]}`); each run is started again after each strike.
-**{survived} of {len(runs)} ended with the bits of an undisturbed run**, the same record but for
-times, no file left over and no traceback.
+**{survived} of {len(runs)} runs ended with the bits of an undisturbed one**, the same record but
+for times, no file left over and no traceback.
 
 | moment | SIGKILL | SIGTERM |
 | --- | --- | --- |
