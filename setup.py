@@ -37,7 +37,15 @@ setup(
         "rich>=13.9",
     ],
     extras_require={
-        "test": ["pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "ruff>=0.9"],
+        "test": [
+            "pytest>=8",
+            "pytest-xdist>=3.6",
+            "hypothesis>=6.100",
+            "ruff>=0.9",
+            "mypy>=2",
+            "nbclient>=0.10",
+            "ipykernel>=6",
+        ],
         "docs": ["pdoc>=15"],
         "prepare": ["tensorflow>=2.16"],  # only to download and prepare a TFDS data set
         "torch": ["torch>=2.4"],  # only to read .pt and .pth files

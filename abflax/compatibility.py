@@ -86,9 +86,11 @@ def require_fits(what: str, model: Model, variables: Any, image_shape: tuple[int
                 f"{what} for {name}: '{key}' has shape {found[key].shape}, where images of "
                 f"{image_shape[-1]} channels need {wanted[key].shape}"
             )
+        if not jnp.issubdtype(found[key].dtype, jnp.floating):
+            raise InputError(f"{what} for {name}: '{key}' holds {found[key].dtype}, no floats")
 
 
-def require_classes(what: str, model: Model, image_shape: tuple[int, ...], classes: int):
+def require_classes(what: str, model: Model, image_shape: tuple[int, ...], classes: int) -> None:
     """Raises `InputError` where a model has not one logit for each class."""
     variables = abstract_variables(model, image_shape)
     logits = number_of_logits(model, variables, image_shape)

@@ -51,7 +51,7 @@ class RunConfig:
 
     Attributes:
       dataset: name of the training data.
-      student: name of the student's architecture.
+      student: name of the student's architecture, and where it is tapped if it was told.
       teacher: name of the teacher and what identifies its weights; None: there is none.
       test: name of the held-out data where it is not the test split of `dataset`.
       views: how many of an image's crops and flips are ever shown; None: all, as in the paper.

@@ -7,6 +7,7 @@ thrown away after the phase that trained it. Left out where the widths are equal
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -49,7 +50,7 @@ class Connectors(nn.Module):
             name: self._connect(name, student.taps[name], width, train)
             for name, width in self.widths
         }
-        return student.replace(taps={**student.taps, **mapped})
+        return dataclasses.replace(student, taps={**student.taps, **mapped})
 
     def _connect(self, name: str, tap: jax.Array, width: int, train: bool) -> jax.Array:
         if tap.shape[-1] == width:
@@ -102,7 +103,7 @@ class ExtraHead(nn.Module):
             kernel_init=_DENSE_INIT,
             name="head",
         )
-        return student.replace(logits=head(student.features))
+        return dataclasses.replace(student, logits=head(student.features))
 
 
 def connect(
@@ -176,10 +177,12 @@ def pool_positions(forward: Forward, positions: tuple[tuple[str, tuple[int, int]
     if not positions:
         return forward
     if forward.pullback is None:
-        return forward.replace(taps=pool(forward.taps))
+        return dataclasses.replace(forward, taps=pool(forward.taps))
     taps, to_taps = jax.vjp(pool, forward.taps)
     inner = forward.pullback
-    return forward.replace(taps=taps, pullback=lambda cotangents: inner(*to_taps(cotangents)))
+    return dataclasses.replace(
+        forward, taps=taps, pullback=lambda cotangents: inner(*to_taps(cotangents))
+    )
 
 
 def _by(positions: tuple[int, ...]) -> str:

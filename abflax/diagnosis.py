@@ -58,7 +58,7 @@ def look(
 
     phase, params, stats = objective.phase, state.params, state.batch_stats
     sources, taps = [bad("the images", images)], []
-    if any(term.needs_teacher for _, term in phase.terms):
+    if objective.teacher is not None and any(term.needs_teacher for _, term in phase.terms):
         variables = {"params": teacher_params, "batch_stats": stats["teacher"]}
         train = phase.teacher_batch_statistics
         teacher = run_model(objective.teacher, variables, images, train=train)
@@ -72,8 +72,8 @@ def look(
     taps += passed("the student's", student.taps) + [bad("the student's logits", student.logits)]
     for index, connectors in enumerate(objective.connectors):
         if connectors is not None:
-            behind, _ = through_connectors(connectors, index, student, params, stats, True)
-            behind = {name: behind.taps[name] for name in connected_taps(connectors)}
+            view, _ = through_connectors(connectors, index, student, params, stats, True)
+            behind = {name: view.taps[name] for name in connected_taps(connectors)}
             sources += weights("the connectors'", params["connectors"][f"term{index}"])
             taps += passed("what the connector makes of the student's", behind)
     targets, _ = make_targets(objective, teacher_params, stats["teacher"], images)

@@ -10,6 +10,9 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+import jax
+import numpy as np
+
 
 class InputError(ValueError):
     """What the caller gave cannot be right. The message is one sentence that names the culprit."""
@@ -54,7 +57,9 @@ def unknown(kind: str, name: object, known: Iterable[str]) -> UnknownNameError:
     return UnknownNameError(f"unknown {kind} '{name}'; {hint}")
 
 
-def require_same_shape(what: str, student: object, teacher: object) -> None:
+def require_same_shape(
+    what: str, student: jax.Array | np.ndarray, teacher: jax.Array | np.ndarray
+) -> None:
     """Raises `InputError` naming both shapes where they differ: no silent broadcast."""
     ours, theirs = tuple(student.shape), tuple(teacher.shape)
     if ours != theirs:

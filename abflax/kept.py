@@ -7,6 +7,7 @@ that asks the teacher at every step (bits may differ for neurons within rounding
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -24,7 +25,7 @@ _MOST_ENTRIES = 2  # the phases of a method
 _kept: dict[tuple[Any, ...], Any] = {}
 
 
-def require_keepable(phases: tuple[Phase, ...], views: int | None) -> None:
+def require_keepable(phases: Sequence[Phase], views: int | None) -> None:
     """Raises `InputError` where targets depend on more than teacher, image and view."""
     if views is None:
         raise InputError("targets are kept for given views of each image: say how many (views)")

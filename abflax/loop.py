@@ -22,6 +22,7 @@ from abflax.networks import Network
 from abflax.progress import Reporter, Silent
 from abflax.record import read_record, require_writable, write_record
 from abflax.run import Run
+from abflax.settings import described, is_of
 from abflax.taps import Model
 from abflax.weights import save_variables
 
@@ -113,6 +114,16 @@ def distill(
       >>> jax.tree.map(jax.numpy.shape, result.variables["params"]["Dense_0"])
       {'bias': (10,), 'kernel': (4, 10)}
     """
+    for name, value, kind in (
+        ("student", student, Model),
+        ("teacher", teacher, Network | None),
+        ("data", data, Dataset),
+        ("test", test, Dataset | None),
+        ("seeds", seeds, Seeds | int),
+        ("workdir", workdir, str | Path | None),
+    ):
+        if not is_of(value, kind):
+            raise InputError(f"{name} must be {described(kind)}, not {value!r}")
     config = RunConfig(
         dataset=data.name,
         student=model_name(student),
@@ -125,7 +136,7 @@ def distill(
         batch_size=batch_size,
         fraction=fraction,
         evaluate_every=evaluate_every,
-        seeds=seeds if isinstance(seeds, Seeds) else Seeds.all(int(seeds)),
+        seeds=seeds if isinstance(seeds, Seeds) else Seeds.all(seeds),
         precision=precision,
         views=views,
         test=test.name if test is not None and test.name != data.name else None,

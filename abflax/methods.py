@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import re
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from abflax.errors import InputError, unknown
@@ -325,7 +325,7 @@ def _replaced(term: Term, protocol: Protocol, options: dict[str, Any]) -> Term:
     return dataclasses.replace(term, **{k: v for k, v in given.items() if k in names})
 
 
-_type_hints = functools.cache(typing.get_type_hints)
+_type_hints: Callable[[Any], dict[str, Any]] = functools.cache(typing.get_type_hints)
 
 
 def _check_options(name: str, kinds: set[type[Term]], options: dict[str, Any]) -> None:

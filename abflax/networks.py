@@ -14,7 +14,7 @@ from flax.core import FrozenDict
 
 from abflax.errors import InputError
 from abflax.models import model_name
-from abflax.taps import Model, Tapped
+from abflax.taps import Model, Tapped, module_of
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -60,27 +60,27 @@ def prepared(model: Model, precision: str, axis_name: str | None) -> Model:
       ValueError: where the precision is bfloat16 and the module cannot be told; or where a field
         cannot be hashed, so that programs could not be shared between runs.
     """
-    if isinstance(model, Tapped):
-        return dataclasses.replace(model, model=prepared(model.model, precision, axis_name))
-    wanted = {
+    module = module_of(model)
+    wanted: dict[str, Any] = {
         "dtype": jnp.bfloat16 if precision == "bfloat16" else None,
         "param_dtype": jnp.result_type(float),
         "axis_name": axis_name,
     }
-    names = {field.name for field in dataclasses.fields(model)}
+    names = {field.name for field in dataclasses.fields(module)}
     if precision == "bfloat16" and "dtype" not in names:
         raise InputError(
-            f"{type(model).__name__} has no field dtype, so it cannot be told to use bfloat16"
+            f"{type(module).__name__} has no field dtype, so it cannot be told to use bfloat16"
         )
-    model = _hashable(model.clone(**{key: value for key, value in wanted.items() if key in names}))
+    told = {key: value for key, value in wanted.items() if key in names}
+    module = _hashable(module.clone(**told))
     try:
-        hash(model)
+        hash(module)
     except TypeError as error:
         raise InputError(
-            f"{type(model).__name__} has a field that cannot be hashed: use tuples, numbers, "
+            f"{type(module).__name__} has a field that cannot be hashed: use tuples, numbers, "
             "strings, functions and modules"
         ) from error
-    return model
+    return dataclasses.replace(model, model=module) if isinstance(model, Tapped) else module
 
 
 def _hashable(value: Any) -> Any:

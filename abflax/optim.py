@@ -69,8 +69,9 @@ class Optimiser:
         begin = 0 if self.of_run else span.epochs_before
         steps = []
         for share in shares:
-            epochs = Fraction(str(share)) * total
-            epochs = math.ceil(epochs) if self.whole_epochs else epochs
+            epochs: int | Fraction = Fraction(str(share)) * total
+            if self.whole_epochs:
+                epochs = math.ceil(epochs)
             steps.append(math.floor((begin + epochs) * span.steps_per_epoch) - span.start)
         return tuple(steps)
 
@@ -109,17 +110,19 @@ class Optimiser:
 
 
 class _ResetState(NamedTuple):
-    count: jax.Array
+    count: jax.Array  # type: ignore[assignment]  # optax's word, which hides tuple.count
     inner: Any
 
 
-def _reset(inner: optax.GradientTransformation, steps: tuple[int, ...]):
+def _reset(
+    inner: optax.GradientTransformation, steps: tuple[int, ...]
+) -> optax.GradientTransformation:
     """Sets the inner transformation's state to zero before each of the given steps."""
 
     def init(params: Any) -> _ResetState:
         return _ResetState(jnp.zeros((), jnp.int32), inner.init(params))
 
-    def update(updates: Any, state: _ResetState, params: Any = None):
+    def update(updates: Any, state: _ResetState, params: Any = None) -> tuple[Any, _ResetState]:
         keep = jnp.all(state.count != jnp.asarray(steps))
         kept = jax.tree.map(lambda leaf: jnp.where(keep, leaf, 0), state.inner)
         updates, new = inner.update(updates, kept, params)

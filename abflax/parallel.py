@@ -67,7 +67,7 @@ class Program:
     init: Callable[[jax.Array], Any]
     begin: Callable[..., TrainState]
     train: Callable[..., tuple[TrainState, dict[str, Any]]]
-    targets: Callable[..., Any]
+    targets: jax.stages.Wrapped
     evaluate: Callable[..., dict[str, Any]]
     look: Callable[..., dict[str, Any]]
     schedule: Callable[[int], Any]
@@ -200,9 +200,8 @@ def _train_many(
         images, labels = _batch(data, chosen, epochs[index], key, preprocessing)
         dropout = _dropout_key(chosen, epochs[index], key)
         targets = None
-        if kept is not None:
-            view = draw_views(chosen, epochs[index], key, preprocessing.views)
-            row = chosen * preprocessing.views + view
+        if kept is not None and (views := preprocessing.views) is not None:
+            row = chosen * views + draw_views(chosen, epochs[index], key, views)
             packed = jax.tree.map(lambda leaf: leaf[row], kept)
             stats = state.batch_stats["teacher"]
             like = jax.eval_shape(

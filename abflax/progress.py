@@ -75,7 +75,8 @@ class Live(Reporter):
         self._label, self._total = f"{label}  {name}", steps
         self._done = self._before = done
         self._started = self._printed = time.perf_counter()
-        self._images, self._busy, self._last = 0, 0.0, None
+        self._images, self._busy = 0, 0.0
+        self._last: float | None = None
         if self._console.is_terminal:
             description = f"[bold]{label}[/bold]  {name:<10}"
             self._task = self._bars.add_task(

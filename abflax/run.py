@@ -89,10 +89,11 @@ class Run:
                 journal.phase = index
                 self._keep(journal.step, state)
             state = self._train_phase(journal, state)
-        variables = jax.tree.map(
-            np.asarray,
-            {"params": state.params["student"], "batch_stats": state.batch_stats["student"]},
-        )
+        _, last = self.kept
+        variables = {
+            "params": last.params["student"],
+            "batch_stats": last.batch_stats["student"],
+        }
         return self._record(journal), variables
 
     def _record(self, journal: Journal) -> dict[str, Any]:
@@ -167,7 +168,7 @@ class Run:
             start, metrics, count = waiting.pop(0)
             flat = {k: np.asarray(v) for k, v in flatten_dict(metrics, sep="/").items()}
             finite = np.isfinite([flat["loss"][:count], flat["gradient_norm"][:count]])
-            good = int(np.argmin([*finite.all(axis=0), False]))
+            good = int(np.argmin(np.append(finite.all(axis=0), False)))
             self.trend.add(flat["loss"][:good])
             if good < count:
                 name = "gradient norm" if finite[0, good] else "loss"
@@ -326,7 +327,8 @@ class Run:
                     f"{type(module).__name__} has no field axis_name, so its batch norms cannot "
                     f"be averaged over {many}"
                 )
-            if model is self.student and uses_dropout(model, self.shape):
+            alone = prepared(model, self.config.precision, None)
+            if model is self.student and uses_dropout(alone, self.shape):
                 raise InputError(
                     f"{type(module).__name__} has dropout, which would drop other neurons on {many}"
                 )

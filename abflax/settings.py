@@ -46,7 +46,13 @@ def is_of(value: Any, hint: Any) -> bool:
 
 def described(hint: Any) -> str:
     """The type in words."""
-    words = {float: "a finite number", int: "a whole number", str: "a name", bool: "True or False"}
+    words = {
+        float: "a finite number",
+        int: "a whole number",
+        str: "a name",
+        bool: "True or False",
+        types.NoneType: "None",
+    }
     if isinstance(hint, types.UnionType):
         return " or ".join(described(each) for each in typing.get_args(hint))
     if typing.get_origin(hint) is tuple:
@@ -54,6 +60,4 @@ def described(hint: Any) -> str:
         return (
             f"a tuple of ({', '.join(kinds)}{', …' if Ellipsis in typing.get_args(hint) else ''})"
         )
-    return words.get(hint) or (
-        "None" if hint is types.NoneType else getattr(hint, "__name__", "any")
-    )
+    return words.get(hint, getattr(hint, "__name__", "any"))

@@ -23,6 +23,7 @@ from abflax.connectors import (
     require_same_positions,
     require_same_taps,
 )
+from abflax.errors import InputError
 from abflax.losses import activation_indicator, cross_entropy
 from abflax.methods import Phase
 from abflax.metrics import activation_agreement, misclassified
@@ -94,7 +95,8 @@ def bind(
     )
     module = module_of(student)
     fields = {k: getattr(module, k) for k in ("dtype", "param_dtype") if hasattr(module, k)}
-    connectors, pooled = [], []
+    connectors: list[Connectors | ExtraHead | None] = []
+    pooled: list[tuple[tuple[str, tuple[int, int]], ...]] = []
     for _, term in phase.terms:
         layers = term.chosen(ours)
         if isinstance(term, LayerTerm):
@@ -107,6 +109,10 @@ def bind(
         if term.connects == "taps":
             connectors.append(connect(theirs, layers, axis_name=axis_name, **fields))
         elif term.connects == "features":
+            if teacher is None:
+                raise InputError(
+                    "an extra head is over the classes of a teacher, which is not given"
+                )
             connectors.append(ExtraHead(_classes(teacher, image_shape), **fields))
         else:
             connectors.append(None)
@@ -206,7 +212,8 @@ def student_loss(
         dropout_key=dropout_key,
     )
     stats = {"student": student.batch_stats, "connectors": {}}
-    total, measures = jnp.zeros((), jnp.result_type(float)), {}
+    total = jnp.zeros((), jnp.result_type(float))
+    measures: dict[str, Any] = {}
     for index, (weight, term) in enumerate(objective.phase.terms):
         forward, moved = through_connectors(
             objective.connectors[index],
@@ -313,7 +320,7 @@ def eval_step(
     """
     variables = {"params": params["student"], "batch_stats": batch_stats["student"]}
     student = run_model(objective.student, variables, images, train=False)
-    sums = {
+    sums: dict[str, Any] = {
         "examples": mask.sum(),
         "errors": (misclassified(student.logits, labels) & mask).sum(),
         "cross_entropy": jnp.where(mask, cross_entropy(student.logits, labels), 0).sum(),
@@ -332,7 +339,7 @@ def eval_step(
         ):  # of several terms' connectors the first term's count
             view, _ = through_connectors(connectors, index, student, params, batch_stats, False)
             connected = {name: view.taps[name] for name in names} | connected
-    student = student.replace(taps=student.taps | connected)
+    student = dataclasses.replace(student, taps=student.taps | connected)
     teacher = run_model(
         objective.teacher,
         {"params": teacher_params, "batch_stats": batch_stats["teacher"]},

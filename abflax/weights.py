@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -61,11 +61,12 @@ def from_torch(name: str, state_dict: Mapping[str, Any], prefix: str = "") -> di
     Raises:
       ValueError: if an entry is missing, misshapen or left over; the message names it.
     """
-    given = {
-        key.removeprefix(prefix): np.asarray(value)
-        for key, value in state_dict.items()
-        if not key.endswith(_IGNORED)
-    }
+    given = {}
+    for key, value in state_dict.items():
+        if not isinstance(key, str):
+            raise InputError(f"state dict for {name}: {key!r} is no name")
+        if not key.endswith(_IGNORED):
+            given[key.removeprefix(prefix)] = _array(f"state dict for {name}: '{key}'", value)
     model, image_shape = _architecture(name, given)
     flat, used = {}, set()
     for path, leaf in flatten_dict(abstract_variables(model, image_shape)).items():
@@ -147,11 +148,16 @@ def load_network(name: str, path: str | Path, label: str | None = None) -> Netwo
     """
     arrays = read_state_dict(path)
     if any(key.startswith("params/") for key in arrays):
-        own = unflatten_dict(arrays, sep="/")
-        variables = {"params": own["params"], "batch_stats": own.get("batch_stats", {})}
-        for key in ("params/stem/kernel", "params/classifier/bias"):
+        for key, axes in (("params/stem/kernel", 4), ("params/classifier/bias", 1)):
             if key not in arrays:
                 raise InputError(f"weights file {path} for {name}: '{key}' is missing")
+            shape = arrays[key].shape
+            if len(shape) != axes or 0 in shape:
+                raise InputError(f"weights file {path} for {name}: '{key}' has shape {shape}")
+        for key in arrays:
+            if any(other.startswith(f"{key}/") for other in arrays):
+                raise InputError(f"weights file {path}: '{key}' is an array and a folder of them")
+        variables = {"batch_stats": {}, **unflatten_dict(arrays, sep="/")}
         model = MODELS[name](num_classes=len(arrays["params/classifier/bias"]))
         channels = arrays["params/stem/kernel"].shape[2]
         require_fits(f"weights file {path}", model, variables, (32, 32, channels))
@@ -159,6 +165,14 @@ def load_network(name: str, path: str | Path, label: str | None = None) -> Netwo
         variables = from_torch(name, arrays)
         model, _ = _architecture(name, arrays)
     return Network(model, variables, label)
+
+
+def _array(what: str, value: Any) -> np.ndarray:
+    """As an array on the host. Raises `InputError` where it cannot be one."""
+    try:
+        return np.asarray(value)
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise InputError(f"{what} is no array: {str(error).splitlines()[0]}") from error
 
 
 def _architecture(
@@ -170,13 +184,13 @@ def _architecture(
     if type(model) not in _NAMES:
         raise InputError(f"there are no published names for {name}")
     needed = {}
-    for path in (("params", "classifier", "bias"), ("params", "stem", "kernel")):
-        torch_name = _torch_name(type(model), path)
+    for *path, axes in (("params", "classifier", "bias", 1), ("params", "stem", "kernel", 4)):
+        torch_name = _torch_name(type(model), tuple(path))
         if torch_name not in state_dict:
             raise InputError(f"state dict for {name}: '{torch_name}' is missing")
-        needed[path[1]] = state_dict[torch_name].shape
-    if len(needed["stem"]) != 4:
-        raise InputError(f"state dict for {name}: the first convolution has {needed['stem']}")
+        shape = needed[path[1]] = state_dict[torch_name].shape
+        if len(shape) != axes or 0 in shape:
+            raise InputError(f"state dict for {name}: '{torch_name}' has shape {shape}")
     return MODELS[name](num_classes=needed["classifier"][0]), (32, 32, needed["stem"][1])
 
 
@@ -220,7 +234,7 @@ def _read_torch(path: Path) -> dict[str, np.ndarray]:
     }
 
 
-_READERS = {
+_READERS: Mapping[str, Callable[[Path], dict[str, np.ndarray]]] = {
     ".npz": _read_npz,
     ".safetensors": safetensors.numpy.load_file,
     ".pt": _read_torch,

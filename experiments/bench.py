@@ -163,14 +163,15 @@ def nst(bench: Bench, repetitions: int) -> Rows:
         f, g = channel_patterns(student), channel_patterns(teacher)
         kernel = lambda a, b: jnp.square((a[:, :, None] * b[:, None]).sum(axis=-1))  # noqa: E731
         pairs = zip((f, g, f), (f, g, g), (1, 1, -2), strict=True)
-        return sum(sign * kernel(a, b).mean(axis=(1, 2)) for a, b, sign in pairs)
+        means = (sign * kernel(a, b).mean(axis=(1, 2)) for a, b, sign in pairs)
+        return sum(means, start=jnp.zeros(()))
 
     works = {}
     for name, loss in {"Gram matrices": neuron_selectivity, "full temporary": full}.items():
         gradient = jax.jit(jax.grad(lambda s, t, loss=loss: loss(s, t).sum()))
-        run, seconds, held = compiled(gradient, student, teacher)
+        run, compiling, held = compiled(gradient, student, teacher)
         once = functools.partial(lambda run: jax.block_until_ready(run(student, teacher)), run)
-        works[name] = Work(once, 32, 1, None, held, seconds)
+        works[name] = Work(once, 32, 1, None, held, compiling)
     seconds = alternate({name: work.run for name, work in works.items()}, repetitions)
     return [_described(name, work, seconds[name]) for name, work in works.items()]
 

@@ -6,7 +6,7 @@ import dataclasses
 import itertools
 import shlex
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from abflax.config import RunConfig, Seeds
 from abflax.errors import InputError
@@ -117,7 +117,7 @@ def identities(
       ValueError: where it is not known, and the records have several.
     """
     found, seeds = dict(known), _seeds(records)
-    for name in {run.teacher for run in table.runs} - {None, *known}:
+    for name in set(table.teachers) - set(known):
         candidates = {str(record["config"]["teacher"]) for record in records.values()}
         used = [
             each
@@ -180,7 +180,7 @@ def best(group: Sequence[Cell]) -> list[Cell]:
 def _shown(cell: Cell, wins: bool, compared: bool) -> str:
     """ "paper │ here", with a dash for what there is not; "here" where the paper has nothing."""
     if cell.values:
-        here = mean_and_std(cell.values, cell.measure.digits)
+        here = mean_and_std(cell.values, cell.measure.digits, cell.measure.factor)
         here = f"{f'**{here}**' if wins else here} ({len(cell.values)})"
     else:
         here = "–" if cell.run is None or cell.records else "not run"
@@ -199,7 +199,7 @@ def _caption(filled: Filled) -> str:
     made = ""
     if runs:
         devices = _listed(each["device"] for each in runs)
-        commits = _listed(str(each["commit"])[:12] for each in runs)
+        commits = _listed(_short(each["commit"]) for each in runs)
         made = f" Teacher: {teachers}. Device: {devices}; commit {commits}."
     return (
         f"{what[0].upper() + what[1:]}: paper │ here, mean ± sample standard deviation (number of "
@@ -209,8 +209,13 @@ def _caption(filled: Filled) -> str:
     ).rstrip()
 
 
-def _listed(names: object) -> str:
-    return ", ".join(sorted({str(name) for name in names if name is not None})) or "none"
+def _listed(names: Iterable[str | None]) -> str:
+    return ", ".join(sorted({name for name in names if name is not None})) or "none"
+
+
+def _short(commit: str | None) -> str | None:
+    """Twelve digits, and the mark of changed code."""
+    return None if commit is None else commit[:12] + "+" * commit.endswith("+")
 
 
 def missing(filled: Filled) -> str:
@@ -220,9 +225,7 @@ def missing(filled: Filled) -> str:
     absent = [cell for cell in cells if not cell.records]
     if not absent:
         return ""
-    command = (
-        f"python -m experiments.table {table.command or f'{table.name} --scale {table.scale}'}"
-    )
+    command = f"python -m experiments.table {table.name} --scale {table.scale}"
     for flag, axis, labels in (
         ("--rows", table.rows, {cell.row.label for cell in absent}),
         ("--columns", table.columns, {cell.column.label for cell in absent}),
@@ -246,11 +249,12 @@ def order(filled: Filled) -> str:
     kept = within = single = 0
     against: list[str] = []
     for group in filled.groups:
-        for pair in itertools.combinations([cell for cell in group if cell.values], 2):
-            if None in (pair[0].paper, pair[1].paper) or pair[0].paper == pair[1].paper:
+        for one, other in itertools.combinations([cell for cell in group if cell.values], 2):
+            if one.paper is None or other.paper is None or one.paper == other.paper:
                 continue
-            sign = 1 if pair[0].measure.lower_is_better else -1
-            better, worse = sorted(pair, key=lambda cell: sign * cell.paper)
+            sign = 1 if one.measure.lower_is_better else -1
+            first = sign * one.paper < sign * other.paper
+            better, worse = (one, other) if first else (other, one)
             found = beyond_error_bars(better.values, worse.values)
             if found is None:
                 single += 1
@@ -293,12 +297,12 @@ def _leaders(filled: Filled) -> str:
     """In how many groups the paper's best is the best here, where both are known."""
     same = known = 0
     for group in filled.groups:
-        cells = [cell for cell in group if cell.paper is not None]
-        if len(cells) < 2:
+        told = [(cell, cell.paper) for cell in group if cell.paper is not None]
+        if len(told) < 2:
             continue
-        choose = min if cells[0].measure.lower_is_better else max
-        top = choose(cell.paper for cell in cells)
-        leaders = [cell for cell in cells if cell.paper == top]
+        choose = min if told[0][0].measure.lower_is_better else max
+        top = choose(paper for _, paper in told)
+        leaders = [cell for cell, paper in told if paper == top]
         if all(cell.values for cell in leaders) and (winners := best(group)):
             known += 1
             same += any(cell in leaders for cell in winners)

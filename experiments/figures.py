@@ -74,10 +74,11 @@ def _looks(filled: Filled, over: Axis) -> list[str]:
 
 
 def _here(cell: Cell) -> tuple[float, float | None] | None:
-    """(mean, deviation) in percent."""
+    """(mean, deviation), as the table shows them."""
     if not cell.values:
         return None
-    return 100 * cell.mean, None if cell.std is None else 100 * cell.std
+    factor = cell.measure.factor
+    return factor * cell.mean, None if cell.std is None else factor * cell.std
 
 
 def _paper(cell: Cell) -> tuple[float, None] | None:

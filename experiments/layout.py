@@ -39,15 +39,17 @@ class Measure:
     Attributes:
       name: with its unit.
       lower_is_better: whether the smaller number wins; None: neither does.
-      digits: behind the point, in percent.
-      read: record -> share; None where the method has no such number. Raises `InputError` where
+      digits: behind the point.
+      read: record -> number; None where the method has no such number. Raises `InputError` where
         the record should have one and does not.
+      factor: from the number to what is shown; 100 from shares to percent.
     """
 
     name: str
     lower_is_better: bool | None
     digits: int
     read: Callable[[Record], float | None]
+    factor: float = 100.0
 
 
 def _test_error(record: Record) -> float:
@@ -70,7 +72,13 @@ def _after_initialising(field: str, layer: str) -> Callable[[Record], float | No
     return read
 
 
+def _seconds_per_epoch(record: Record) -> float:
+    phases = record["phases"]
+    return sum(phase["seconds"] for phase in phases) / sum(record["config"]["epochs"])
+
+
 ERROR = Measure("test error, %", True, 2, _test_error)
+SECONDS = Measure("seconds an epoch", None, 0, _seconds_per_epoch, factor=1.0)
 
 
 def agreement(layer: str) -> Measure:
@@ -150,9 +158,8 @@ class Table:
       paper_setting: what the paper's numbers are of.
       teacher_run: how a teacher is trained, but for its architecture.
       examples: of the training data, all of it.
-      command: what `python -m experiments.table` is given for it; "": name and scale.
-      picture: learning curves, a panel for each point that is not competing; or numbers over
-        those points.
+      picture: learning curves, a panel for each point that is not competing; numbers over those
+        points; or None.
     """
 
     name: str
@@ -166,9 +173,8 @@ class Table:
     paper: Mapping[tuple[str, str], float]
     paper_setting: str
     teacher_run: RunConfig
-    picture: Literal["curves", "points"] = "points"
+    picture: Literal["curves", "points"] | None = "points"
     examples: int = 50_000
-    command: str = ""
 
     def configuration(self, row: Point, column: Point) -> RunConfig | None:
         """The run of a cell; None where the table does not have that cell."""
@@ -211,12 +217,17 @@ class Table:
     @property
     def runs(self) -> tuple[RunConfig, ...]:
         """The runs of all cells, each once, in the order of the groups."""
-        found = {}
+        found: dict[str, RunConfig] = {}
         for group in self.groups:
             for row, column in group:
                 if (run := self.configuration(row, column)) is not None:
                     found.setdefault(run.hash, run)
         return tuple(found.values())
+
+    @property
+    def teachers(self) -> tuple[str, ...]:
+        """The architectures of its teachers, each once, by name."""
+        return tuple(sorted({run.teacher for run in self.runs if run.teacher is not None}))
 
     @property
     def groups(self) -> tuple[tuple[tuple[Point, Point], ...], ...]:

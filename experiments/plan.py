@@ -99,7 +99,8 @@ def jobs(
     Args:
       given: the architectures whose weights are there already, so that nobody trains them.
     """
-    teachers, students = {}, {}
+    teachers: dict[str, Job] = {}
+    students: dict[tuple[str, int], Job] = {}
     for table in tables:
         for group in table.groups:
             runs = {
@@ -108,7 +109,9 @@ def jobs(
             for seed in seeds:
                 for name, run in runs.items():
                     students.setdefault((name, seed), Job(run, seed, table.examples))
-        for name in sorted({run.teacher for run in table.runs} - {None, *given}):
+        for name in table.teachers:
+            if name in given:
+                continue
             run = dataclasses.replace(table.teacher_run, student=name)
             job = Job(run, run.seeds.weights, table.examples, teaches=True)
             teachers.setdefault(run.hash, job)

@@ -13,7 +13,7 @@ import matplotlib
 import numpy as np
 
 matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402  (the backend comes first)
+from matplotlib import pyplot as plt  # noqa: E402  (the backend comes first)
 from matplotlib.axes import Axes  # noqa: E402
 from matplotlib.lines import Line2D  # noqa: E402
 
@@ -21,7 +21,7 @@ from matplotlib.lines import Line2D  # noqa: E402
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000")
 MARKERS = "osD^vPX"
 _TICKS = (0.5, 1, 2, 5, 10, 20, 50, 100)
-STYLE = {
+STYLE: dict[Any, Any] = {  # to matplotlib's stubs a key is one of the names of all its settings
     "font.size": 10,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -54,7 +54,7 @@ def curves(records: Records, path: Path, title: str) -> None:
         error.set(title="test error", ylabel="held-out examples wrong, %")
         _logarithmic(error, 0.5 * min(_means(records)))
         for axis, layer in zip(agreement, layers, strict=True):
-            _panel(axis, records, lambda entry, layer=layer: entry["agreement"].get(layer), styles)
+            _panel(axis, records, _agreement(layer), styles)
             axis.axhline(50, color="0.5", linewidth=0.8, linestyle=":")
             axis.set(title=f"agreement, {layer}", ylim=(45, 100))
         for axis in axes[0]:
@@ -69,6 +69,10 @@ def curves(records: Records, path: Path, title: str) -> None:
         figure.suptitle(title, fontsize=11)
         figure.savefig(path, dpi=150)
         plt.close(figure)
+
+
+def _agreement(layer: str) -> Callable[[Mapping[str, Any]], float | None]:
+    return lambda entry: entry["agreement"].get(layer)
 
 
 def learning_curves(
@@ -138,7 +142,8 @@ def points(panels: Sequence[Panel], names: Sequence[str], path: Path, title: str
 
 def _series(axis: Axes, panel: Panel, styles: Mapping[str, tuple[str, str]]) -> None:
     """The series of one panel, side by side where the places are names."""
-    numeric = all(place is not None for _, place in panel.places)
+    numbers = [place for _, place in panel.places if place is not None]
+    numeric = len(numbers) == len(panel.places)
     for index, (name, values) in enumerate(panel.series.items()):
         colour, marker = styles[name]
         beside = 0.0 if numeric else 0.7 * ((index + 0.5) / len(panel.series) - 0.5)
@@ -156,7 +161,6 @@ def _series(axis: Axes, panel: Panel, styles: Mapping[str, tuple[str, str]]) -> 
             )  # fmt: skip
     labels = [label for label, _ in panel.places]
     if numeric:
-        numbers = [place for _, place in panel.places]
         axis.set_xscale("log")
         axis.set_xlim(min(numbers) / 1.2, max(numbers) * 1.2)
         axis.set_xticks(numbers, labels=labels)

@@ -36,7 +36,7 @@ TEACHER_EPOCHS, EPOCHS = 12, (20, 40)
 FRACTION = 0.1
 # The published factor 3/1000 is made for a wrn22-4 on 32×32 images. A wrn16-1 on 8×8 has 64 times
 # fewer neurons in each tap, so 64 is the same weight on the mean over neurons.
-OPTIONS = {"activation-boundary": {"transfer_weight": 64.0}}
+OPTIONS: dict[str, dict[str, Any]] = {"activation-boundary": {"transfer_weight": 64.0}}
 # Of the teacher. With a student's own seed both would begin from the same weights.
 TEACHER_SEED = 1000
 

@@ -87,8 +87,10 @@ def start_every_cell(
         raise InputError(f"--steps must be at least 1, not {steps}")
     groups: dict[RunConfig, list[Job]] = defaultdict(list)
     for job in plan:
-        same = {"epochs": (1, 1), "fraction": 1.0, "evaluate_every": 1, "seeds": Seeds()}
-        groups[dataclasses.replace(job.run, **same)].append(job)
+        alike = dataclasses.replace(
+            job.run, epochs=(1, 1), fraction=1.0, evaluate_every=1, seeds=Seeds()
+        )
+        groups[alike].append(job)
     failures = []
     for run, group in groups.items():
         label, began = ", ".join(group[0].words[:2]), time.perf_counter()

@@ -18,7 +18,7 @@ from rich.console import Console
 from experiments import archive, cli, figures
 from experiments.cells import Filled, fill, markdown
 from experiments.layout import Record
-from experiments.tables import ONE_PLUS_ONE, SCALES, TABLES
+from experiments.tables import EVERY_METHOD, SCALES, TABLES
 
 HERE = Path(__file__).parent
 RESULTS, FIGURES, README = HERE / "RESULTS.md", HERE / "figures", HERE.parent / "README.md"
@@ -41,7 +41,8 @@ def main(console: Console) -> None:
     README.write_text(with_table(README.read_text(), overview(records)))
     FIGURES.mkdir(exist_ok=True)
     for filled in begun(records):
-        figures.draw(filled, FIGURES / _picture(filled))
+        if filled.table.picture:
+            figures.draw(filled, FIGURES / _picture(filled))
     console.print(f"{RESULTS} and {README}, from {len(records)} records", soft_wrap=True)
 
 
@@ -70,14 +71,15 @@ def page(records: Mapping[str, Record]) -> str:
         parts += [
             f"## Table {table.name}, scale {table.scale}: {table.title}\n",
             markdown(filled),
-            f"![{table.title}]({FIGURES.name}/{_picture(filled)})\n",
         ]
+        if table.picture:
+            parts.append(f"![{table.title}]({FIGURES.name}/{_picture(filled)})\n")
     return "\n".join(parts)
 
 
 def overview(records: Mapping[str, Record]) -> str:
     """What the README shows."""
-    return markdown(fill(ONE_PLUS_ONE, records))
+    return markdown(fill(EVERY_METHOD, records))
 
 
 def with_table(readme: str, table: str) -> str:

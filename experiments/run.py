@@ -160,8 +160,8 @@ def train(arguments: argparse.Namespace, console: Console) -> None:
         json.dump([result.record for result in results], sys.stdout, indent=1)
         return
     for result in results:
-        error = result.record["result"]["test_error"]
-        console.print(f"{result.directory}  {percent(error)} %", soft_wrap=True)
+        wrong = result.record["result"]["test_error"]
+        console.print(f"{result.directory}  {percent(wrong)} %", soft_wrap=True)
     errors = [result.record["result"]["test_error"] for result in results]
     console.print(
         f"{arguments.method}, {arguments.student} on {arguments.dataset}: "

@@ -11,12 +11,13 @@ def percent(share: float, digits: int = 2) -> str:
     return f"{100 * share:.{digits}f}"
 
 
-def mean_and_std(shares: Sequence[float], digits: int = 2) -> str:
-    """Mean ± sample standard deviation in percent; of a single number, the number."""
-    mean = percent(statistics.mean(shares), digits)
-    if len(shares) < 2:
+def mean_and_std(numbers: Sequence[float], digits: int = 2, factor: float = 100.0) -> str:
+    """Mean ± sample standard deviation times a factor, in percent unless told otherwise; of a
+    single number, the number."""
+    mean = f"{factor * statistics.mean(numbers):.{digits}f}"
+    if len(numbers) < 2:
         return mean
-    return f"{mean} ± {percent(statistics.stdev(shares), digits)}"
+    return f"{mean} ± {factor * statistics.stdev(numbers):.{digits}f}"
 
 
 def beyond_error_bars(first: Sequence[float], second: Sequence[float]) -> int | None:

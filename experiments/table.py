@@ -13,8 +13,9 @@ examples:
 
 A run is named by its configuration: what is finished, here or among the committed records, is
 not run again, and the same command goes on where it stopped. A teacher that is neither given nor
-shipped is trained once, before its students; shares that come to its students too early leave
-them for the next call. Markdown and a picture of the whole table go to WORKDIR/tables.
+shipped is trained once, before its students. What another process is at, and students whose
+teacher is not trained yet, are left for the next call: the exit code is 75 then. Markdown and a
+picture of the whole table go to WORKDIR/tables.
 """
 
 from __future__ import annotations
@@ -96,7 +97,7 @@ def main(console: Console) -> None:
     require_used(given, chosen)
     seeds = arguments.seeds or range(SCALES[arguments.scale].seeds)
     teachers = look_for_teachers(chosen, given, arguments.workdir, {})
-    there = {name for table in chosen for name in architectures(table)
+    there = {name for table in chosen for name in table.teachers
              if name in given or is_shipped(name, table.run.dataset)}  # fmt: skip
     mine = share(jobs(chosen, seeds, there), *arguments.only)
     if arguments.steps is not None:
@@ -107,7 +108,7 @@ def main(console: Console) -> None:
         return
     records = archive.committed() | archive.finished(arguments.workdir)
     if arguments.dry_run:
-        known = {}
+        known: dict[str, str] = {}
         for table in chosen:
             known |= identities(table, records, _names(teachers))
         forecast(console, mine, known, records)
@@ -118,13 +119,16 @@ def main(console: Console) -> None:
     with live.shown():
         notes, failures = run(mine, chosen, given, teachers, records, arguments, live)
     records = archive.committed() | archive.finished(arguments.workdir)
+    teachers = look_for_teachers(whole, given, arguments.workdir, teachers)
     for table, part in zip(whole, chosen, strict=True):
         show(console, fill(part, records, _names(teachers)))
         write(fill(table, records, _names(teachers)), arguments.workdir / "tables")
     for note in notes:
-        console.print(note, soft_wrap=True)
+        console.print(f"left: {note}", soft_wrap=True)
     if failures:
         raise NonFiniteError(f"{len(failures)} of {len(mine)} runs failed: {'; '.join(failures)}")
+    if notes:
+        raise BusyError(f"{len(notes)} of {len(mine)} runs are left for another call: {notes[0]}")
 
 
 def find_tables(names: str, scale: str) -> list[Table]:
@@ -139,14 +143,9 @@ def find_tables(names: str, scale: str) -> list[Table]:
     return [known[name] for name in wanted]
 
 
-def architectures(table: Table) -> list[str]:
-    """Of a table's teachers."""
-    return sorted({run.teacher for run in table.runs} - {None})
-
-
 def require_used(given: Mapping[str, str], tables: Sequence[Table]) -> None:
     """Raises `InputError` for weights of a teacher that no table has."""
-    known = {name for table in tables for name in architectures(table)}
+    known = {name for table in tables for name in table.teachers}
     for name in given:
         if name not in known:
             raise unknown("teacher of these tables", name, known)
@@ -190,8 +189,7 @@ def run(
         config = job.configuration(_names(teachers))
         if config is None:
             notes.append(
-                f"left: {job.label}, seed {job.seed}: its teacher {job.run.teacher} is not "
-                "trained yet; the same command again goes on with it"
+                f"{job.label}, seed {job.seed}: its teacher {job.run.teacher} is not trained yet"
             )
             continue
         # A teacher's record is of no use without the weights, which a workdir has.
@@ -219,7 +217,7 @@ def run(
                 **dict(config.options),
             )
         except BusyError as error:  # the other cells meanwhile
-            notes.append(f"left: {job.label}, seed {job.seed}: {error}")
+            notes.append(f"{job.label}, seed {job.seed}: {error}")
         except NonFiniteError as error:  # the other cells may do well
             failures.append(f"{job.label}, seed {job.seed}: {error}")
     return notes, failures
@@ -237,7 +235,7 @@ def write(filled: Filled, folder: Path) -> None:
     folder.mkdir(exist_ok=True)
     name = f"table{filled.table.name}-{filled.table.scale}"
     (folder / f"{name}.md").write_text(markdown(filled))
-    if filled.records:
+    if filled.records and filled.table.picture:
         figures.draw(filled, folder / f"{name}.png")
 
 

@@ -19,8 +19,8 @@ from flax import linen as nn
 from hypothesis import settings
 
 # The same few examples each time; `--hypothesis-profile=slow` tries many, and others each time.
-settings.register_profile("quick", max_examples=20, derandomize=True, deadline=None, database=None)
-settings.register_profile("slow", max_examples=1000, deadline=None, database=None)
+settings.register_profile("quick", max_examples=10, derandomize=True, deadline=None, database=None)
+settings.register_profile("slow", max_examples=300, deadline=None, database=None)
 settings.load_profile("quick")
 
 FIXTURES = Path(__file__).parent / "fixtures"

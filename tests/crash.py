@@ -37,19 +37,17 @@ from tests.conftest import save_random_network
 
 HERE = Path(__file__).parent
 FACTS, PAGE = HERE / "reliability.json", HERE / "RELIABILITY.md"
-STEPS, STRIKES_A_RUN = 32, 10
+STEPS = 32
 ARGUMENTS = (
     "--dataset", "digits", "--teacher", "wrn10-2", "--student", "wrn10-1", "--fraction", "0.1",
     "--batch-size", "32", "--epochs", "4+4", "--protocol", "official", "--evaluate-every", "2",
     "--devices", "1", "--checkpoint-seconds", "0",
 )  # fmt: skip
-# moment -> how often it is drawn; "record" only where training is nearly over
-MOMENTS = {
-    "while starting": 2,
-    "between two steps": 3,
-    "while a checkpoint is written": 4,
-    "while weights and record are written": 3,
-}
+STARTING, STEPPING = "while starting", "between two steps"
+SAVING, RECORDING = "while a checkpoint is written", "while weights and record are written"
+# The moments of one run's strikes: seven drawn of these, then the end, three times.
+DRAWN = {STARTING: 2, STEPPING: 4, SAVING: 4}
+STRIKES_A_RUN, AT_THE_END = 10, 3
 
 
 def main(console: Console) -> None:
@@ -77,13 +75,16 @@ def strike(base: Path, strikes: int, seed: int, console: Console) -> Iterator[di
     draw, runs, weights = random.Random(seed), [], base / "teacher.npz"
     save_random_network("wrn10-2", weights)
     struck = 0
+    whole = _Run(base, "whole", weights)
+    whole.finish()
     while struck < strikes:
         index = len(runs)
-        whole = _Run(base, f"whole{index}", index, weights)
-        usual = whole.finish()
-        run, blows = _Run(base, f"struck{index}", index, weights), []
-        for _ in range(min(STRIKES_A_RUN, strikes - struck)):
-            blow = _blow(run, draw, usual)
+        run, blows = _Run(base, f"struck{index}", weights), []
+        for number in range(min(STRIKES_A_RUN, strikes - struck)):
+            (moment,) = draw.choices(list(DRAWN), list(DRAWN.values()))
+            if number >= STRIKES_A_RUN - AT_THE_END or run.step() >= STEPS - 2:
+                moment = RECORDING
+            blow = _blow(run, moment, draw)
             if blow is None:  # it was faster than the blow
                 break
             blows.append(blow)
@@ -95,7 +96,7 @@ def strike(base: Path, strikes: int, seed: int, console: Console) -> Iterator[di
             "tidy": run.names() == whole.names(),
             "silent": "Traceback" not in run.log.read_text(),
         }
-        runs.append({"seed": index, "survived": all(same.values()), **same, "strikes": blows})
+        runs.append({"survived": all(same.values()), **same, "strikes": blows})
         struck += len(blows)
         yield {"seed": seed, "runs": runs, "environment": environment(jax.local_devices())}
 
@@ -103,33 +104,28 @@ def strike(base: Path, strikes: int, seed: int, console: Console) -> Iterator[di
 class _Run:
     """One run of the command line, in as many processes as it takes."""
 
-    def __init__(self, base: Path, name: str, seed: int, weights: Path) -> None:
+    def __init__(self, base: Path, name: str, weights: Path) -> None:
         self.workdir, self.log = base / name, base / f"{name}.log"
         compiled = base / "compiled"  # one compilation cache for all
         compiled.mkdir(exist_ok=True)
         self.workdir.mkdir()
         (self.workdir / "compiled").symlink_to(compiled)
-        self._command = [sys.executable, "-m", "experiments.run", *ARGUMENTS, "--seeds",
-                         f"{seed},", "--teacher-weights", weights, "--workdir",
-                         self.workdir]  # fmt: skip
+        self._command = [sys.executable, "-m", "experiments.run", *ARGUMENTS,
+                         "--teacher-weights", weights, "--workdir", self.workdir]  # fmt: skip
 
     def start(self) -> subprocess.Popen:
         settings = os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=1"}
+        self._started = time.time()
         with self.log.open("a") as log:
             return subprocess.Popen(
                 list(map(str, self._command)), cwd=HERE.parent, env=settings, stdout=log,
                 stderr=log,
             )  # fmt: skip
 
-    def finish(self) -> float:
-        """Lets it run to its end. Returns the seconds to the first checkpoint."""
-        began, process, first = time.monotonic(), self.start(), 0.0
-        while process.poll() is None:
-            first = first or (self.step() > 0 and time.monotonic() - began) or 0.0
-            time.sleep(0.01)
-        if process.returncode:
+    def finish(self) -> None:
+        """Lets it run to its end."""
+        if self.start().wait(timeout=600):
             raise RuntimeError(self.log.read_text())
-        return first
 
     def folder(self) -> Path | None:
         """The run's own, once it is there."""
@@ -141,18 +137,22 @@ class _Run:
         return max((int(path.name) for path in found if path.name.isdigit()), default=0)
 
     def unfinished(self) -> str:
-        """What lies there half written, or should not be there together."""
+        """What this process, and no one before it, has half written."""
         for what, pattern in (
             ("checkpoint", "checkpoints/*tmp*"), ("weights or record", "*.tmp"),
         ):  # fmt: skip
-            if list(self.workdir.glob(f"runs/*/{pattern}")):
+            if any(map(self._is_new, self.workdir.glob(f"runs/*/{pattern}"))):
                 return what
-        folder = self.folder()
-        if folder and (folder / "record.json").exists() and (folder / "checkpoints").exists():
-            return "tidying up"
-        if folder and (folder / "student.safetensors").exists():
-            return "weights without a record"
+        for what, name in (("tidying up", "record.json"), ("record", "student.safetensors")):
+            if any(map(self._is_new, self.workdir.glob(f"runs/*/{name}"))):
+                return what
         return "nothing"
+
+    def _is_new(self, path: Path) -> bool:
+        try:
+            return path.stat().st_ctime >= self._started
+        except OSError:  # gone again
+            return False
 
     def names(self) -> list[str]:
         return sorted(path.name for path in self.folder().iterdir())
@@ -167,31 +167,25 @@ class _Run:
         return {**record, "phases": phases, "seconds": None, "finished": None}
 
 
-def _blow(run: _Run, draw: random.Random, usual: float) -> dict[str, Any] | None:
+def _blow(run: _Run, moment: str, draw: random.Random) -> dict[str, Any] | None:
     """Starts the run, waits for a moment, and strikes; None: it ended before."""
     number = signal.SIGKILL if draw.random() < 0.7 else signal.SIGTERM
-    before = run.step()
-    near = before >= STEPS - 8
-    possible = {k: v for k, v in MOMENTS.items() if near or not k.endswith("record are written")}
-    possible = {k: v for k, v in possible.items() if before < STEPS - 1 or k in
-                ("while starting", "while weights and record are written")}  # fmt: skip
-    (moment,) = draw.choices(list(possible), list(possible.values()))
-    process = run.start()
+    before, process = run.step(), run.start()
     alive = lambda: process.poll() is None  # noqa: E731
-    if moment == "while starting":
-        time.sleep(draw.uniform(0, usual))
-    elif moment == "between two steps":
+    if moment == STARTING:
+        until = time.monotonic() + draw.uniform(0, 10)
+        while alive() and run.step() <= before and time.monotonic() < until:
+            time.sleep(0.005)
+    elif moment == STEPPING:
         while alive() and run.step() <= before:
             time.sleep(0.005)
         time.sleep(draw.uniform(0, 0.5))
-    elif moment == "while a checkpoint is written":
+    elif moment == SAVING:
         for _ in range(draw.randint(1, 4)):
-            last = run.step()
-            while alive() and not (run.unfinished() == "checkpoint" and run.step() >= last):
+            while alive() and run.unfinished() != "checkpoint":
                 time.sleep(0.0005)
-            while alive() and run.step() == last and run.unfinished() == "checkpoint":
-                if draw.random() < 0.2:
-                    break
+            last = run.step()
+            while alive() and run.step() == last and draw.random() > 0.1:
                 time.sleep(0.001)
     else:
         while alive() and run.step() < STEPS:
@@ -232,7 +226,7 @@ def page(facts: dict[str, Any]) -> str:
     listened = [blow["seconds"] for blow in blows if blow["exit"] == 143]
     rows = "\n".join(
         f"| {moment} | {table[moment, 'SIGKILL']} | {table[moment, 'SIGTERM']} |"
-        for moment in MOMENTS
+        for moment in (*DRAWN, RECORDING)
     )
     made = facts["environment"]
     half = ", ".join(f"{what} {count}" for what, count in lay.most_common())
@@ -241,10 +235,10 @@ def page(facts: dict[str, Any]) -> str:
 
 ## Killed at random moments
 
-{len(blows)} strikes on {len(runs)} runs (`python -m tests.crash --strikes {len(blows)} --seed \
+{len(blows)} strikes; {len(runs)} run(s) (`python -m tests.crash --strikes {len(blows)} --seed \
 {facts["seed"]}`); each run is started again after each strike.
-**{survived} of {len(runs)} ended with the bits of an undisturbed run**, the same record but for
-times, no file left over and no traceback.
+**{survived} of {len(runs)} runs ended with the bits of an undisturbed one**, the same record but
+for times, no file left over and no traceback.
 
 | moment | SIGKILL | SIGTERM |
 | --- | --- | --- |

@@ -63,6 +63,7 @@ MAY_KNOW = {
         "progress",
         "record",
         "run",
+        "settings",
         "taps",
         "weights",
     },

@@ -8,7 +8,7 @@ import pytest
 
 from abflax.methods import METHODS
 from abflax.weights import read_state_dict
-from experiments import cli, quickstart, run
+from experiments import analyse, cli, figure1, quickstart, run
 from experiments.teachers import SHIPPED
 from tests.conftest import save_random_network
 
@@ -78,7 +78,7 @@ def test_an_empty_data_dir(command, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("module", [run, quickstart])
+@pytest.mark.parametrize("module", [run, quickstart, figure1])
 def test_a_workdir_that_cannot_be_written(command, tmp_path, module):
     (tmp_path / "file").write_text("kept")
     arguments = (*DIGITS, "--method", "cross-entropy") if module is run else ()
@@ -87,7 +87,7 @@ def test_a_workdir_that_cannot_be_written(command, tmp_path, module):
     assert (tmp_path / "file").read_text() == "kept"
 
 
-@pytest.mark.parametrize("module", [run, quickstart])
+@pytest.mark.parametrize("module", [run, quickstart, analyse, figure1])
 def test_help(command, module):
     code, out, err = command("--help", module=module)
     assert code == 0 and "examples:" in out and "--workdir" in out

@@ -87,9 +87,9 @@ def test_sequential_students_are_found_again(data, teacher, tmp_path):
     layers = [nn.Conv(5, [3, 3]), nn.relu, _pooled, nn.Dense(10)]
     student = Tapped(nn.Sequential(layers), {"layer1": "layers_0"})
     taught = Network(Tapped(Foreign(5), {"layer1": "first"}), teacher.variables)
-    first = _distill(data, student, taught, workdir=tmp_path)
+    first = _distill(data, student, taught, workdir=tmp_path, method="kd")
     again = _distill(data, Tapped(nn.Sequential(layers), student.tap_paths), taught,
-                     workdir=tmp_path)  # fmt: skip
+                     workdir=tmp_path, method="kd")  # fmt: skip
     assert again.variables is None and again.record == first.record
     assert ", relu, _pooled, " in model_name(student) and " at 0x" not in model_name(student)
 

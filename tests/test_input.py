@@ -1,6 +1,6 @@
 """Whatever is given: the documented result, or the documented exception naming the culprit.
 
-`--hypothesis-profile=slow` tries a thousand examples of each.
+`--hypothesis-profile=slow` tries three hundred examples of each.
 """
 
 import dataclasses
@@ -22,14 +22,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from abflax import Dataset, InputError, Resources, RunConfig, Seeds
+from abflax import Dataset, InputError, Resources, RunConfig, Seeds, distill
 from abflax.checkpoint import Checkpoints
 from abflax.data import Preprocessing, holdout, subset
 from abflax.methods import METHODS
 from abflax.models import MODELS
 from abflax.weights import from_torch, load_network, read_state_dict, save_variables
 from experiments import cli, run
-from tests.conftest import under
+from tests.conftest import Small, under
 from tests.strategies import SIDES, arrays
 
 ANYTHING = st.one_of(
@@ -129,11 +129,11 @@ def published(reference):
 
 
 @given(data=st.data())
-def test_state_dicts(published, data):
+def test_changed_state_dicts(published, data):
     """Entries dropped, added, renamed, misshapen, of other dtypes, or no arrays at all."""
     changed = dict(published)
     for _ in range(data.draw(st.integers(1, 2))):
-        name = data.draw(st.sampled_from(sorted(changed)))
+        name = data.draw(st.sampled_from(sorted(changed, key=str)))
         change = data.draw(st.sampled_from(["drop", "rename", "replace", "cast", "add"]))
         if change in ("drop", "rename"):
             value = changed.pop(name)
@@ -156,6 +156,33 @@ def test_state_dicts(published, data):
     for path, leaf in flatten_dict(variables).items():
         assert jnp.issubdtype(leaf.dtype, jnp.floating)
         assert leaf.shape == wanted[path].shape or path[1] in ("classifier", "stem")
+
+
+@pytest.mark.parametrize(("name", "value"), [(0, np.zeros(3)), (None, np.zeros(3)),
+                                             ("bn1.bias", [[1.0], [1.0, 2.0]]),
+                                             ("bn1.bias", None), ("fc.bias", 3.0),
+                                             ("fc.bias", np.zeros(0)),
+                                             ("conv1.weight", np.zeros((16, 3, 3)))])  # fmt: skip
+def test_state_dicts_that_are_none(published, name, value):
+    with pytest.raises(InputError, match=f"state dict for wrn10-1: .*{name}"):
+        from_torch("wrn10-1", published | {name: value})
+
+
+@pytest.mark.parametrize(("name", "value", "sentence"), [
+    ("params/classifier/bias", np.float32(3), r"has shape \(\)"),
+    ("params/classifier/bias", np.zeros(0, np.float32), r"has shape \(0,\)"),
+    ("params/stem/kernel", np.zeros((3, 3, 3), np.float32), r"has shape \(3, 3, 3\)"),
+    ("params/stem", np.zeros(3, np.float32), "is an array and a folder of them"),
+    ("params", np.zeros(3, np.float32), "is an array and a folder of them"),
+    ("other/stem", np.zeros(3, np.float32), "is no weight of this architecture"),
+    ("other", np.zeros(3, np.float32), "is no weight of this architecture"),
+    ("batch_stats/norm/mean", np.zeros(64, int), "holds int64, no floats"),
+])  # fmt: skip
+def test_own_weights_that_are_none(published, tmp_path, name, value, sentence):
+    flat = flatten_dict(from_torch("wrn10-1", published), sep="/")
+    np.savez(tmp_path / "w.npz", **flat | {name: value})
+    with pytest.raises(InputError, match=f"w.npz.*'{name}' {sentence}"):
+        load_network("wrn10-1", tmp_path / "w.npz")
 
 
 @pytest.fixture(scope="module")
@@ -301,3 +328,40 @@ def test_command_lines(flags, data):
             assert left.code == 0 or (len(shown) == 1 and shown[0].startswith("error: ")), shown
             assert "\n" not in "".join(shown)
         assert not list(Path(folder).iterdir())
+
+
+DIGITS = Dataset(np.zeros((32, 8, 8, 1), np.uint8), np.arange(32) % 10, name="zeros")
+GIVEN = {
+    "student": Small(), "teacher": None, "data": DIGITS, "test": None, "method": "cross-entropy",
+    "protocol": "paper", "setting": "cifar", "epochs": (0, 1), "batch_size": 16, "fraction": 1.0,
+    "evaluate_every": 1, "seeds": 0, "precision": "float32", "workdir": None,
+}  # fmt: skip
+
+
+@given(name=st.sampled_from(sorted(GIVEN)), value=ANYTHING)
+def test_distill(name, value):
+    """One argument is anything at all."""
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr("abflax.loop.Run", lambda *_: (_ for _ in ()).throw(_Reached))
+        try:
+            distill(**GIVEN | {name: value})
+        except _Reached:
+            pass
+        except InputError as error:
+            words = str(error)
+            assert name in words or repr(value)[:20] in words or str(value) in words, error
+        assert not list(Path(folder).iterdir())
+
+
+@given(shape=st.lists(st.integers(1, 3), max_size=5).map(tuple))
+def test_images_of_any_shape(shape):
+    model = MODELS["wrn10-1"]()
+    run = lambda: jax.eval_shape(
+        lambda: model.init(jax.random.key(0), jnp.zeros(shape), train=False)
+    )
+    if len(shape) == 4:
+        assert run()["params"]["stem"]["kernel"].shape == (3, 3, shape[-1], 16)
+    else:
+        with pytest.raises(InputError, match=re.escape(str(shape))):
+            run()

@@ -1,6 +1,6 @@
 """Whatever is given to a loss or a metric: its result, or a sentence that names the shapes.
 
-`--hypothesis-profile=slow` tries a thousand examples of each.
+`--hypothesis-profile=slow` tries three hundred examples of each.
 """
 
 import re

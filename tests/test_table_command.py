@@ -1,11 +1,12 @@
 """`python -m experiments.table`, on digits: what it runs, leaves, shows and refuses."""
 
 import dataclasses
+import os
 import sys
 
 import pytest
 
-from abflax import NonFiniteError
+from abflax import BusyError, NonFiniteError
 from experiments import archive, cli, table
 from experiments.tables import TABLES
 from tests.tiny_tables import TABLE
@@ -38,7 +39,7 @@ def test_a_table_from_nothing_to_the_end(command, tmp_path, monkeypatch):
     assert "5 runs, 1 of them of teachers; 0 finished, 5 to run in 50 steps" in out
 
     code, out, err = command(*TINY, "--only", "3/5")  # a student whose teacher is not there yet
-    assert code == 0, err
+    assert code == os.EX_TEMPFAIL and err.startswith("error: 1 of 1 runs are left for another call")
     assert "left: activation-boundary, wrn10-1 → wrn10-1" in out and "not trained yet" in out
     assert "Not run yet: 2 of 2 cells. `python -m experiments.table 1 --scale small`" in out
     assert archive.finished(workdir) == {}
@@ -84,6 +85,19 @@ def test_one_run_that_goes_wrong_does_not_stop_the_others(command, monkeypatch):
     assert seen == [("cross-entropy", 4), ("cross-entropy", 5)]
     assert code == 1 and "not run" in out and err.count("\n") == 1
     assert err.startswith("error: 2 of 2 runs failed: cross-entropy, wrn10-1, 5 % of digits")
+
+
+def test_a_run_of_another_process_is_left(command, monkeypatch):
+    seen = []
+
+    def distill(student, teacher, data, *, seeds, **_):
+        seen.append(seeds.weights)
+        raise BusyError("run 0123 is being done by process 7")
+
+    monkeypatch.setattr(table, "distill", distill)
+    code, out, err = command(*TINY, "--methods", "cross-entropy", "--seeds", "4,5")
+    assert seen == [4, 5] and out.count("left: cross-entropy") == 2
+    assert code == os.EX_TEMPFAIL and "2 of 2 runs are left for another call" in err
 
 
 def test_steps_show_that_cells_start_and_keep_nothing(command, tmp_path):

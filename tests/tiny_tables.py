@@ -74,7 +74,7 @@ def record(run, seed, error, teacher="wrn10-1:0123456789ab", **changes):
         ],
         "history": [entry, last],
         "result": {"test_error": error},
-        "environment": {"device": "abacus", "commit": "0123456789abcdef"},
+        "environment": {"device": "abacus", "commit": "0123456789abcdef+"},
     } | changes
     return config.hash, made
 

@@ -101,8 +101,7 @@ def examine(student: Network, data: Dataset, teacher: Network | None = None) -> 
     Raises:
       ValueError: if a network does not fit the data.
     """
-    names = ("student", "teacher")[: 1 + (teacher is not None)]
-    networks = dict(zip(names, (student, teacher), strict=False))
+    networks = {"student": student} | ({"teacher": teacher} if teacher is not None else {})
     models = {name: _checked(f"the {name}", each, data) for name, each in networks.items()}
     weights = {name: dict(each.variables) for name, each in networks.items()}
     run = _observe(tuple(models.values()), data.preprocessing)

@@ -12,17 +12,19 @@ from abflax.data.augmentation import Preprocessing
 from abflax.errors import InputError
 from abflax.settings import is_of
 
+_NOTHING = Preprocessing()
 
-@dataclasses.dataclass(frozen=True, eq=False)
+
+@dataclasses.dataclass(frozen=True, eq=False, init=False)
 class Dataset:
     """Images and labels, in host memory.
 
     Attributes:
       images: `[examples, height, width, channels]`, uint8 or floating.
       labels: integers `[examples]` in `[0, num_classes)`.
-      num_classes: None: the largest label + 1.
+      num_classes: by default the largest label + 1.
       preprocessing: what the images go through; by default nothing.
-      name: how records call it; None: a digest of the contents.
+      name: how records call it; by default a digest of the contents.
 
     Raises:
       ValueError: if shapes or dtypes do not fit, there is no example, a label is out of range, a
@@ -36,12 +38,19 @@ class Dataset:
 
     images: np.ndarray
     labels: np.ndarray
-    num_classes: int | None = None
-    preprocessing: Preprocessing = Preprocessing()
-    name: str | None = None
+    num_classes: int
+    preprocessing: Preprocessing
+    name: str
 
-    def __post_init__(self) -> None:
-        images, labels = np.asarray(self.images), np.asarray(self.labels)
+    def __init__(
+        self,
+        images: np.ndarray,
+        labels: np.ndarray,
+        num_classes: int | None = None,
+        preprocessing: Preprocessing = _NOTHING,
+        name: str | None = None,
+    ) -> None:
+        images, labels = np.asarray(images), np.asarray(labels)
         if images.ndim != 4 or labels.shape != images.shape[:1] or not len(images):
             raise InputError(
                 "a data set needs images [examples, height, width, channels] and labels "
@@ -53,7 +62,7 @@ class Dataset:
             raise InputError(f"images must be uint8 or floating, not {images.dtype}")
         if not np.issubdtype(labels.dtype, np.integer):
             raise InputError(f"labels must be integers, not {labels.dtype}")
-        classes = int(labels.max()) + 1 if self.num_classes is None else self.num_classes
+        classes = int(labels.max()) + 1 if num_classes is None else num_classes
         if not is_of(classes, int) or classes < 1:
             raise InputError(f"num_classes must be a whole number above 0, not {classes!r}")
         if labels.min() < 0 or labels.max() >= classes:
@@ -64,16 +73,19 @@ class Dataset:
         if images.dtype != np.uint8 and not np.isfinite(images).all():
             bad = int(np.argmin(np.isfinite(images).all(axis=(1, 2, 3))))
             raise InputError(f"image {bad} has a pixel that is NaN or infinite")
-        self.preprocessing.require_fits(images.shape[1:])
-        object.__setattr__(self, "images", images)
-        object.__setattr__(self, "labels", labels.astype(np.int32))
-        object.__setattr__(self, "num_classes", classes)
-        if self.name is None:
-            facts = (images.shape, str(images.dtype), classes, self.preprocessing)
+        preprocessing.require_fits(images.shape[1:])
+        labels = labels.astype(np.int32)
+        if name is None:
+            facts = (images.shape, str(images.dtype), classes, preprocessing)
             sha = hashlib.sha256(repr(facts).encode())
-            sha.update(np.ascontiguousarray(images))
-            sha.update(np.ascontiguousarray(self.labels))
-            object.__setattr__(self, "name", f"custom-{sha.hexdigest()[:12]}")
+            sha.update(images.tobytes())
+            sha.update(labels.tobytes())
+            name = f"custom-{sha.hexdigest()[:12]}"
+        object.__setattr__(self, "images", images)
+        object.__setattr__(self, "labels", labels)
+        object.__setattr__(self, "num_classes", classes)
+        object.__setattr__(self, "preprocessing", preprocessing)
+        object.__setattr__(self, "name", name)
 
     def __len__(self) -> int:
         return len(self.images)
@@ -93,7 +105,7 @@ class Dataset:
 
     def _take(self, indices: np.ndarray, name: str | None) -> Dataset:
         images, labels = self.images[indices], self.labels[indices]
-        return dataclasses.replace(self, images=images, labels=labels, name=name)
+        return Dataset(images, labels, self.num_classes, self.preprocessing, name)
 
 
 def subset(dataset: Dataset, fraction: float, seed: int) -> Dataset:

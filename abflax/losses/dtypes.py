@@ -26,7 +26,7 @@ def real(x: jax.Array) -> jax.Array:
     return x
 
 
-def require_spreads(what: str, x: jax.Array, shape: tuple[int, ...]) -> None:
+def require_spreads(what: str, x: jax.typing.ArrayLike, shape: tuple[int, ...]) -> None:
     """Raises `InputError` where an array does not broadcast to a shape: nothing else grows."""
     own = jnp.shape(x)
     fits = len(own) <= len(shape) and all(

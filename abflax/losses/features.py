@@ -74,10 +74,11 @@ def positions_pooled(student: jax.Array, teacher: jax.Array) -> tuple[jax.Array,
         raise InputError(
             f"positions_pooled: {student.shape} and {teacher.shape} are not of one batch"
         )
-    if _divides(teacher, student):
-        return average_pooled(student, teacher.shape[1:3]), teacher
-    if _divides(student, teacher):
-        return student, average_pooled(teacher, student.shape[1:3])
+    ours, theirs = _sides(student), _sides(teacher)
+    if _divides(theirs, ours):
+        return average_pooled(student, theirs), teacher
+    if _divides(ours, theirs):
+        return student, average_pooled(teacher, ours)
     raise InputError(
         f"positions_pooled: of {student.shape} and {teacher.shape}, neither's height and width "
         "are whole multiples of the other's"
@@ -87,9 +88,10 @@ def positions_pooled(student: jax.Array, teacher: jax.Array) -> tuple[jax.Array,
 def require_feature_map(what: str, features: jax.Array) -> None:
     """Raises `InputError` where an array is not `[batch, height, width, channels]`."""
     if features.ndim != 4 or not all(features.shape[1:]):
+        empty = ", which is empty" if features.ndim == 4 else ""
         raise InputError(
-            f"{what}: a feature map is [batch, height, width, channels], none of the last three "
-            f"0, not {features.shape}"
+            f"{what}: a feature map is [batch, height, width, channels], not {features.shape}"
+            f"{empty}"
         )
 
 
@@ -108,10 +110,16 @@ def unit_length(x: jax.Array, axis: int | tuple[int, ...]) -> jax.Array:
     return jnp.where(vanishes, 0.0, scaled / norm)
 
 
-def _divides(small: jax.Array, large: jax.Array) -> bool:
+def _sides(features: jax.Array) -> tuple[int, int]:
+    _, height, width, _ = features.shape
+    return height, width
+
+
+def _divides(small: tuple[int, int], large: tuple[int, int]) -> bool:
     """Whether the sides of `large` are whole multiples of those of `small`."""
-    sides = zip(small.shape[1:3], large.shape[1:3], strict=True)
-    return all(0 < ours <= theirs and theirs % ours == 0 for ours, theirs in sides)
+    return all(
+        0 < ours <= theirs and theirs % ours == 0 for ours, theirs in zip(small, large, strict=True)
+    )
 
 
 def average_pooled(features: jax.Array, sides: tuple[int, int]) -> jax.Array:

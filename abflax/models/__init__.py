@@ -18,7 +18,7 @@ __all__ = ["MODELS", "WideResNet", "model_name"]
 
 
 # One line a model, whose architecture is what is bound here; other fields are the caller's.
-_NAMED: Mapping[str, functools.partial[nn.Module]] = {
+_NAMED: Mapping[str, functools.partial[Any]] = {
     "wrn10-1": functools.partial(WideResNet, depth=10, width=1),
     "wrn10-4": functools.partial(WideResNet, depth=10, width=4),
     "wrn16-1": functools.partial(WideResNet, depth=16, width=1),
@@ -74,10 +74,10 @@ def model_name(model: Model) -> str:
     if isinstance(model, Tapped):
         taps = ", ".join(f"{name}={path}" for name, path in model.tap_paths)
         return f"{model_name(model.model)} tapped at {taps}"
-    for name, make in _NAMED.items():
+    for known, make in _NAMED.items():
         bound = make.keywords.items()
         if type(model) is make.func and all(getattr(model, key) == to for key, to in bound):
-            return name
+            return known
     if isinstance(model, WideResNet):
         return f"wrn{model.depth}-{model.width}"
     named = repr(model)

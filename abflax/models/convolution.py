@@ -67,11 +67,15 @@ def _convolve(images: jax.Array, kernel: jax.Array, static: Any) -> jax.Array:
     return _plain(images, kernel, static)
 
 
-def _forward(images: jax.Array, kernel: jax.Array, static: Any):
+def _forward(
+    images: jax.Array, kernel: jax.Array, static: Any
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     return _plain(images, kernel, static), (images, kernel)
 
 
-def _backward(static: Any, residuals: tuple[jax.Array, jax.Array], cotangent: jax.Array):
+def _backward(
+    static: Any, residuals: tuple[jax.Array, jax.Array], cotangent: jax.Array
+) -> tuple[jax.Array, jax.Array]:
     images, kernel = residuals
     (to_images,) = jax.linear_transpose(lambda x: _plain(x, kernel, static), images)(cotangent)
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from abflax.errors import InputError
 from abflax.models.convolution import convolve
 from abflax.taps import sow_features, sow_tap
 
@@ -67,7 +69,9 @@ class WideResNet(nn.Module):
 
     @nn.compact
     def __call__(self, images: jax.Array, *, train: bool) -> jax.Array:
-        """Logits `[batch, num_classes]` of normalised images `[batch, height, width, 3]`."""
+        """Logits `[batch, num_classes]` of normalised images `[batch, height, width, channels]`."""
+        if images.ndim != 4:  # Flax's convolutions take any number of batch dimensions, and none
+            raise InputError(f"images are [batch, height, width, channels], not {images.shape}")
         conv, norm = _layers(self, train)
         x = conv(16, 3, name="stem")(images)
         for group in (1, 2, 3):
@@ -95,7 +99,9 @@ class WideResNet(nn.Module):
         )(pooled)
 
 
-def _layers(module: WideBlock | WideResNet, train: bool):
+def _layers(
+    module: WideBlock | WideResNet, train: bool
+) -> tuple[Callable[..., nn.Conv], Callable[..., nn.BatchNorm]]:
     """Convolution and batch norm with the module's own dtypes and axis."""
 
     def conv(features: int, kernel: int, stride: int = 1, *, name: str) -> nn.Conv:

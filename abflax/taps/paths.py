@@ -32,9 +32,9 @@ def tapped_at(
     sown: Mapping[str, Any], calls: Mapping[tuple[str, ...], Any], path: str
 ) -> jax.Array:
     """The one array that the module at `path` has put out, or that was sown there."""
-    match = re.fullmatch(r"(.*?)(?:\[(\d+(?:,\d+)*)\])?", path)
-    steps = tuple(map(int, match[2].split(","))) if match[2] else ()
-    place, flat = tuple(match[1].split("/")), flatten_dict(dict(sown))
+    name, *within = re.split(r"\[(\d+(?:,\d+)*)\]\Z", path)
+    steps = tuple(map(int, within[0].split(","))) if within else ()
+    place, flat = tuple(name.split("/")), flatten_dict(dict(sown))
     key = (*place, "__call__") if (*place, "__call__") in flat else place
     if key not in flat and place in calls:
         raise InputError(
@@ -43,7 +43,7 @@ def tapped_at(
         )
     if key not in flat:
         named = {"/".join(k[:-1] if k[-1] == "__call__" else k) for k in flat}
-        raise unknown("tap path", match[1], named - {""})
+        raise unknown("tap path", name, named - {""})
     values = flat[key] if isinstance(flat[key], tuple) else (flat[key],)
     if len(values) != 1 or not isinstance(values[0], jax.Array):
         raise InputError(
@@ -52,10 +52,10 @@ def tapped_at(
         )
     lengths = scanned(flat, calls, key[:-1])
     if len(steps) != len(lengths) or any(i >= n for i, n in zip(steps, lengths, strict=True)):
-        within = f"'{match[1]}[{','.join(str(n - 1) for n in lengths)}]' is the last"
+        last = f"'{name}[{','.join(str(n - 1) for n in lengths)}]' is the last"
         raise InputError(
             f"tap path '{path}': "
-            + (f"it runs once an iteration of nn.scan; {within}" if lengths else "it runs once")
+            + (f"it runs once an iteration of nn.scan; {last}" if lengths else "it runs once")
         )
     return values[0][steps]
 

@@ -133,7 +133,7 @@ def run_model(
     module, mode = in_mode(module_of(model), train)
     wanted = dict(tap_paths or {})
     mutable = [COLLECTION] + (["batch_stats"] if train else [])
-    rngs = {} if dropout_key is None else {"rngs": {"dropout": dropout_key}}
+    rngs: dict[str, Any] = {} if dropout_key is None else {"rngs": {"dropout": dropout_key}}
 
     def run(images: jax.Array) -> tuple[dict[str, jax.Array], Forward]:
         calls: dict[tuple[str, ...], Any] = {}
@@ -169,9 +169,11 @@ def run_model(
 
     if not pullback:
         taps, forward = run(images)
-        return forward.replace(taps=taps)
+        return dataclasses.replace(forward, taps=taps)
     taps, to_images, forward = jax.vjp(run, images, has_aux=True)
-    return forward.replace(taps=taps, pullback=lambda cotangents: to_images(cotangents)[0])
+    return dataclasses.replace(
+        forward, taps=taps, pullback=lambda cotangents: to_images(cotangents)[0]
+    )
 
 
 def number_of_logits(model: Model, variables: Any, image_shape: tuple[int, ...]) -> int:
@@ -211,7 +213,7 @@ _SWITCHES = {
 }
 
 
-def in_mode(module: nn.Module, train: bool) -> tuple[nn.Module, dict[str, bool]]:
+def in_mode(module: nn.Module, train: bool) -> tuple[nn.Module, dict[str, Any]]:
     """A module in training or evaluation mode, and what its `__call__` is to be told of it.
 
     The switch is the argument `train`, `training`, `is_training`, `deterministic` or
@@ -232,7 +234,9 @@ def in_mode(module: nn.Module, train: bool) -> tuple[nn.Module, dict[str, bool]]
                 "here gives it"
             )
     fields = {field.name for field in dataclasses.fields(module)} - set(told)
-    switched = {name: train == _SWITCHES[name] for name in _SWITCHES if name in fields}
+    switched: dict[str, Any] = {
+        name: train == _SWITCHES[name] for name in _SWITCHES if name in fields
+    }
     return (module.clone(**switched) if switched else module), told
 
 

@@ -11,7 +11,7 @@ from abflax.errors import InputError
 from abflax.losses import activation_indicator, activation_transfer_hinge
 from abflax.metrics import activation_agreement
 from abflax.taps import Forward
-from abflax.terms.base import LayerTerm, per_example
+from abflax.terms.base import LayerTerm, per_example, summed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +40,7 @@ class ActivationBoundary(LayerTerm):
 
     def loss(self, student: Forward, targets: dict[str, jax.Array], labels: jax.Array) -> jax.Array:
         del labels
-        return sum(
+        return summed(
             weight
             * per_example(activation_transfer_hinge(student.taps[name], targets[name], self.margin))
             for name, weight in self.layer_weights(student.taps).items()

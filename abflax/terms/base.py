@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from typing import Any, ClassVar, Literal
 
 import jax
+import jax.numpy as jnp
 
 from abflax.errors import InputError, unknown
 from abflax.taps import Forward, depth_order
@@ -94,6 +95,11 @@ class LayerTerm(Term):
         depth = {name: index for index, name in enumerate(depth_order(taps))}
         last = len(depth) - 1
         return {name: self.layer_ratio ** (last - depth[name]) for name in self.chosen(depth)}
+
+
+def summed(losses: Iterable[jax.Array]) -> jax.Array:
+    """The sum over the layers, in the losses' own dtype: the 0 that it begins with is weak."""
+    return sum(losses, start=jnp.asarray(0.0))
 
 
 def per_example(elementwise: jax.Array) -> jax.Array:

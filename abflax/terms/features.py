@@ -10,7 +10,7 @@ import jax
 from abflax.errors import InputError
 from abflax.losses import feature_difference
 from abflax.taps import Forward
-from abflax.terms.base import LayerTerm, per_example
+from abflax.terms.base import LayerTerm, per_example, summed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +37,7 @@ class FeatureDifference(LayerTerm):
 
     def loss(self, student: Forward, targets: dict[str, jax.Array], labels: jax.Array) -> jax.Array:
         del labels
-        return sum(
+        return summed(
             weight * per_example(feature_difference(student.taps[name], targets[name], self.power))
             for name, weight in self.layer_weights(student.taps).items()
         )

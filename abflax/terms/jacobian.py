@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
+from abflax.errors import InputError
 from abflax.losses import (
     attention_map,
     attention_pixel_cotangent,
@@ -48,7 +49,7 @@ class JacobianMatching(LayerTerm):
 
     def loss(self, student: Forward, targets: dict[str, Any], labels: jax.Array) -> jax.Array:
         del labels
-        total = 0.0
+        total = jnp.asarray(0.0)
         for name, weight in self.layer_weights(student.taps).items():
             target = targets[name]
             jacobian = _jacobian(student, name, target["pixel"])
@@ -62,6 +63,8 @@ class JacobianMatching(LayerTerm):
 
 def _jacobian(forward: Forward, layer: str, pixel: jax.Array) -> jax.Array:
     """∂ attention of `layer` at `pixel` / ∂ image, `[batch, height, width, channels]`."""
+    if forward.pullback is None:
+        raise InputError("Jacobian matching needs run_model(…, pullback=True)")
     cotangents = {name: jnp.zeros_like(tap) for name, tap in forward.taps.items()}
     cotangents[layer] = attention_pixel_cotangent(forward.taps[layer], pixel)
     return forward.pullback(cotangents)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from abflax.losses import attention_map, fsp, gram_between, neuron_selectivity
 from abflax.taps import Forward
-from abflax.terms.base import LayerTerm
+from abflax.terms.base import LayerTerm, summed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +32,7 @@ class FlowOfSolution(LayerTerm):
     def loss(self, student: Forward, targets: dict[str, jax.Array], labels: jax.Array) -> jax.Array:
         del labels
         weights, grams = self.layer_weights(student.taps), self._grams(student)
-        return sum(weights[name] * fsp(grams[name], targets[name]) for name in grams)
+        return summed(weights[name] * fsp(grams[name], targets[name]) for name in grams)
 
     def _grams(self, forward: Forward) -> dict[str, jax.Array]:
         """deeper layer of each pair -> `[batch, channels, channels]`."""
@@ -58,7 +58,7 @@ class AttentionTransfer(LayerTerm):
 
     def loss(self, student: Forward, targets: dict[str, jax.Array], labels: jax.Array) -> jax.Array:
         del labels
-        return sum(
+        return summed(
             weight * jnp.mean(jnp.square(attention_map(student.taps[name]) - targets[name]), -1)
             for name, weight in self.layer_weights(student.taps).items()
         )
@@ -82,7 +82,7 @@ class NeuronSelectivity(LayerTerm):
 
     def loss(self, student: Forward, targets: dict[str, jax.Array], labels: jax.Array) -> jax.Array:
         del labels
-        return sum(
+        return summed(
             weight * neuron_selectivity(student.taps[name], targets[name], self.kernel)
             for name, weight in self.layer_weights(student.taps).items()
         )

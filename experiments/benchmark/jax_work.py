@@ -20,7 +20,7 @@ from abflax.models import MODELS
 from abflax.networks import prepared
 from abflax.optim import Span
 from abflax.step import bind, init_variables, make_targets, student_loss, train_step
-from abflax.taps import run_model
+from abflax.taps import Model, run_model
 from experiments.benchmark.timing import Work, compiled, count_flops
 
 SHAPE = (32, 32, 3)
@@ -51,12 +51,13 @@ class Bench:
         return parallel.local_devices()
 
     @functools.cached_property
-    def networks(self) -> tuple[Any, Any]:
+    def networks(self) -> tuple[Model, Model]:
         """(student, teacher), as a run uses them."""
-        return tuple(
+        student, teacher = (
             prepared(MODELS[name](), self.precision, parallel.AXIS)
             for name in (self.student, self.teacher)
         )
+        return student, teacher
 
     @functools.cached_property
     def teacher_variables(self) -> Any:
@@ -125,7 +126,7 @@ class Bench:
         batch = BATCH * len(self.devices)
         index = np.arange(batch * (self.examples // batch), dtype=np.int32).reshape(-1, batch)
         examples = parallel.split(index, self.devices)
-        arguments = (
+        arguments: tuple[Any, ...] = (
             state.params, state.batch_stats, {}, self.data, examples, np.ones_like(examples, bool)
         )  # fmt: skip
         run, seconds, held = compiled(program.evaluate, *arguments)
@@ -197,7 +198,7 @@ class Bench:
 
         def step(state: Any, images: jax.Array, targets: Any) -> Any:
             return train_step(
-                objective, transformation, state, teacher["params"], images, labels, targets
+                objective, transformation, state, teacher["params"], images, labels, targets=targets
             )
 
         targets = jax.eval_shape(ask, images) if kept else None

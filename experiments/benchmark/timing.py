@@ -68,7 +68,8 @@ def compiled(function: Any, *arguments: Any) -> tuple[Any, float, int]:
 
 def count_flops(function: Callable[..., Any], *arguments: Any) -> float:
     """Floating-point operations, counted on the program as it was written."""
-    return float(jax.jit(function).lower(*arguments).cost_analysis()["flops"])
+    costs = jax.jit(function).lower(*arguments).cost_analysis() or {}
+    return float(costs["flops"])
 
 
 def peak_flops(dtype: Any, repetitions: int = 5) -> float:

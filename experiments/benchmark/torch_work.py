@@ -104,7 +104,8 @@ def work(teacher_name: str, student_name: str, batch: int) -> dict[str, Callable
         student.train()
         theirs = targets()
         pairs = zip(connectors, student(images)[1], theirs, strict=True)
-        update(initialiser, 3 / 4000 / batch * sum(hinge(r(s), t) for r, s, t in pairs))
+        loss = sum((hinge(r(s), t) for r, s, t in pairs), start=torch.zeros(()))
+        update(initialiser, 3 / 4000 / batch * loss)
 
     def classify() -> None:
         student.train()

@@ -1,0 +1,100 @@
+"""What the benchmark counts, and how it shows it; its clock is not tested."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from abflax.errors import InputError
+from experiments import bench
+from experiments.benchmark.report import page, section
+from experiments.benchmark.timing import alternate, compiled, count_flops, median_ratio
+
+
+def test_flops_are_those_of_the_program_as_written():
+    a, b = jnp.ones((3, 5)), jnp.ones((5, 7))
+    assert count_flops(jnp.matmul, a, b) == 2 * 3 * 5 * 7
+
+
+def test_things_run_in_turn_and_the_first_round_is_not_counted():
+    order = []
+    seconds = alternate({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, 2)
+    assert order == ["a", "b"] * 3
+    assert {name: len(found) for name, found in seconds.items()} == {"a": 2, "b": 2}
+
+
+def test_a_ratio_is_of_pairs():
+    # 2, 4 and 0.5 times as long; the ratio of the medians would be 1.
+    assert median_ratio([1.0, 2.0, 4.0], [2.0, 8.0, 2.0]) == 2.0
+
+
+def test_held_bytes_are_arguments_results_and_temporaries():
+    run, seconds, held = compiled(jax.jit(lambda x: x + 1), jnp.zeros(1000, jnp.float32))
+    assert held >= 8000 and seconds > 0
+    assert float(run(jnp.zeros(1000, jnp.float32))[0]) == 1
+
+
+@pytest.fixture
+def found():
+    row = {
+        "name": "initialise", "seconds": [0.5, 0.25, 0.375], "images_per_second": 341.3,
+        "flops": 2e11, "flops_per_second": 6e11, "bytes": 3e9, "compile_seconds": 12.25,
+        "torch_seconds": [0.75, 0.5, 0.5], "ratio": 1.5,
+    }  # fmt: skip
+    return {
+        "environment": {"device": "Some GPU", "devices": 2, "python": "3.12", "commit": "abc",
+                        "versions": {"jax": "0.11.2"}, "torch": None},
+        "setting": {"teacher": "wrn22-4", "student": "wrn16-2", "batch": 128,
+                    "precision": "float32", "repetitions": 3},
+        "peak_flops": 2e12,
+        "sections": {"steps": [row], "nst": [row | {"flops_per_second": None}]},
+    }  # fmt: skip
+
+
+def test_tables(found):
+    lines = section("steps", found).splitlines()
+    assert lines[2] == (
+        "| work | ms | PyTorch, ms | ratio | images/s | GFLOP a step | GFLOP/s "
+        "| % of matrix product | MB held | s to compile |"
+    )
+    assert lines[4] == (
+        "| initialise | 375.0 (250.0 to 500.0) | 500.0 (500.0 to 750.0) | 1.50 | 341 | 200.0 | 600 "
+        "| 30 | 3,000 | 12.2 |"
+    )
+    assert "% of matrix product" not in section("nst", found)
+
+
+def test_the_page_is_rebuilt_from_what_is_kept(found, tmp_path, monkeypatch):
+    folder = tmp_path / "records" / "bench"
+    monkeypatch.setattr(bench, "PUBLISHED", folder)
+    written = bench.publish(found)
+    assert written == tmp_path / "BENCH.md"
+    (kept,) = folder.glob("*")
+    assert kept.name == "some-gpu-wrn22-4-wrn16-2-128-float32.json"
+    assert written.read_text() == page([json.loads(kept.read_text())])
+    assert "## Some GPU: wrn22-4 → wrn16-2, batch 128, float32" in written.read_text()
+
+
+def test_an_unknown_section_is_named(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["bench", "--sections", "step"])
+    with pytest.raises(InputError, match="unknown section 'step'; did you mean steps"):
+        bench.main(None)
+
+
+@pytest.mark.slow
+def test_every_section_runs(monkeypatch, tmp_path, capsys):
+    """The whole command at a tiny size, a minute or two."""
+    from rich.console import Console
+
+    arguments = ["--teacher", "wrn10-1", "--student", "wrn10-1", "--batch", "8"]
+    arguments += ["--repetitions", "1", "--workdir", str(tmp_path)]
+    monkeypatch.setattr("sys.argv", ["bench", *arguments])
+    bench.main(Console())
+    found = json.loads((tmp_path / "bench.json").read_text())
+    assert list(found["sections"]) == ["steps", "parts", "methods", "nst"]
+    names = [row["name"] for row in found["sections"]["methods"]]
+    assert names[0] == "cross-entropy: joint" and "nst: initialise" in names
+    gram, full = found["sections"]["nst"]
+    assert gram["bytes"] < full["bytes"] / 5
+    assert "### Where an initialise step goes" in capsys.readouterr().out
