@@ -117,9 +117,9 @@ def test_the_contributions_of_the_page_work(tmp_path):
         run("git", "apply", "-C1", "-", input=diff)
     commands = re.findall(r"^python (-m pytest -n 0 .*)$", page, re.MULTILINE)
     assert (len(files), len(diffs), len(commands)) == (5, 3, 3)
-    for command in [*commands, "-m pytest -n 0 tests/test_architecture.py", "-m ruff check ."]:
+    checks = ("pytest -n 0 tests/test_architecture.py", "ruff check .", "ruff format --check .")
+    for command in (*commands, *(f"-m {check}" for check in checks), "-m mypy abflax"):
         run(sys.executable, *command.split())
-    run(sys.executable, "-m", "ruff", "format", "--check", ".")
 
 
 class _Html(HTMLParser):
