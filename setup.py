@@ -35,6 +35,7 @@ setup(
         "scikit-learn>=1.5",
         "matplotlib>=3.9",
         "rich>=13.9",
+        "tensorboardX>=2.6",
     ],
     extras_require={
         "test": [

@@ -150,12 +150,14 @@ class Resources:
       checkpoint_seconds: the longest time between two checkpoints; every evaluation makes one
         too.
       keep_targets: ask the teacher once for each of the `views`, and keep what it said.
+      tensorboard: write the history as TensorBoard events too, beside the record.
     """
 
     devices: int | None = None
     steps_per_dispatch: int | None = None
     checkpoint_seconds: float = 60.0
     keep_targets: bool = False
+    tensorboard: bool = False
 
     def __post_init__(self) -> None:
         require_types(self)

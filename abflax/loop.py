@@ -186,7 +186,8 @@ def _train_in(directory: Path, run: Run, force: bool) -> Result:
         unfinished.unlink(missing_ok=True)
     write_record(directory / "config.json", run.config.as_json())
     with Checkpoints(checkpoints) as kept:
-        record, variables = run.train(kept)
+        events = directory / "events" if run.resources.tensorboard else None
+        record, variables = run.train(kept, events)
     save_variables(directory / "student.safetensors", variables)
     write_record(path, record)
     shutil.rmtree(checkpoints, ignore_errors=True)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -19,6 +21,7 @@ from abflax.data import Dataset, Stream, subset
 from abflax.diagnosis import Trend, first_not_finite, norm_of
 from abflax.errors import InputError, NonFiniteError
 from abflax.evaluation import Evaluation
+from abflax.events import EventLog
 from abflax.interrupt import Interrupted, StopRequest
 from abflax.journal import Journal, evaluation_steps, phases_and_spans
 from abflax.kept import keep_targets, require_keepable
@@ -78,17 +81,25 @@ class Run:
         self.data = parallel.replicate(data.arrays(), self.devices)
         self.evaluation = Evaluation(test, self.devices) if test is not None else None
 
-    def train(self, checkpoints: Checkpoints | None) -> tuple[dict[str, Any], Any]:
-        """Runs what is left of the phases. Returns the record and the student's variables."""
+    def train(
+        self, checkpoints: Checkpoints | None, events: Path | None = None
+    ) -> tuple[dict[str, Any], Any]:
+        """Runs what is left of the phases. Returns the record and the student's variables.
+
+        Args:
+          events: where TensorBoard's files go; None: there are none.
+        """
         self.checkpoints = checkpoints
         journal, state = self._resume(Journal())
-        for index in range(journal.phase, len(self.phases)):
-            self._stop_if_asked(journal, index)  # what has been made is on the disk here
-            if state is None or journal.phase != index:
-                state = self._begin(index, state)
-                journal.phase = index
-                self._keep(journal.step, state)
-            state = self._train_phase(journal, state)
+        log = EventLog(events, journal.history) if events is not None else nullcontext()
+        with log as self.log:
+            for index in range(journal.phase, len(self.phases)):
+                self._stop_if_asked(journal, index)  # what has been made is on the disk here
+                if state is None or journal.phase != index:
+                    state = self._begin(index, state)
+                    journal.phase = index
+                    self._keep(journal.step, state)
+                state = self._train_phase(journal, state)
         _, last = self.kept
         variables = {
             "params": last.params["student"],
@@ -248,6 +259,8 @@ class Run:
                     f"of the run; {diverged + '; ' if diverged else ''}{self._last_good()}"
                 )
         journal.history.append(entry)
+        if self.log is not None:
+            self.log.write(entry)
         self.reporter.evaluated(entry)
 
     def _begin(self, index: int, before: TrainState | None) -> TrainState:

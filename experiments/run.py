@@ -82,6 +82,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     add("--keep-targets", action="store_true",
         help="ask the teacher once for each of the views, and keep its bits")  # fmt: skip
+    add("--tensorboard", action="store_true",
+        help="write events too: tensorboard --logdir WORKDIR/runs")  # fmt: skip
     add("--devices", type=int, help="how many (default all)")
     add("--steps-per-dispatch", type=int, help="default: 1 on CPUs, 100 elsewhere")
     add("--checkpoint-seconds", type=float, default=60.0)
@@ -126,6 +128,7 @@ def train(arguments: argparse.Namespace, console: Console) -> None:
         arguments.steps_per_dispatch,
         arguments.checkpoint_seconds,
         arguments.keep_targets,
+        arguments.tensorboard,
     )
     live = Live(console)
     results, busy = [], []

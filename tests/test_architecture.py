@@ -32,6 +32,7 @@ MAY_KNOW = {
     "parallel": {"data", "diagnosis", "methods", "optim", "step", "taps"},
     "evaluation": {"compatibility", "data", "methods", "networks", "optim", "parallel"},
     "kept": {"methods", "networks", "parallel"},
+    "events": set(),
     "run": {
         "checkpoint",
         "compatibility",
@@ -39,6 +40,7 @@ MAY_KNOW = {
         "data",
         "diagnosis",
         "evaluation",
+        "events",
         "interrupt",
         "journal",
         "kept",
