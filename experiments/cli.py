@@ -93,7 +93,12 @@ def _leave(message: str, code: int) -> NoReturn:
 
 
 def cache_compilation(workdir: Path) -> None:
-    """Keeps compiled programs in the workdir, by CPU model, so that a second start is quick."""
+    """Keeps compiled programs in the workdir, by CPU model, so that a second start is quick.
+
+    Where `JAX_COMPILATION_CACHE_DIR` names another place, they are kept there.
+    """
+    if "JAX_COMPILATION_CACHE_DIR" in os.environ:
+        return
     machine = platform.machine()
     with contextlib.suppress(OSError, StopIteration):
         lines = Path("/proc/cpuinfo").read_text().splitlines()

@@ -1,12 +1,22 @@
 """Eight virtual CPU devices, quick compilation, and the reference data."""
 
+import atexit
 import os
+import shutil
+import tempfile
 
 # Before JAX starts: half the compile time at the same speed of tiny programs, and eight devices.
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "")
     + " --xla_backend_optimization_level=1 --xla_force_host_platform_device_count=8"
 )
+
+# What one process has compiled, the other and their children need not: the first to come here,
+# which starts the others, makes the place.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="abflax-tests-")
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.5"
+    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
 from pathlib import Path
 from typing import Any

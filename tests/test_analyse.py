@@ -51,6 +51,7 @@ def _runs(workdir):
 COMMON = ("--dataset", "digits", "--examples", "60")
 
 
+@pytest.mark.slow
 def test_two_seeds_and_their_teacher(command, workdir):
     runs = _runs(workdir)
     taught = ("--teacher", "wrn10-1", "--teacher-weights", str(workdir / "teacher.safetensors"))

@@ -131,6 +131,7 @@ def test_shipped_teachers_can_be_read():
         assert all(np.isfinite(value).all() for value in weights.values())
 
 
+@pytest.mark.slow
 def test_numbers_that_are_none_leave_with_1(command, tmp_path):
     save_random_network("wrn10-1", tmp_path / "nan.npz", {"fc.bias": np.full(10, np.nan)})
     code, _, err = command(

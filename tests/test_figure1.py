@@ -17,6 +17,7 @@ def test_spiral():
     assert len(np.unique(data.images[:, 0, 0], axis=0)) == 500
 
 
+@pytest.mark.slow
 def test_figure_of_a_few_steps(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(cli, "cache_compilation", lambda workdir: None)
     points = {"teacher": 128, "student": 64, "test": 100}

@@ -98,6 +98,7 @@ def _pooled(x):
     return x.mean(axis=(1, 2))
 
 
+@pytest.mark.slow
 def test_dropout_is_keyed_by_the_run(data, teacher):
     curve = lambda result: [entry["loss"] for entry in result.record["history"]]
     runs = [_distill(data, Tapped(Foreign(rate=rate), PATHS), teacher, seeds=seed, method="kd")

@@ -56,7 +56,9 @@ def test_augmenting_with_views_shows_those_that_are_drawn():
     )
 
 
-@pytest.mark.parametrize("method", ["activation-boundary", "l2"])
+@pytest.mark.parametrize(
+    "method", ["activation-boundary", pytest.param("l2", marks=pytest.mark.slow)]
+)
 def test_kept_targets_give_the_same_losses(digits, teacher, method):
     asked, kept_ = (
         _distill(digits, teacher, method=method, resources=each).record for each in (ONE, KEPT)
@@ -66,6 +68,7 @@ def test_kept_targets_give_the_same_losses(digits, teacher, method):
         chex.assert_trees_all_close(one["loss"], other["loss"], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_devices_and_dispatches_change_nothing(digits, teacher):
     many = Resources(devices=2, steps_per_dispatch=2, keep_targets=True)
     runs = [

@@ -171,6 +171,7 @@ def test_killed_between_record_and_tidying_up(digits, tmp_path, monkeypatch):
     assert sum(steps) == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("method", "at"), [("__init__", 0), ("_begin", 0), ("_begin", 1)])
 def test_stopped_before_a_dispatch_that_would_compile(digits, tmp_path, monkeypatch, method, at):
     """SIGTERM while a run or a phase is prepared: it leaves without another compilation."""

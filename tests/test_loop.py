@@ -154,7 +154,7 @@ def test_replicas_agree_on_every_leaf(digits, teacher, monkeypatch):
     save = Run._save
     monkeypatch.setattr(Run, "_save", lambda self, j, state: (states.append(state),
                                                                save(self, j, state)))  # fmt: skip
-    _distill(digits, teacher, resources=Resources(devices=8))
+    _distill(digits, teacher, precision="float64", resources=Resources(devices=8))  # compiled above
     assert len(states) == 2
     for leaf in jax.tree.leaves(states[0]):
         copies = [np.asarray(shard.data) for shard in leaf.addressable_shards]
@@ -203,6 +203,7 @@ def test_numbers_that_are_none_stop_the_run(digits, teacher, tmp_path):
         assert checkpoints.latest()["journal"]["step"] == 2
 
 
+@pytest.mark.slow
 def test_a_teacher_that_is_not_a_number(digits, teacher):
     broken = jax.tree.map(lambda leaf: jnp.full_like(leaf, jnp.nan), teacher.variables)
     with pytest.raises(NonFiniteError, match="loss is not finite at step 0 of phase joint"):

@@ -31,6 +31,7 @@ def command(monkeypatch, capsys, tmp_path):
 TINY = ("1", "--scale", "small", "--devices", "1")
 
 
+@pytest.mark.slow
 def test_a_table_from_nothing_to_the_end(command, tmp_path, monkeypatch):
     workdir = tmp_path / "workdir"
     code, out, _ = command(*TINY, "--dry-run")
