@@ -82,7 +82,11 @@ def _child(code, *arguments, **options):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize(("step", "size"), [(3, 0), (4, 300)], ids=["no room", "a little room"])
+@pytest.mark.parametrize(
+    ("step", "size"),
+    [(3, 0), pytest.param(4, 300, marks=pytest.mark.slow)],
+    ids=["no room", "a little room"],
+)
 def test_a_disk_that_fills_up_while_training(digits, whole, tmp_path, step, size):
     done = _child(FULL, step, size, tmp_path)
     assert done.returncode == os.EX_IOERR, done.stderr

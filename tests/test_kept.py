@@ -57,11 +57,17 @@ def test_augmenting_with_views_shows_those_that_are_drawn():
 
 
 @pytest.mark.parametrize(
-    "method", ["activation-boundary", pytest.param("l2", marks=pytest.mark.slow)]
+    ("method", "epochs"),
+    [
+        ("activation-boundary", (1, 0)),  # bits
+        pytest.param("activation-boundary", (1, 1), marks=pytest.mark.slow),  # then logits
+        pytest.param("l2", (1, 0), marks=pytest.mark.slow),  # activations
+    ],
 )
-def test_kept_targets_give_the_same_losses(digits, teacher, method):
+def test_kept_targets_give_the_same_losses(digits, teacher, method, epochs):
     asked, kept_ = (
-        _distill(digits, teacher, method=method, resources=each).record for each in (ONE, KEPT)
+        _distill(digits, teacher, method=method, epochs=epochs, resources=each).record
+        for each in (ONE, KEPT)
     )
     assert asked["hash"] == kept_["hash"] and asked["config"]["views"] == 3
     for one, other in zip(asked["history"], kept_["history"], strict=True):
@@ -78,6 +84,7 @@ def test_devices_and_dispatches_change_nothing(digits, teacher):
     chex.assert_trees_all_close(*runs, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.slow
 def test_the_teacher_is_asked_once_for_all_seeds_and_margins(digits, teacher, monkeypatch):
     monkeypatch.setattr(kept, "_kept", {})
     filled = []

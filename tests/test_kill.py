@@ -67,6 +67,7 @@ def _kill_after(process, workdir, step):
     assert process.wait() == -signal.SIGKILL
 
 
+@pytest.mark.slow
 def test_killed_in_either_phase_and_started_again(start):
     weights, record = _finish(*start("whole"))
     assert [phase["steps"] for phase in record["phases"]] == [16, 16]

@@ -188,6 +188,7 @@ def _poisoned(digits, at):
     return Dataset(images, digits[0].labels, preprocessing=digits[0].preprocessing), digits[1]
 
 
+@pytest.mark.slow
 def test_numbers_that_are_none_stop_the_run(digits, teacher, tmp_path):
     from abflax.data import Stream
 
@@ -210,6 +211,7 @@ def test_a_teacher_that_is_not_a_number(digits, teacher):
         _distill(digits, Network(teacher.model, broken), method="kd")
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_another_configuration(digits, teacher, tmp_path):
     with pytest.raises(Interrupted):
         _distill(digits, teacher, workdir=tmp_path, reporter=_StopAt(2))
@@ -341,6 +343,7 @@ def test_force_lets_what_is_not_finished_go_on(whole, digits, teacher, tmp_path)
     assert sum(steps) == 3
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_eight_devices_goes_on_with_one(digits, teacher, tmp_path):
     eight = Resources(devices=8)
     with pytest.raises(Interrupted):
@@ -348,6 +351,7 @@ def test_a_checkpoint_of_eight_devices_goes_on_with_one(digits, teacher, tmp_pat
     assert _distill(digits, teacher, workdir=tmp_path).record["phases"][1]["steps"] == 4
 
 
+@pytest.mark.slow
 def test_data_of_other_contents_is_another_run(digits, teacher, tmp_path):
     train, test = digits
     fewer = train.take(np.arange(32)), test.take(np.arange(9))

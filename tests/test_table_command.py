@@ -101,6 +101,7 @@ def test_a_run_of_another_process_is_left(command, monkeypatch):
     assert code == os.EX_TEMPFAIL and "2 of 2 runs are left for another call" in err
 
 
+@pytest.mark.slow
 def test_steps_show_that_cells_start_and_keep_nothing(command, tmp_path):
     code, out, err = command(*TINY, "--steps", "5", "--methods", "activation-boundary")
     assert code == 0, err
