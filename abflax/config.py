@@ -105,6 +105,14 @@ class RunConfig:
         make = METHODS[self.method]
         return make(protocol=self.protocol, setting=self.setting, **dict(self.options))
 
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """The keywords with which `abflax.distill` makes this run, of its networks and data."""
+        given = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        for name in ("dataset", "student", "teacher", "test"):
+            del given[name]
+        return given | dict(given.pop("options"))
+
     def as_json(self) -> dict[str, Any]:
         """The configuration as plain JSON values."""
         return json.loads(json.dumps(dataclasses.asdict(self)))

@@ -131,14 +131,8 @@ def _start(
         teacher,
         data.take(np.arange(steps * run.batch_size) % len(data)),
         test=test.take(np.arange(min(len(test), 250))),
-        method=run.method,
-        protocol=run.protocol,
-        setting=run.setting,
-        epochs=run.epochs,
-        batch_size=run.batch_size,
-        precision=run.precision,
         resources=resources,
-        **dict(run.options),
+        **run.arguments,
     )
     phases = {phase["name"]: phase["steps"] for phase in result.record["phases"]}
     losses = {entry["phase"]: entry["loss"] for entry in result.record["history"]}

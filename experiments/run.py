@@ -105,7 +105,7 @@ def train(arguments: argparse.Namespace, console: Console) -> None:
     """One run a seed, then their mean."""
     options = _options(arguments)
     # Everything that can be wrong is looked at before the data is read.
-    RunConfig(
+    config = RunConfig(
         dataset=arguments.dataset,
         student=arguments.student,
         method=arguments.method,
@@ -140,20 +140,11 @@ def train(arguments: argparse.Namespace, console: Console) -> None:
                     teacher,
                     data,
                     test=test,
-                    method=arguments.method,
-                    protocol=arguments.protocol,
-                    epochs=arguments.epochs,
-                    batch_size=arguments.batch_size,
-                    fraction=arguments.fraction,
-                    evaluate_every=arguments.evaluate_every,
-                    seeds=seed,
-                    precision=arguments.precision,
-                    views=arguments.views,
                     workdir=arguments.workdir,
                     force=arguments.force,
                     resources=resources,
                     reporter=live,
-                    **options,
+                    **config.arguments | {"seeds": seed},
                 )
                 results.append(result)
             except BusyError as error:  # the other seeds first

@@ -202,19 +202,10 @@ def run(
                 teachers[job.run.teacher] if job.run.teacher is not None else None,
                 data,
                 test=load(config.dataset, "test", arguments.data_dir),
-                method=config.method,
-                protocol=config.protocol,
-                setting=config.setting,
-                epochs=config.epochs,
-                batch_size=config.batch_size,
-                fraction=config.fraction,
-                evaluate_every=config.evaluate_every,
-                seeds=config.seeds,
-                precision=config.precision,
                 workdir=arguments.workdir,
                 resources=_resources(arguments),
                 reporter=reporter,
-                **dict(config.options),
+                **config.arguments,
             )
         except BusyError as error:  # the other cells meanwhile
             notes.append(f"{job.label}, seed {job.seed}: {error}")

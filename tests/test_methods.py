@@ -1,6 +1,7 @@
 """Protocols and methods say what the paper and the published code say; optimisers do it."""
 
 import dataclasses
+import inspect
 from fractions import Fraction
 
 import chex
@@ -10,6 +11,7 @@ import numpy as np
 import optax
 import pytest
 
+from abflax import distill
 from abflax.config import RunConfig, Seeds
 from abflax.errors import InputError
 from abflax.methods import METHODS, PROTOCOLS
@@ -124,6 +126,18 @@ def test_every_transfer_loss_has_a_scale_in_every_protocol():
 def test_names_are_looked_up_as_in_any_mapping():
     assert "nothing" not in METHODS and METHODS.get("nothing") is None
     assert "l0.7" in METHODS and "kd+nst" in METHODS
+
+
+def test_a_configuration_knows_the_arguments_that_make_it():
+    config = RunConfig("d", "s", "t", method="l2", options=(("layers", ("layer1",)),), views=3)
+    arguments = config.arguments
+    assert arguments["views"] == 3 and arguments["layers"] == ("layer1",)
+    takes = inspect.signature(distill).parameters
+    assert arguments.keys() - {"layers"} <= takes.keys()
+    # All that is a choice of the run is among them; the networks, the data and the files are not.
+    left = takes.keys() - arguments.keys()
+    assert left == {"student", "teacher", "data", "test", "workdir", "force", "resources",
+                    "reporter", "options"}  # fmt: skip
 
 
 def test_hashes_never_change():
