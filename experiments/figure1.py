@@ -112,7 +112,9 @@ def main(console: Console) -> None:
         for method in TRANSFER_WEIGHTS
     }
     picture = arguments.workdir / "figure1.png"
-    draw(teacher, taught, results, picture)
+    figure = draw(teacher, taught, results)
+    figure.savefig(picture, dpi=200)
+    plt.close(figure)
     table = Table(box=None, header_style="bold")
     for column in ("method", "test error %", "agreement after initialising %", "at the end %"):
         table.add_column(column, no_wrap=True)
@@ -180,7 +182,7 @@ def shares(runs: list[Result], key: str) -> list[float]:
     return [each["layer1"] if isinstance(each, dict) else each for each in found]
 
 
-def draw(teacher: Network, taught: Result, results: dict[str, list[Result]], path: Path) -> None:
+def draw(teacher: Network, taught: Result, results: dict[str, list[Result]]) -> Figure:
     """The picture: the first seed's students, and all seeds' numbers."""
     if not all(results.values()):
         raise InputError("there is no student to draw")
@@ -234,8 +236,7 @@ def draw(teacher: Network, taught: Result, results: dict[str, list[Result]], pat
             f"(drawn: the first of {seeds} seeds; mean ± std of all)\n",
             fontsize=9,
         )
-        figure.savefig(path, dpi=200)
-        plt.close(figure)
+    return figure
 
 
 def _on_grid(model: Network, grid: np.ndarray) -> dict[str, np.ndarray]:
