@@ -283,9 +283,9 @@ class Run:
         """Journal and state of the newest checkpoint, if there is one."""
         if self.checkpoints is None or (meta := self.checkpoints.latest()) is None:
             return journal, None
-        if meta["config"] != self.config.as_json():
-            other, own = meta["config"], self.config.as_json()
-            differing = sorted(k for k in {*other, *own} if other.get(k) != own.get(k))
+        other, own = meta["config"], self.config.as_json()  # what is off may be missing from it
+        differing = sorted(k for k in {*other, *own} if other.get(k) != own.get(k))
+        if differing:
             raise InputError(
                 f"the checkpoint in {self.checkpoints.directory} is of another configuration: "
                 f"{', '.join(f'{k} is {other.get(k)!r}, not {own.get(k)!r}' for k in differing)}"
