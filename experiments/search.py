@@ -99,6 +99,7 @@ def main(console: Console) -> None:
                         epochs=arguments.epochs,
                         batch_size=arguments.batch_size,
                         fraction=arguments.fraction,
+                        evaluate_every=sum(arguments.epochs),  # phases' ends are enough here
                         seeds=seed,
                         workdir=arguments.workdir,
                         reporter=live,
