@@ -39,12 +39,7 @@ from experiments.teachers import find_teacher
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    description, examples = (__doc__ or "").split("examples:")
-    parser = cli.Parser(
-        prog="python -m experiments.analyse",
-        description=description,
-        epilog="examples:" + examples,
-    )
+    parser = cli.Parser("experiments.analyse", __doc__)
     add = parser.add_argument
     add("networks", nargs="+", metavar="NETWORK", help="run, architecture or ARCHITECTURE=FILE")
     add("--dataset", help=f"{' or '.join(DATASETS)} (default: the run's, else cifar10)")

@@ -43,12 +43,7 @@ Rows = list[dict[str, Any]]
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    description, examples = (__doc__ or "").split("examples:")
-    parser = cli.Parser(
-        prog="python -m experiments.bench",
-        description=description,
-        epilog="examples:" + examples,
-    )
+    parser = cli.Parser("experiments.bench", __doc__)
     add = parser.add_argument
     add("--teacher", default="wrn22-4")
     add("--student", default="wrn16-2")

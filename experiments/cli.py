@@ -12,25 +12,53 @@ import signal
 import sys
 import warnings
 import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 import jax
 from rich.console import Console
 
+import abflax
 from abflax.errors import BusyError, DiskError, InputError, NonFiniteError
 from abflax.interrupt import Interrupted
+from abflax.progress import Live
 
 WORKDIR = Path("workdir")
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose complaints are one sentence, with near matches, and exit code 2."""
+    """An argument parser whose complaints are one sentence, with near matches, and exit code 2.
 
-    def __init__(self, **options: Any) -> None:
-        options.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
-        super().__init__(allow_abbrev=False, **options)
+    Args:
+      module: what `python -m` runs.
+      page: its docstring, the description, which ends with a paragraph that begins "examples:".
+      choices: what comes between the two, heading -> name -> one line.
+      trains: it shows progress, which `--quiet` turns off (see `progress`).
+    """
+
+    def __init__(
+        self,
+        module: str,
+        page: str | None,
+        choices: Mapping[str, Mapping[str, str]] | None = None,
+        trains: bool = False,
+    ) -> None:
+        description, examples = (page or "").split("\n\nexamples:")
+        lists = [
+            "\n".join([f"{heading}:", *(f"  {name:<20} {line}" for name, line in lines.items())])
+            for heading, lines in (choices or {}).items()
+        ]
+        super().__init__(
+            prog=f"python -m {module}",
+            description=description,
+            epilog="\n\n".join([*lists, f"examples:{examples}"]),
+            allow_abbrev=False,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        self.add_argument("--version", action="version", version=f"abflax {abflax.__version__}")
+        if trains:
+            self.add_argument("--quiet", action="store_true", help="results alone, no progress")
 
     def parse_args(self, args: Iterable[str] | None = None, namespace: Any = None) -> Any:
         found, left = self.parse_known_args(args, namespace)
@@ -78,6 +106,11 @@ def main(command: Callable[[Console], None]) -> NoReturn:
     except KeyboardInterrupt:
         _leave("stopped", 128 + signal.SIGINT)
     raise SystemExit(0)
+
+
+def progress(arguments: argparse.Namespace, console: Console) -> Live:
+    """What a command that trains shows of it: nothing where `--quiet` was given."""
+    return Live(Console(quiet=True) if arguments.quiet else console)
 
 
 def require_all(finished: Sequence[Any], busy: Sequence[BusyError]) -> None:

@@ -89,12 +89,7 @@ def arm(points: np.ndarray) -> np.ndarray:
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    description, examples = (__doc__ or "").split("examples:")
-    parser = cli.Parser(
-        prog="python -m experiments.figure1",
-        description=description,
-        epilog="examples:" + examples,
-    )
+    parser = cli.Parser("experiments.figure1", __doc__)
     parser.add_argument("--seeds", type=cli.seeds_type, default=(3, 4, 5, 6, 7), metavar="N",
                         help="how many, or a list such as 0,3 (default 3,4,5,6,7)")  # fmt: skip
     parser.add_argument("--workdir", type=Path, default=cli.WORKDIR, help="default ./workdir")

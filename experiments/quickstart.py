@@ -23,7 +23,6 @@ from rich.table import Table
 
 from abflax import distill, load
 from abflax.models import MODELS
-from abflax.progress import Live
 from abflax.record import require_writable
 from abflax.weights import load_network
 from experiments import cli, plots
@@ -43,12 +42,7 @@ TEACHER_SEED = 1000
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    description, examples = (__doc__ or "").split("examples:")
-    parser = cli.Parser(
-        prog="python -m experiments.quickstart",
-        description=description,
-        epilog="examples:" + examples,
-    )
+    parser = cli.Parser("experiments.quickstart", __doc__, trains=True)
     parser.add_argument("--seeds", type=cli.seeds_type, default=(0, 1, 2), metavar="N",
                         help="how many, or a list such as 0,3 (default 3)")  # fmt: skip
     parser.add_argument("--workdir", type=Path, default=cli.WORKDIR, help="default ./workdir")
@@ -62,7 +56,7 @@ def main(console: Console) -> None:
     require_writable(arguments.workdir)
     cli.cache_compilation(arguments.workdir)
     train, test = load("digits", "train"), load("digits", "test")
-    live = Live(console)
+    live = cli.progress(arguments, console)
     common: dict[str, Any] = {
         "test": test,
         "protocol": "official",

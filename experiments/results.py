@@ -26,12 +26,7 @@ _BEGIN, _END = "<!-- results: begin -->", "<!-- results: end -->"
 
 
 def main(console: Console) -> None:
-    description, examples = (__doc__ or "").split("examples:")
-    parser = cli.Parser(
-        prog="python -m experiments.results",
-        description=description,
-        epilog="examples:" + examples,
-    )
+    parser = cli.Parser("experiments.results", __doc__)
     parser.add_argument("--add", type=Path, metavar="WORKDIR", help="copy its finished runs first")
     arguments = parser.parse_args()
     if arguments.add:

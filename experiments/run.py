@@ -30,7 +30,6 @@ from abflax.errors import BusyError, InputError, unknown
 from abflax.files import read_json
 from abflax.methods import METHODS, PROTOCOLS
 from abflax.models import MODELS
-from abflax.progress import Live
 from abflax.record import read_record
 from experiments import cli
 from experiments.statistics import mean_and_std, percent
@@ -39,19 +38,14 @@ from experiments.teachers import find_teacher
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    methods = "\n".join(
-        f"  {name:<20} {METHODS.describe(name).summary} [{METHODS.describe(name).reference}]"
-        for name in METHODS
-    )
-    protocols = "\n".join(
-        f"  {name:<20} {settings['cifar'].summary}" for name, settings in PROTOCOLS.items()
-    )
-    description, examples = (__doc__ or "").split("\n\n", 1)
-    parser = cli.Parser(
-        prog="python -m experiments.run",
-        description=description,
-        epilog=f"methods (they add up with +):\n{methods}\n\nprotocols:\n{protocols}\n\n{examples}",
-    )
+    described = {name: METHODS.describe(name) for name in METHODS}
+    choices = {
+        "methods (they add up with +)": {
+            name: f"{each.summary} [{each.reference}]" for name, each in described.items()
+        },
+        "protocols": {name: settings["cifar"].summary for name, settings in PROTOCOLS.items()},
+    }
+    parser = cli.Parser("experiments.run", __doc__, choices, trains=True)
     add = parser.add_argument
     add("command", nargs="?", default="train", help="train (default), evaluate or list")
     add("--dataset", default="cifar10", help=f"{' or '.join(DATASETS)} (default cifar10)")
@@ -130,7 +124,7 @@ def train(arguments: argparse.Namespace, console: Console) -> None:
         arguments.keep_targets,
         arguments.tensorboard,
     )
-    live = Live(console)
+    live = cli.progress(arguments, console)
     results, busy = [], []
     with live.shown():
         for seed in arguments.seeds:

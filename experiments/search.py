@@ -25,7 +25,6 @@ from abflax.data import holdout
 from abflax.lock import Lock
 from abflax.methods import METHODS
 from abflax.models import MODELS
-from abflax.progress import Live
 from abflax.record import require_writable, write_record
 from experiments import cli
 from experiments.statistics import mean_and_std
@@ -36,10 +35,7 @@ HELD_OUT, SPLIT_SEED = 0.1, 0
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    description, examples = (__doc__ or "").split("examples:")
-    parser = cli.Parser(
-        prog="python -m experiments.search", description=description, epilog="examples:" + examples
-    )
+    parser = cli.Parser("experiments.search", __doc__, trains=True)
     add = parser.add_argument
     add("--method", required=True, help="with a transfer loss")
     add("--protocol", default="paper")
@@ -79,7 +75,7 @@ def main(console: Console) -> None:
     data = load(arguments.dataset, "train", arguments.data_dir)
     fitted, validation = holdout(data, HELD_OUT, SPLIT_SEED)
     cli.cache_compilation(arguments.workdir)
-    live = Live(console)
+    live = cli.progress(arguments, console)
     points: list[dict[str, Any]] = []
     busy: list[BusyError] = []
     path = arguments.workdir / "search" / f"{arguments.method}-{arguments.protocol}.json"

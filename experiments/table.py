@@ -29,7 +29,7 @@ from rich.console import Console
 from abflax import Network, NonFiniteError, Resources, distill, load
 from abflax.errors import BusyError, unknown
 from abflax.models import MODELS
-from abflax.progress import Live, Reporter
+from abflax.progress import Reporter
 from abflax.record import require_writable
 from experiments import archive, cli, figures
 from experiments.cells import Filled, fill, identities, markdown
@@ -42,14 +42,11 @@ from experiments.teachers import find_teacher, is_shipped
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    description, rest = (__doc__ or "").split("\n\nexamples:", 1)
-    scales = "\n".join(f"  {name:<8} {scale.summary}" for name, scale in SCALES.items())
-    tables = "\n".join(f"  {name:<8} {table.title}" for name, table in TABLES["paper"].items())
-    parser = cli.Parser(
-        prog="python -m experiments.table",
-        description=description,
-        epilog=f"tables:\n{tables}\n\nscales:\n{scales}\n\nexamples:{rest}",
-    )
+    choices = {
+        "tables": {name: each.title for scale in SCALES for name, each in TABLES[scale].items()},
+        "scales": {name: scale.summary for name, scale in SCALES.items()},
+    }
+    parser = cli.Parser("experiments.table", __doc__, choices, trains=True)
     add = parser.add_argument
     add("tables", metavar="N", help="number of a table, several such as 1,3, or all")
     add("--scale", default="paper", help=f"{' or '.join(SCALES)} (default paper)")
@@ -115,7 +112,7 @@ def main(console: Console) -> None:
         return
     require_writable(arguments.workdir)
     cli.cache_compilation(arguments.workdir)
-    live = Live(console)
+    live = cli.progress(arguments, console)
     with live.shown():
         notes, failures = run(mine, chosen, given, teachers, records, arguments, live)
     records = archive.committed() | archive.finished(arguments.workdir)

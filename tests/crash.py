@@ -51,10 +51,7 @@ STRIKES_A_RUN, AT_THE_END = 10, 3
 
 
 def main(console: Console) -> None:
-    description, examples = (__doc__ or "").split("examples:")
-    parser = cli.Parser(
-        prog="python -m tests.crash", description=description, epilog="examples:" + examples
-    )
+    parser = cli.Parser("tests.crash", __doc__)
     parser.add_argument("--strikes", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     parser.add_argument("--page", action="store_true", help="only rebuild the page")

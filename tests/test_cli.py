@@ -6,6 +6,7 @@ import sys
 import numpy as np
 import pytest
 
+import abflax
 from abflax.methods import METHODS
 from abflax.weights import read_state_dict
 from experiments import analyse, cli, figure1, quickstart, run
@@ -96,6 +97,10 @@ def test_help(command, module):
             assert METHODS.describe(name).reference in out and f"  {name} " in out
 
 
+def test_version(command):
+    assert command("--version")[:2] == (0, f"abflax {abflax.__version__}\n")
+
+
 def test_nothing_to_list(command, tmp_path):
     assert command("list", "--workdir", str(tmp_path))[:2] == (0, f"no runs in {tmp_path}\n")
 
@@ -110,6 +115,7 @@ def test_train_list_and_evaluate(command, tmp_path):
     code, out, err = command(*train, "--json")
     (record,) = json.loads(out)
     assert "is finished already" in err
+    assert command(*train, "--json", "--quiet") == (0, out, "")
     name = record["hash"]
     code, out, _ = command("list", "--json", *here)
     (row,) = json.loads(out)
