@@ -185,11 +185,12 @@ def test_convolve_is_lax_convolution(x64, batch, size, channels, features, kerne
         chex.assert_trees_all_close(one, other, rtol=1e-12, atol=1e-12)
 
 
-def test_convolve_to_second_order(x64):
+@pytest.mark.parametrize(("side", "stride"), [(4, 1), (5, 2)])
+def test_convolve_to_third_order(x64, side, stride):
     rng = np.random.default_rng(1)
-    images, weights = rng.standard_normal((2, 4, 4, 2)), rng.standard_normal((3, 3, 2, 2))
-    loss = lambda x, w: jnp.sin(convolve(x, w, (1, 1), [(1, 1), (1, 1)])).sum()
-    jax.test_util.check_grads(loss, (images, weights), order=2, modes=["rev"])
+    images, weights = rng.standard_normal((2, side, side, 1)), rng.standard_normal((3, 3, 1, 2))
+    loss = lambda x, w: jnp.sin(convolve(x, w, (stride, stride), [(1, 1), (1, 1)])).sum()
+    jax.test_util.check_grads(loss, (images, weights), order=3, modes=["rev"])
 
 
 def test_convolve_refuses_groups():

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -62,24 +62,29 @@ def _plain(images: jax.Array, kernel: jax.Array, static: Any) -> jax.Array:
     )
 
 
+# Three maps that are linear in both of their arguments: the convolution, and what its gradients
+# with respect to images and kernel are. The gradients of each are the other two, so derivatives
+# of every order (Jacobian matching needs the second) are made of the same three.
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _convolve(images: jax.Array, kernel: jax.Array, static: Any) -> jax.Array:
     return _plain(images, kernel, static)
 
 
-def _forward(
-    images: jax.Array, kernel: jax.Array, static: Any
-) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return _plain(images, kernel, static), (images, kernel)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _to_images(cotangent: jax.Array, kernel: jax.Array, static: Any, sides: Any) -> jax.Array:
+    shape = (len(cotangent), *sides, kernel.shape[2])
+    images = jax.ShapeDtypeStruct(shape, cotangent.dtype)
+    return jax.linear_transpose(lambda x: _plain(x, kernel, static), images)(cotangent)[0]
 
 
-def _backward(
-    static: Any, residuals: tuple[jax.Array, jax.Array], cotangent: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    images, kernel = residuals
-    (to_images,) = jax.linear_transpose(lambda x: _plain(x, kernel, static), images)(cotangent)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _to_kernel(images: jax.Array, cotangent: jax.Array, static: Any, sides: Any) -> jax.Array:
+    shape = (*sides, images.shape[-1], cotangent.shape[-1])
+    kernel = jax.ShapeDtypeStruct(shape, images.dtype)
 
-    def to_kernel(images: jax.Array, cotangent: jax.Array) -> jax.Array:
+    def whole(images: jax.Array, cotangent: jax.Array) -> jax.Array:
         return jax.linear_transpose(lambda w: _plain(images, w, static), kernel)(cotangent)[0]
 
     def in_chunks(images: jax.Array, cotangent: jax.Array) -> jax.Array:
@@ -87,11 +92,34 @@ def _backward(
         while chunks > 1 and math.prod(cotangent.shape[:3]) < chunks * _FEWEST_POSITIONS:
             chunks //= 2
         pieces = zip(jnp.split(images, chunks), jnp.split(cotangent, chunks), strict=True)
-        return functools.reduce(jnp.add, (to_kernel(*piece) for piece in pieces))
+        return functools.reduce(jnp.add, (whole(*piece) for piece in pieces))
 
-    return to_images, jax.lax.platform_dependent(
-        images, cotangent, cpu=in_chunks, default=to_kernel
-    )
+    return jax.lax.platform_dependent(images, cotangent, cpu=in_chunks, default=whole)
 
 
-_convolve.defvjp(_forward, _backward)
+def _keep(function: Callable[..., jax.Array]) -> Callable[..., Any]:
+    """The forward rule: both arguments are kept."""
+    return lambda one, other, *static: (function(one, other, *static), (one, other))
+
+
+_convolve.defvjp(
+    _keep(_convolve),
+    lambda static, kept, out: (
+        _to_images(out, kept[1], static, kept[0].shape[1:3]),
+        _to_kernel(kept[0], out, static, kept[1].shape[:2]),
+    ),
+)
+_to_images.defvjp(
+    _keep(_to_images),
+    lambda static, sides, kept, images: (
+        _convolve(images, kept[1], static),
+        _to_kernel(images, kept[0], static, kept[1].shape[:2]),
+    ),
+)
+_to_kernel.defvjp(
+    _keep(_to_kernel),
+    lambda static, sides, kept, kernel: (
+        _to_images(kept[1], kernel, static, kept[0].shape[1:3]),
+        _convolve(kept[0], kernel, static),
+    ),
+)
