@@ -27,7 +27,7 @@ def evaluate(network: Network, test: Dataset, devices: int | None = None) -> dic
       {"test_error": share, "errors": count, "examples": count, "test_cross_entropy": nats,
       "agreement": {}, "silent": layer -> share of neurons that fire on no example}.
     """
-    used = parallel.local_devices(devices)
+    used = parallel.usable_devices(devices)
     require_runs("the network", network.model, test.image_shape, train=False, dropout=False)
     require_classes("the network", network.model, test.image_shape, test.num_classes)
     require_fits("the weights", network.model, network.variables, test.image_shape)

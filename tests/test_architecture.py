@@ -16,8 +16,9 @@ MAY_KNOW = {
     "data": {"settings"},
     "interrupt": set(),
     "progress": set(),
-    "checkpoint": {"networks"},  # the digest
-    "lock": set(),
+    "processes": set(),
+    "checkpoint": {"networks", "processes"},  # the digest
+    "lock": {"processes"},
     "terms": {"losses", "metrics", "taps"},
     "settings": set(),
     "methods": {"terms", "optim", "settings"},
@@ -48,6 +49,7 @@ MAY_KNOW = {
         "networks",
         "optim",
         "parallel",
+        "processes",
         "progress",
         "record",
         "step",
@@ -62,6 +64,7 @@ MAY_KNOW = {
         "lock",
         "models",
         "networks",
+        "processes",
         "progress",
         "record",
         "run",
