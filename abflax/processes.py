@@ -21,11 +21,12 @@ from typing import ParamSpec, TypeVar
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from abflax.errors import InputError, LostError
 
-P = ParamSpec("P")
-T = TypeVar("T")
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
 
 SILENCE = 30
 """Seconds after which a process from which nothing is heard is taken for dead."""
@@ -71,6 +72,14 @@ def join(
         raise InputError(
             f"JAX knows no cluster here ({error}): name coordinator, processes and process"
         ) from error
+    # On CPUs devices connect at their first collective, which gives up after 30 s: here all are at
+    # the same point, later one may load or compile for longer than another.
+    devices = jax.devices()
+    spread = NamedSharding(Mesh(np.asarray(devices), ("all",)), PartitionSpec("all"))
+    zeros = np.zeros(len(devices), np.int32)
+    array = jax.make_array_from_callback(zeros.shape, spread, lambda here: zeros[here])
+    multihost_utils.process_allgather(array, tiled=True)
+    highest(0)
 
 
 def is_first() -> bool:
@@ -78,7 +87,7 @@ def is_first() -> bool:
     return jax.process_index() == 0
 
 
-def once(do: Callable[P, T]) -> Callable[P, T]:
+def once(do: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
     """A function that is called in all processes and runs in the first.
 
     What it gives there, or raises, it gives and raises in all of them. They must all call it at the
@@ -86,7 +95,7 @@ def once(do: Callable[P, T]) -> Callable[P, T]:
     """
 
     @functools.wraps(do)
-    def done(*args: P.args, **kwargs: P.kwargs) -> T:
+    def done(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
         if jax.process_count() == 1:
             return do(*args, **kwargs)
         told = b""

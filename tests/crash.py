@@ -33,6 +33,7 @@ from rich.console import Console
 from abflax.files import write_whole
 from abflax.record import environment, read_record, write_record
 from experiments import cli
+from tests import several
 from tests.conftest import save_random_network
 
 HERE = Path(__file__).parent
@@ -63,8 +64,7 @@ def main(console: Console) -> None:
         with tempfile.TemporaryDirectory() as folder:
             for facts in strike(Path(folder), arguments.strikes, arguments.seed, console):
                 write_record(FACTS, facts)
-    facts = json.loads(FACTS.read_text())
-    write_whole(PAGE, page(facts).encode())
+    facts = write_page()
     console.print(f"{PAGE}: {sum(run['survived'] for run in facts['runs'])} of "
                   f"{len(facts['runs'])} runs ended as if nothing had happened")  # fmt: skip
 
@@ -216,6 +216,13 @@ def _blow(run: _Run, moment: str, draw: random.Random) -> dict[str, Any] | None:
     }
 
 
+def write_page() -> dict[str, Any]:
+    """Rebuilds tests/RELIABILITY.md. Returns the facts about strikes."""
+    facts = json.loads(FACTS.read_text())
+    write_whole(PAGE, page(facts).encode())
+    return facts
+
+
 def page(facts: dict[str, Any]) -> str:
     """RELIABILITY.md."""
     runs = facts["runs"]
@@ -248,6 +255,7 @@ Half written on the disk when it struck: {half}. From SIGTERM to exit code 143, 
 written: {slowest} ({len(listened)} times; the others came before training and ended the process at
 once). Device: {made["device"]}; jax {made["jax"]}; commit {str(made["commit"])[:12]}.
 
+{several.section()}
 {OTHERS}"""
 
 
