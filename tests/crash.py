@@ -279,6 +279,12 @@ phase and the first tap that is not finite; the checkpoint before stays \
 | `tests/test_diagnosis.py` |
 | a learning rate that is too large | called divergence, with the growth of loss and weights; a \
 search goes on with the next point | `tests/test_diagnosis.py`, `tests/test_search.py` |
+| one of several processes is given other arguments, or holds other bits | named; exit code 2 \
+| `tests/test_processes.py` |
+| the same command twice, in two phases and in a joint one | the same bits \
+| `python -m pytest -n 0 -m slow tests/test_determinism.py` |
+| one seed of four varied | other draws of what it names, nothing else \
+| `tests/test_determinism.py` |
 | bad input | the documented exception, or one sentence and exit code 2 | `tests/test_input.py`; \
 many more examples: `python -m pytest -n 0 tests/test_input.py --hypothesis-profile=slow` |
 | code in a weights file | never runs | `tests/test_weights.py`, `tests/test_input.py` |
