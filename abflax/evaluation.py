@@ -15,6 +15,7 @@ from abflax.data import Dataset
 from abflax.methods import METHODS
 from abflax.networks import Network, prepared
 from abflax.optim import Span
+from abflax.processes import together
 
 BATCH = 250
 """Images that a device looks at at once."""
@@ -44,7 +45,8 @@ def evaluate(network: Network, test: Dataset, devices: int | None = None) -> dic
         "teacher": {},
     }
     params, stats = parallel.replicate((params, stats), used)
-    return Evaluation(test, used)(program, params, stats, {})
+    with together():
+        return Evaluation(test, used)(program, params, stats, {})
 
 
 class Evaluation:

@@ -168,10 +168,12 @@ class Several:
         return (self._folder() / "student.safetensors").read_bytes()
 
     def record(self) -> dict[str, Any]:
-        """Without the times."""
+        """Without the times, and the state of the repository at that time."""
         record = json.loads((self._folder() / "record.json").read_text())
-        phases = [{**phase, "seconds": None} for phase in record["phases"]]
-        return {**record, "phases": phases, "seconds": None, "finished": None}
+        for timed in (record, *record["phases"]):
+            timed.pop("seconds")
+        del record["finished"], record["environment"]["commit"]
+        return record
 
     def _folder(self) -> Path:
         (folder,) = (self._workdirs[0] / "runs").iterdir()

@@ -31,7 +31,15 @@ MAY_KNOW = {
     "journal": {"config", "methods", "optim"},
     "diagnosis": {"step", "taps"},
     "parallel": {"data", "diagnosis", "methods", "optim", "step", "taps"},
-    "evaluation": {"compatibility", "data", "methods", "networks", "optim", "parallel"},
+    "evaluation": {
+        "compatibility",
+        "data",
+        "methods",
+        "networks",
+        "optim",
+        "parallel",
+        "processes",
+    },
     "kept": {"methods", "networks", "parallel"},
     "events": set(),
     "run": {
