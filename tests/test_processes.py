@@ -95,8 +95,6 @@ def facts(tmp_path_factory):
 
 def _require(facts):
     """What RELIABILITY.md claims."""
-    assert facts["twice"]
-    assert set(facts["numbers"]) == {"2", "4"}
     for found in facts["numbers"].values():
         assert found["history"] < 1e-9 and found["weights"] < 1e-9
     assert several.written(facts) == []
@@ -115,6 +113,7 @@ def _require(facts):
 
 @pytest.mark.slow
 def test_two_and_four_processes_are_as_good_as_one_even_when_struck(facts):
+    assert set(facts["numbers"]) == {"2", "4"}
     _require(facts)
 
 
