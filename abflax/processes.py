@@ -50,6 +50,7 @@ def join(
 
     Raises:
       ValueError: if they do not fit, or JAX knows no cluster here.
+      LostError: if another is gone before all have met.
     """
     missing = [each is None for each in (coordinator, processes, process)]
     if any(missing) and not all(missing):
@@ -78,8 +79,9 @@ def join(
     spread = NamedSharding(Mesh(np.asarray(devices), ("all",)), PartitionSpec("all"))
     zeros = np.zeros(len(devices), np.int32)
     array = jax.make_array_from_callback(zeros.shape, spread, lambda here: zeros[here])
-    multihost_utils.process_allgather(array, tiled=True)
-    highest(0)
+    with together():
+        multihost_utils.process_allgather(array, tiled=True)
+        highest(0)
 
 
 def is_first() -> bool:
