@@ -2,7 +2,7 @@
 
 from abflax.config import Resources, RunConfig, Seeds
 from abflax.data import Dataset, load
-from abflax.errors import BusyError, DiskError, InputError, NonFiniteError
+from abflax.errors import BusyError, DiskError, InputError, LostError, NonFiniteError
 from abflax.evaluation import evaluate
 from abflax.interrupt import Interrupted
 from abflax.loop import Result, distill
@@ -17,6 +17,7 @@ __all__ = [
     "DiskError",
     "InputError",
     "Interrupted",
+    "LostError",
     "Network",
     "NonFiniteError",
     "Resources",

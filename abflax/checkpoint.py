@@ -21,6 +21,7 @@ from orbax.checkpoint.checkpoint_managers import LatestN
 
 from abflax.errors import DiskError, InputError
 from abflax.networks import digest
+from abflax.processes import is_first, once, require_same
 
 _KEPT = 2  # the newest, and the one before it in case the newest cannot be read
 
@@ -30,7 +31,7 @@ class Checkpoints:
 
     Each holds a state (a pytree of arrays) and a description (JSON): the configuration, phase,
     step and record so far. Both carry a digest, since Orbax does not notice a bit of an array that
-    has changed on the disk.
+    has changed on the disk. Of several processes the first alone writes and reads, for all.
 
     Args:
       directory: made if it does not exist; nobody else may be at work in it. What a killed process
@@ -41,34 +42,50 @@ class Checkpoints:
         # Orbax tells of every save otherwise, and of what it raises anyway.
         logging.getLogger("absl").setLevel(logging.CRITICAL)
         self.directory = Path(directory).absolute()
+        self._open()
+
+    @once
+    def _open(self) -> None:
         if self.directory.is_dir():
             for path in self.directory.iterdir():
                 if not path.name.isdigit():
                     shutil.rmtree(path, ignore_errors=True)
+        self.directory.mkdir(parents=True, exist_ok=True)
         self._manager = ocp.CheckpointManager(
             self.directory,
             item_handlers={
                 "state": ocp.StandardCheckpointHandler(),
                 "meta": ocp.JsonCheckpointHandler(),
             },
-            options=ocp.CheckpointManagerOptions(preservation_policy=LatestN(_KEPT)),
+            options=ocp.CheckpointManagerOptions(
+                preservation_policy=LatestN(_KEPT),
+                create=False,
+                multiprocessing_options=ocp.options.MultiprocessingOptions(active_processes={0}),
+            ),
         )
 
     def __enter__(self) -> Checkpoints:
         return self
 
     def __exit__(self, *_: object) -> None:
-        with self._writing():
-            self._manager.close()
+        if is_first():
+            with self._writing():
+                self._manager.close()
 
     def save(self, step: int, state: Any, meta: dict[str, Any]) -> None:
         """Copies the state now and writes it in the background.
 
         Raises:
           DiskError: if this checkpoint, or the one before it in the background, cannot be written.
+          ValueError: if the state has other bits in another process.
         """
         described = {**meta, "state": digest(state)}
+        require_same("the bits of its state: all need the same devices", described["state"])
         described["digest"] = _text_digest(described)
+        self._write(step, state, described)
+
+    @once
+    def _write(self, step: int, state: Any, described: dict[str, Any]) -> None:
         with self._writing():
             self._manager.save(
                 step,
@@ -77,6 +94,7 @@ class Checkpoints:
                 ),
             )
 
+    @once
     def wait(self) -> None:
         """Returns when all that was saved is on disk. Raises `DiskError` as `save` does."""
         with self._writing():
@@ -88,16 +106,18 @@ class Checkpoints:
         try:
             yield
         except (OSError, ValueError) as error:
-            latest = self.latest_step()
+            latest = self._manager.latest_step()
             kept = f"that of step {latest} stays" if latest is not None else "there is none before"
             raise DiskError(
                 f"cannot write a checkpoint in {self.directory}: {_reason(error)}; {kept}"
             ) from error
 
+    @once
     def latest_step(self) -> int | None:
         """The step of the newest checkpoint; None: there is none."""
         return self._manager.latest_step()
 
+    @once
     def latest(self) -> dict[str, Any] | None:
         """The description of the newest checkpoint whose description can be read.
 
@@ -115,6 +135,7 @@ class Checkpoints:
             raise self._none_fits()
         return None
 
+    @once
     def restore(self, target: Callable[[dict[str, Any]], Any]) -> tuple[dict[str, Any], Any]:
         """Description and state of the newest checkpoint that can be read whole.
 

@@ -153,7 +153,7 @@ class Resources:
     """What changes a run's speed and safety, but none of its numbers, so not its name.
 
     Attributes:
-      devices: how many of this process's devices; None: all.
+      devices: how many of each process's devices; None: all.
       steps_per_dispatch: None: 1 on CPUs, 100 on accelerators.
       checkpoint_seconds: the longest time between two checkpoints; every evaluation makes one
         too.

@@ -2,7 +2,8 @@
 
 `InputError` is a `ValueError`: something that the caller gave cannot be right, and the message
 is one sentence that names it. `NonFiniteError` stops a run whose numbers are no longer numbers,
-`DiskError` one that can no longer be written down; `BusyError` says that somebody else is at it.
+`DiskError` one that can no longer be written down, `LostError` one that another process has left;
+`BusyError` says that somebody else is at it.
 """
 
 from __future__ import annotations
@@ -41,6 +42,10 @@ class DiskError(OSError):
 
     def __str__(self) -> str:
         return str(self.args[0])
+
+
+class LostError(RuntimeError):
+    """Another process of the same run is gone. Started again, all go on from the checkpoint."""
 
 
 def unknown(kind: str, name: object, known: Iterable[str]) -> UnknownNameError:

@@ -15,6 +15,7 @@ from abflax.data import Dataset
 from abflax.methods import METHODS
 from abflax.networks import Network, prepared
 from abflax.optim import Span
+from abflax.processes import together
 
 BATCH = 250
 """Images that a device looks at at once."""
@@ -27,7 +28,7 @@ def evaluate(network: Network, test: Dataset, devices: int | None = None) -> dic
       {"test_error": share, "errors": count, "examples": count, "test_cross_entropy": nats,
       "agreement": {}, "silent": layer -> share of neurons that fire on no example}.
     """
-    used = parallel.local_devices(devices)
+    used = parallel.usable_devices(devices)
     require_runs("the network", network.model, test.image_shape, train=False, dropout=False)
     require_classes("the network", network.model, test.image_shape, test.num_classes)
     require_fits("the weights", network.model, network.variables, test.image_shape)
@@ -44,7 +45,8 @@ def evaluate(network: Network, test: Dataset, devices: int | None = None) -> dic
         "teacher": {},
     }
     params, stats = parallel.replicate((params, stats), used)
-    return Evaluation(test, used)(program, params, stats, {})
+    with together():
+        return Evaluation(test, used)(program, params, stats, {})
 
 
 class Evaluation:

@@ -24,10 +24,13 @@ class StopRequest:
 
     A second one acts at once. Outside the main thread, where signals cannot be caught, nothing is
     changed.
+
+    Attributes:
+      signal: the one that has come to this process; 0: none.
     """
 
     def __init__(self) -> None:
-        self.signal: int | None = None
+        self.signal = 0
         self._before: dict[int, object] = {}
 
     def __enter__(self) -> StopRequest:

@@ -1,4 +1,4 @@
-"""One process at a time: a lock that dies with its process."""
+"""One run at a time: a lock that dies with its process."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import warnings
 from pathlib import Path
 
 from abflax.errors import BusyError, DiskError
+from abflax.processes import once
 
 _HELD = {errno.EAGAIN, errno.EWOULDBLOCK, errno.EACCES}
 
@@ -25,7 +26,8 @@ class Lock:
     Between hosts it holds where the file system carries locks: NFSv4 does, NFSv3 with its lock
     daemon, Lustre mounted with `flock`. Mounted to lock within one host only (`nolock`,
     `localflock`), two hosts do not see each other, and nothing here can tell. A file system that
-    refuses locks is told of in a warning, and the work goes on.
+    refuses locks is told of in a warning, and the work goes on. Of several processes at one run the
+    first holds it, for all.
 
     Args:
       path: of the file; its directory exists.
@@ -40,6 +42,7 @@ class Lock:
         self._path, self._what = path, what
         self._file: int | None = None
 
+    @once
     def __enter__(self) -> Lock:
         while self._file is None:
             try:

@@ -19,6 +19,7 @@ from abflax.interrupt import Interrupted, StopRequest
 from abflax.lock import Lock
 from abflax.models import model_name
 from abflax.networks import Network
+from abflax.processes import highest, is_first, once, require_same, together
 from abflax.progress import Reporter, Silent
 from abflax.record import read_record, require_writable, write_record
 from abflax.run import Run
@@ -67,6 +68,9 @@ def distill(
 ) -> Result:
     """Trains a student, with or without a teacher, by one method, for one seed.
 
+    Where `jax.distributed` is initialised, all its processes call this with the same arguments, and
+    train together: see `abflax.processes`.
+
     Args:
       student: any Linen module with taps (or without, where the method needs none); one that
         sows none gets them by path, `Tapped(module, {"layer1": "Conv_0"})`.
@@ -90,6 +94,7 @@ def distill(
       ValueError: if something that was given cannot be right; nothing is written then.
       BusyError: if another process is at this run; a `ValueError` too.
       NonFiniteError: if a loss or gradient is NaN or infinite.
+      LostError: if another process of the run is gone.
       DiskError: if checkpoint, weights or record cannot be written; the same call goes on from the
         checkpoint before.
       Interrupted: after SIGINT or SIGTERM, when the checkpoint is written.
@@ -148,22 +153,25 @@ def distill(
             "found again: use named functions, or no workdir"
         )
     reporter, resources = reporter or Silent(), resources or Resources()
-    if directory is not None and not force and (done := _finished(directory)):
-        reporter.finished(f"{config.hash} is finished already: {directory}")
-        return Result(done, None, directory)
-    with jax.enable_x64(precision == "float64"), StopRequest() as stop:
+    with together(), jax.enable_x64(precision == "float64"), StopRequest() as stop:
+        require_same("what it was asked for", repr((config, resources, force, directory is None)))
+        if directory is not None and not force and (done := _finished(directory)):
+            reporter.finished(f"{config.hash} is finished already: {directory}")
+            return Result(done, None, directory)
         run = Run(config, student, teacher, data, test, resources, reporter, stop)
         if directory is None:
             result = Result(*run.train(None), None)
         else:
-            require_writable(directory)
+            once(require_writable)(directory)
             with Lock(directory / "lock", f"run {config.hash}"):
                 result = _train_in(directory, run, force)
-    if stop.signal is not None:  # it came too late to stop this run
-        raise Interrupted(f"{config.hash} is finished", stop.signal)
+        late = highest(stop.signal)
+    if late:  # it came too late to stop this run
+        raise Interrupted(f"{config.hash} is finished", late)
     return result
 
 
+@once
 def _finished(directory: Path) -> dict[str, Any] | None:
     """The record of a finished run whose directory is tidy; None: something is left to do."""
     untidy = os.path.exists(directory / "checkpoints")  # False where it may not be looked at
@@ -175,20 +183,34 @@ def _train_in(directory: Path, run: Run, force: bool) -> Result:
 
     Only for who holds the directory's lock.
     """
-    path, checkpoints = directory / "record.json", directory / "checkpoints"
+    if done := _begin(directory, run.config, force):
+        return Result(done, None, directory)
+    with Checkpoints(directory / "checkpoints") as kept:
+        events = directory / "events" if run.resources.tensorboard and is_first() else None
+        record, variables = run.train(kept, events)
+    _finish(directory, record, variables)
+    return Result(record, variables, directory)
+
+
+@once
+def _begin(directory: Path, config: RunConfig, force: bool) -> dict[str, Any] | None:
+    """Tidies a run's directory up. Returns its record if it has been finished meanwhile."""
+    path = directory / "record.json"
     if path.exists():  # to be done again, finished by another process just now, or not tidied up
         done = None if force else read_record(path)
-        shutil.rmtree(checkpoints, ignore_errors=True)
+        shutil.rmtree(directory / "checkpoints", ignore_errors=True)
         if done is not None:
-            return Result(done, None, directory)
+            return done
         path.unlink()
     for unfinished in directory.glob("*.tmp"):  # of a process that was killed while writing
         unfinished.unlink(missing_ok=True)
-    write_record(directory / "config.json", run.config.as_json())
-    with Checkpoints(checkpoints) as kept:
-        events = directory / "events" if run.resources.tensorboard else None
-        record, variables = run.train(kept, events)
+    write_record(directory / "config.json", config.as_json())
+    return None
+
+
+@once
+def _finish(directory: Path, record: dict[str, Any], variables: Any) -> None:
+    """Writes what a run has made in place of its checkpoints."""
     save_variables(directory / "student.safetensors", variables)
-    write_record(path, record)
-    shutil.rmtree(checkpoints, ignore_errors=True)
-    return Result(record, variables, directory)
+    write_record(directory / "record.json", record)
+    shutil.rmtree(directory / "checkpoints", ignore_errors=True)

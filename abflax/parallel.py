@@ -56,6 +56,7 @@ class Program:
         is donated.
       targets: (teacher params, teacher statistics, data, examples, views) -> the targets of
         those views of those examples, booleans packed into bytes; all `[devices, share, ...]`.
+        Each process computes its own, on its own devices.
       evaluate: (params, batch_stats, teacher params, data, examples, mask) -> sums, `[batches]`
         each, and "silent": layer -> the share of neurons that fired on no example; `examples` and
         `mask` are `[devices, batches, share]`.
@@ -73,16 +74,23 @@ class Program:
     schedule: Callable[[int], Any]
 
 
-def local_devices(count: int | None = None) -> tuple[jax.Device, ...]:
-    """The first `count` of this process's devices; None: all.
+def usable_devices(count: int | None = None) -> tuple[jax.Device, ...]:
+    """The first `count` devices of each process, process by process; None: all.
 
     Raises:
-      ValueError: if there are fewer.
+      ValueError: if there are fewer, or the processes have not the same number.
     """
-    devices = jax.local_devices()
-    if count is not None and not 1 <= count <= len(devices):
-        raise InputError(f"there are {len(devices)} devices here, so {count} cannot be used")
-    return tuple(devices[:count])
+    each = [jax.local_devices(process_index=index) for index in range(jax.process_count())]
+    if len({len(devices) for devices in each}) > 1:
+        raise InputError(f"the processes have {[*map(len, each)]} devices: they need as many each")
+    if count is not None and not 1 <= count <= len(each[0]):
+        raise InputError(f"there are {len(each[0])} devices here, so {count} cannot be used")
+    return tuple(device for devices in each for device in devices[:count])
+
+
+def own(devices: Sequence[jax.Device]) -> tuple[jax.Device, ...]:
+    """Those of the devices that are this process's."""
+    return tuple(device for device in devices if device.process_index == jax.process_index())
 
 
 def default_steps_per_dispatch(devices: Sequence[jax.Device]) -> int:
@@ -91,13 +99,17 @@ def default_steps_per_dispatch(devices: Sequence[jax.Device]) -> int:
 
 
 def replicate(tree: Any, devices: Sequence[jax.Device]) -> Any:
-    """One logical copy on all the devices."""
-    mesh = jax.sharding.Mesh(np.asarray(devices), (AXIS,))
+    """One logical copy on all the devices, as far as they are this process's.
+
+    So it stays an array that this process can read alone, and `pmap` takes it for its part of what
+    all processes hold.
+    """
+    mesh = jax.sharding.Mesh(np.asarray(own(devices)), (AXIS,))
     return jax.device_put(tree, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()))
 
 
 def split(batch: np.ndarray, devices: Sequence[jax.Device]) -> np.ndarray:
-    """`[steps, batch]` -> `[devices, steps, share]`.
+    """`[steps, batch]` -> `[devices, steps, share]`, of which a process has its own devices' rows.
 
     Raises:
       ValueError: if the batch does not divide among the devices.
@@ -105,7 +117,8 @@ def split(batch: np.ndarray, devices: Sequence[jax.Device]) -> np.ndarray:
     steps, size = batch.shape
     if size % len(devices):
         raise InputError(f"a batch of {size} does not divide among {len(devices)} devices")
-    return batch.reshape(steps, len(devices), -1).swapaxes(0, 1)
+    here = [device.process_index == jax.process_index() for device in devices]
+    return batch.reshape(steps, len(devices), -1).swapaxes(0, 1)[here]
 
 
 @functools.lru_cache(maxsize=64)
@@ -151,7 +164,7 @@ def compile_phase(
             functools.partial(_targets, objective, preprocessing),
             axis_name=AXIS,
             in_axes=(None, None, None, 0, 0),
-            devices=devices,
+            devices=own(devices),
         ),
         evaluate=mapped(evaluate, in_axes=(None, None, None, None, 0, 0)),
         look=mapped(

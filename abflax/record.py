@@ -17,9 +17,10 @@ Schema 1. A record is an object with
 - `result`: `test_error` and `agreement` of the last entry, `best_test_error`, `best_epoch`, and
   `initialise_agreement`: agreement at the end of the initialise phase, if there was one;
 - `seconds`: training and evaluation, compilation included, over all sittings;
-- `environment`: `abflax`, `python`, `jax`, `jaxlib`, `flax`, `optax`, `device`, `devices`,
-  `commit` (with "+" where the code was changed, null outside a repository): of the sitting that
-  finished the run, read when it began;
+- `environment`: `abflax`, `python`, `jax`, `jaxlib`, `flax`, `optax`, `device`, `devices` (of all
+  `processes`; that count is not in records made before there could be several), `commit` (with "+"
+  where the code was changed, null outside a repository): of the sitting that finished the run, read
+  when it began;
 - `finished`: UTC, ISO 8601.
 """
 
@@ -55,6 +56,7 @@ def environment(devices: Sequence[jax.Device]) -> dict[str, Any]:
         **{name: _version(name) for name in packages},
         "device": device_name(devices[0]),
         "devices": len(devices),
+        "processes": len({device.process_index for device in devices}),
         "commit": _commit(),
     }
 

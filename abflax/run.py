@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict
 
-from abflax import parallel
+from abflax import parallel, processes
 from abflax.checkpoint import Checkpoints
 from abflax.compatibility import require_compatible, uses_dropout
 from abflax.config import Resources, RunConfig
@@ -49,7 +49,7 @@ class Run:
         stop: StopRequest,
     ) -> None:
         self.config, self.reporter, self.stop, self.resources = config, reporter, stop, resources
-        self.devices = parallel.local_devices(resources.devices)
+        self.devices = parallel.usable_devices(resources.devices)
         self.environment = environment(self.devices)
         self.per_dispatch = resources.steps_per_dispatch or parallel.default_steps_per_dispatch(
             self.devices
@@ -100,6 +100,8 @@ class Run:
                     journal.phase = index
                     self._keep(journal.step, state)
                 state = self._train_phase(journal, state)
+        if checkpoints is not None:
+            checkpoints.wait()
         _, last = self.kept
         variables = {
             "params": last.params["student"],
@@ -132,7 +134,7 @@ class Run:
         self.reporter.phase(self._label(), phase.name, span.steps, done, span.epochs)
         saved = began = time.perf_counter()
         waiting: list[tuple[int, dict[str, Any], int]] = []
-        if self.stop.signal:  # it came before the first dispatch, which would compile
+        if processes.highest(self.stop.signal):  # before the first dispatch, which would compile
             self._save(journal, state)
             self._stop_if_asked(journal, journal.phase)
         while journal.step < span.start + span.steps:
@@ -150,7 +152,7 @@ class Run:
             epoch = float((journal.step - span.start) / span.steps_per_epoch)
             self.reporter.steps(count, count * self.config.batch_size, epoch, loss)
             late = time.perf_counter() - saved > self.resources.checkpoint_seconds
-            if journal.step == target or late or self.stop.signal:
+            if processes.highest(late or self.stop.signal) or journal.step == target:
                 self._collect(journal, waiting, keep=0)
                 if journal.step == target:
                     self._evaluate(journal, state)
@@ -166,7 +168,7 @@ class Run:
         assert self.config.views is not None
         return keep_targets(
             program, self.teacher_params, state.batch_stats["teacher"], self.data,
-            self.config.views, self.config.batch_size, self.devices,
+            self.config.views, self.config.batch_size, parallel.own(self.devices),
         )  # fmt: skip
 
     def _collect(
@@ -313,14 +315,14 @@ class Run:
         self.kept = step, jax.tree.map(np.array, state)
 
     def _stop_if_asked(self, journal: Journal, index: int) -> None:
-        if self.stop.signal is None:
+        if not (signal := processes.highest(self.stop.signal)):
             return
         kept = "nothing is kept, since the run has no workdir"
         if self.checkpoints is not None:
             self.checkpoints.wait()
             kept = f"the same command goes on from step {journal.step}"
         message = f"stopped in phase {self.phases[index].name} of {self.config.hash}; {kept}"
-        raise Interrupted(message, self.stop.signal)
+        raise Interrupted(message, signal)
 
     def _program(self, phase: Phase, span: Span) -> parallel.Program:
         return parallel.compile_phase(

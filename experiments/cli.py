@@ -20,7 +20,8 @@ import jax
 from rich.console import Console
 
 import abflax
-from abflax.errors import BusyError, DiskError, InputError, NonFiniteError
+from abflax import processes
+from abflax.errors import BusyError, DiskError, InputError, LostError, NonFiniteError
 from abflax.interrupt import Interrupted
 from abflax.progress import Live
 
@@ -77,9 +78,10 @@ class Parser(argparse.ArgumentParser):
 def main(command: Callable[[Console], None]) -> NoReturn:
     """Runs a command and turns what it raises on purpose into one sentence and an exit code.
 
-    0: done. 1: the numbers went wrong. 2: something given cannot be right. 74: something could
-    not be written; 75: another process is at it; 130, 143: stopped by Ctrl-C or SIGTERM: to be
-    gone on with by the same command. Anything else is a bug and shows its traceback.
+    0: done. 1: the numbers went wrong. 2: something given cannot be right. 69: another process of
+    the same run is gone (134 where JAX's runtime has seen it first); 74: something could not be
+    written; 75: another process is at it; 130, 143: stopped by Ctrl-C or SIGTERM: to be gone on
+    with by the same command. Anything else is a bug and shows its traceback.
     """
     logging.getLogger("absl").setLevel(logging.CRITICAL)
     # What Orbax leaves running when it gives up a damaged checkpoint has nobody to report to.
@@ -95,6 +97,10 @@ def main(command: Callable[[Console], None]) -> NoReturn:
         command(console)
     except BusyError as error:
         _leave(f"error: {error}", os.EX_TEMPFAIL)
+    except LostError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.stdout.flush()
+        os._exit(os.EX_UNAVAILABLE)  # on the way out JAX would wait for the others, then abort
     except DiskError as error:
         _leave(f"error: {error}", os.EX_IOERR)
     except InputError as error:
@@ -123,6 +129,17 @@ def require_all(finished: Sequence[Any], busy: Sequence[BusyError]) -> None:
 def _leave(message: str, code: int) -> NoReturn:
     print(message, file=sys.stderr)
     raise SystemExit(code)
+
+
+def join(coordinator: str | None, count: int | None, process: int | None) -> None:
+    """Makes this command one of several processes (see `abflax.processes.join`); the first talks.
+
+    Standard output is for what was asked: what the collectives print there goes beside the errors.
+    """
+    processes.join(coordinator, count, process)
+    talk = os.dup(1) if processes.is_first() else os.open(os.devnull, os.O_WRONLY)
+    os.dup2(2, 1)
+    sys.stdout = os.fdopen(talk, "w")
 
 
 def cache_compilation(workdir: Path) -> None:

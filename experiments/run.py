@@ -8,6 +8,9 @@ examples:
       train a teacher; --teacher wrn22-4 --teacher-weights RUN uses it afterwards
   python -m experiments.run evaluate --teacher wrn16-2
   python -m experiments.run list
+  python -m experiments.run --coordinator node0:9876 --processes 2 --process 0
+      one run by two processes, which train together: the same command with --process 1 beside it;
+      on a cluster that JAX knows (Slurm, Open MPI, Kubernetes, Cloud TPU): --distributed
 
 The same command again goes on where it stopped; a finished run is not run twice.
 """
@@ -30,6 +33,7 @@ from abflax.errors import BusyError, InputError, unknown
 from abflax.files import read_json
 from abflax.methods import METHODS, PROTOCOLS
 from abflax.models import MODELS
+from abflax.processes import is_first
 from abflax.record import read_record
 from experiments import cli
 from experiments.statistics import mean_and_std, percent
@@ -78,7 +82,12 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         help="ask the teacher once for each of the views, and keep its bits")  # fmt: skip
     add("--tensorboard", action="store_true",
         help="write events too: tensorboard --logdir WORKDIR/runs")  # fmt: skip
-    add("--devices", type=int, help="how many (default all)")
+    add("--devices", type=int, help="how many of each process's (default all)")
+    add("--coordinator", metavar="HOST:PORT", help="this is one of several processes: where 0 is")
+    add("--processes", type=int, metavar="N", help="how many they are")
+    add("--process", type=int, metavar="I", help="which of them this is, from 0")
+    add("--distributed", action="store_true",
+        help="this is one of several processes, as the cluster tells JAX")  # fmt: skip
     add("--steps-per-dispatch", type=int, help="default: 1 on CPUs, 100 elsewhere")
     add("--checkpoint-seconds", type=float, default=60.0)
     add("--force", action="store_true", help="run again what is finished")
@@ -91,8 +100,13 @@ def main(console: Console) -> None:
     commands = {"train": train, "evaluate": evaluate_network, "list": list_runs}
     if arguments.command not in commands:
         raise unknown("command", arguments.command, commands)
+    place = (arguments.coordinator, arguments.processes, arguments.process)
+    if arguments.distributed or place != (None, None, None):
+        cli.join(*place)
     cli.cache_compilation(arguments.workdir)
-    commands[arguments.command](arguments, Console(stderr=True) if arguments.json else console)
+    if arguments.json:
+        console = Console(stderr=True, quiet=not is_first())
+    commands[arguments.command](arguments, console)
 
 
 def train(arguments: argparse.Namespace, console: Console) -> None:

@@ -33,6 +33,7 @@ from rich.console import Console
 from abflax.files import write_whole
 from abflax.record import environment, read_record, write_record
 from experiments import cli
+from tests import several
 from tests.conftest import save_random_network
 
 HERE = Path(__file__).parent
@@ -60,8 +61,7 @@ def main(console: Console) -> None:
         with tempfile.TemporaryDirectory() as folder:
             for facts in strike(Path(folder), arguments.strikes, arguments.seed, console):
                 write_record(FACTS, facts)
-    facts = json.loads(FACTS.read_text())
-    write_whole(PAGE, page(facts).encode())
+    facts = write_page()
     console.print(f"{PAGE}: {sum(run['survived'] for run in facts['runs'])} of "
                   f"{len(facts['runs'])} runs ended as if nothing had happened")  # fmt: skip
 
@@ -213,6 +213,13 @@ def _blow(run: _Run, moment: str, draw: random.Random) -> dict[str, Any] | None:
     }
 
 
+def write_page() -> dict[str, Any]:
+    """Rebuilds tests/RELIABILITY.md. Returns the facts about strikes."""
+    facts = json.loads(FACTS.read_text())
+    write_whole(PAGE, page(facts).encode())
+    return facts
+
+
 def page(facts: dict[str, Any]) -> str:
     """RELIABILITY.md."""
     runs = facts["runs"]
@@ -245,6 +252,7 @@ Half written on the disk when it struck: {half}. From SIGTERM to exit code 143, 
 written: {slowest} ({len(listened)} times; the others came before training and ended the process at
 once). Device: {made["device"]}; jax {made["jax"]}; commit {str(made["commit"])[:12]}.
 
+{several.section()}
 {OTHERS}"""
 
 
@@ -268,6 +276,12 @@ phase and the first tap that is not finite; the checkpoint before stays \
 | `tests/test_diagnosis.py` |
 | a learning rate that is too large | called divergence, with the growth of loss and weights; a \
 search goes on with the next point | `tests/test_diagnosis.py`, `tests/test_search.py` |
+| one of several processes is given other arguments, or holds other bits | named; exit code 2 \
+| `tests/test_processes.py` |
+| the same command twice, in two phases and in a joint one | the same bits \
+| `python -m pytest -n 0 -m slow tests/test_determinism.py` |
+| one seed of four varied | other draws of what it names, nothing else \
+| `tests/test_determinism.py` |
 | bad input | the documented exception, or one sentence and exit code 2 | `tests/test_input.py`; \
 many more examples: `python -m pytest -n 0 tests/test_input.py --hypothesis-profile=slow` |
 | code in a weights file | never runs | `tests/test_weights.py`, `tests/test_input.py` |

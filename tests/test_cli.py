@@ -57,6 +57,9 @@ MISTAKES = [
     (("--precision", "float16"), "unknown precision 'float16'"),
     (("--evaluate-every", "0"), "evaluate_every must be at least 1"),
     ((*DIGITS, "--method", "cross-entropy", "--devices", "99"), "99 cannot be used"),
+    (("--coordinator", "here", "--processes", "2", "--process", "0"), "HOST:PORT, not 'here'"),
+    (("--coordinator", "here:1", "--processes", "2"), "are given together, or none of them"),
+    (("--coordinator", "here:1", "--processes", "2", "--process", "2"), "none has the number 2"),
     (("evalute",), "unknown command 'evalute'; did you mean evaluate?"),
 ]  # fmt: skip
 

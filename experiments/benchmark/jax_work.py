@@ -48,7 +48,7 @@ class Bench:
 
     @functools.cached_property
     def devices(self) -> tuple[jax.Device, ...]:
-        return parallel.local_devices()
+        return parallel.usable_devices()
 
     @functools.cached_property
     def networks(self) -> tuple[Model, Model]:
