@@ -10,7 +10,7 @@ from flax import errors as flax_errors
 from flax.traverse_util import flatten_dict
 
 from abflax.config import RunConfig
-from abflax.data import Dataset
+from abflax.data import Dataset, Photographs
 from abflax.errors import InputError
 from abflax.models import model_name
 from abflax.networks import Network, prepared
@@ -102,10 +102,14 @@ def require_compatible(
     config: RunConfig,
     student: Model,
     teacher: Network | None,
-    data: Dataset,
-    test: Dataset | None,
+    data: Dataset | Photographs,
+    test: Dataset | Photographs | None,
 ) -> None:
     """Raises where method, networks and data cannot go together."""
+    if isinstance(data, Photographs) and config.views is not None:
+        raise InputError(
+            "photographs show another crop in each epoch, so their views cannot be counted"
+        )
     phases = config.phases()
     drifts = any(phase.teacher_batch_statistics for phase in phases)
     require_runs("the student", student, data.image_shape, train=True, dropout=True)

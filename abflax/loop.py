@@ -13,7 +13,7 @@ import jax
 
 from abflax.checkpoint import Checkpoints
 from abflax.config import Resources, RunConfig, Seeds
-from abflax.data import Dataset
+from abflax.data import Dataset, Photographs
 from abflax.errors import InputError
 from abflax.interrupt import Interrupted, StopRequest
 from abflax.lock import Lock
@@ -46,9 +46,9 @@ class Result:
 def distill(
     student: Model,
     teacher: Network | None,
-    data: Dataset,
+    data: Dataset | Photographs,
     *,
-    test: Dataset | None = None,
+    test: Dataset | Photographs | None = None,
     method: str = "activation-boundary",
     protocol: str = "paper",
     setting: str = "cifar",
@@ -59,6 +59,7 @@ def distill(
     seeds: Seeds | int = 0,
     precision: str = "float32",
     views: int | None = None,
+    per_class: int | None = None,
     workdir: str | Path | None = None,
     force: bool = False,
     resources: Resources | None = None,
@@ -72,14 +73,15 @@ def distill(
         sows none gets them by path, `Tapped(module, {"layer1": "Conv_0"})`.
       teacher: None only for methods that need none; given to those, agreement with it is measured
         where both have the same neurons.
-      data: the training data, as `abflax.load` gives it or `Dataset(images, labels)`.
+      data: the training data, as `abflax.load` or `abflax.data.read_folder` gives it, or
+        `Dataset(images, labels)`.
       test: held-out data for error and agreement; None: neither is measured.
       method: a name in `abflax.methods.METHODS`, or several joined by "+"; `**options` are its
         options.
       protocol, setting: see `abflax.methods`.
       epochs: of initialise and classify; a joint phase has their sum.
-      batch_size, fraction, evaluate_every, seeds, precision, views: see `abflax.RunConfig`; an
-        integer seed stands for all four.
+      batch_size, fraction, evaluate_every, seeds, precision, views, per_class: see
+        `abflax.RunConfig`; an integer seed stands for all four.
       workdir: where `runs/HASH/` with checkpoints, record and weights goes; None: nothing is
         written. The same call again goes on where it stopped, or returns the finished record.
       force: do a finished run again; one that is not finished goes on.
@@ -117,8 +119,8 @@ def distill(
     for name, value, kind in (
         ("student", student, Model),
         ("teacher", teacher, Network | None),
-        ("data", data, Dataset),
-        ("test", test, Dataset | None),
+        ("data", data, Dataset | Photographs),
+        ("test", test, Dataset | Photographs | None),
         ("seeds", seeds, Seeds | int),
         ("workdir", workdir, str | Path | None),
     ):
@@ -139,6 +141,7 @@ def distill(
         seeds=seeds if isinstance(seeds, Seeds) else Seeds.all(seeds),
         precision=precision,
         views=views,
+        per_class=per_class,
         test=test.name if test is not None and test.name != data.name else None,
     )
     directory = None if workdir is None else Path(workdir) / "runs" / config.hash

@@ -30,7 +30,8 @@ MAY_KNOW = {
     "journal": {"config", "methods", "optim"},
     "diagnosis": {"step", "taps"},
     "parallel": {"data", "diagnosis", "methods", "optim", "step", "taps"},
-    "evaluation": {"compatibility", "data", "methods", "networks", "optim", "parallel"},
+    "feed": {"data", "parallel"},
+    "evaluation": {"compatibility", "data", "feed", "methods", "networks", "optim", "parallel"},
     "kept": {"methods", "networks", "parallel"},
     "events": set(),
     "run": {
@@ -41,6 +42,7 @@ MAY_KNOW = {
         "diagnosis",
         "evaluation",
         "events",
+        "feed",
         "interrupt",
         "journal",
         "kept",

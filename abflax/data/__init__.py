@@ -1,16 +1,22 @@
-"""Data sets as arrays in memory, their subsets, order and augmentation.
+"""Data sets, in memory or as photographs on the disk, their subsets, order and augmentation.
 
 `DATASETS` maps a name to a function (split, data directory or None) -> `Dataset`.
 """
 
 from abflax.data.augmentation import Preprocessing, augment, draw_views, normalise, view
-from abflax.data.dataset import Dataset, holdout, subset
+from abflax.data.dataset import Dataset, holdout, shots, subset
+from abflax.data.decoders import Batches
+from abflax.data.folder import Folder, read_folder
+from abflax.data.photographs import Photographs
 from abflax.data.registry import DATASETS, load
 from abflax.data.stream import Stream
 
 __all__ = [
     "DATASETS",
+    "Batches",
     "Dataset",
+    "Folder",
+    "Photographs",
     "Preprocessing",
     "Stream",
     "augment",
@@ -18,6 +24,8 @@ __all__ = [
     "holdout",
     "load",
     "normalise",
+    "read_folder",
+    "shots",
     "subset",
     "view",
 ]
