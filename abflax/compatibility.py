@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import errors as flax_errors
-from flax.traverse_util import flatten_dict
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from abflax.config import RunConfig
 from abflax.data import Dataset, Photographs
@@ -88,6 +88,14 @@ def require_fits(what: str, model: Model, variables: Any, image_shape: tuple[int
             )
         if not jnp.issubdtype(found[key].dtype, jnp.floating):
             raise InputError(f"{what} for {name}: '{key}' holds {found[key].dtype}, no floats")
+
+
+def require_part(what: str, model: Model, variables: Any, image_shape: tuple[int, ...]) -> None:
+    """Raises `InputError` where variables are not some of a model's, as `require_fits` does."""
+    found = flatten_dict(dict(variables))
+    wanted = flatten_dict(abstract_variables(model, image_shape))
+    rest = {path: leaf for path, leaf in wanted.items() if path not in found}
+    require_fits(what, model, unflatten_dict(found | rest), image_shape)
 
 
 def require_classes(what: str, model: Model, image_shape: tuple[int, ...], classes: int) -> None:

@@ -44,7 +44,7 @@ class Result:
 
 
 def distill(
-    student: Model,
+    student: Model | Network,
     teacher: Network | None,
     data: Dataset | Photographs,
     *,
@@ -70,7 +70,8 @@ def distill(
 
     Args:
       student: any Linen module with taps (or without, where the method needs none); one that
-        sows none gets them by path, `Tapped(module, {"layer1": "Conv_0"})`.
+        sows none gets them by path, `Tapped(module, {"layer1": "Conv_0"})`. A `Network` begins with
+        its weights; modules that these lack (a classifier over other classes) begin fresh.
       teacher: None only for methods that need none; given to those, agreement with it is measured
         where both have the same neurons.
       data: the training data, as `abflax.load` or `abflax.data.read_folder` gives it, or
@@ -117,7 +118,7 @@ def distill(
       {'bias': (10,), 'kernel': (4, 10)}
     """
     for name, value, kind in (
-        ("student", student, Model),
+        ("student", student, Model | Network),
         ("teacher", teacher, Network | None),
         ("data", data, Dataset | Photographs),
         ("test", test, Dataset | Photographs | None),
@@ -128,7 +129,7 @@ def distill(
             raise InputError(f"{name} must be {described(kind)}, not {value!r}")
     config = RunConfig(
         dataset=data.name,
-        student=model_name(student),
+        student=str(student.name) if isinstance(student, Network) else model_name(student),
         teacher=teacher.name if teacher is not None else None,
         method=method,
         protocol=protocol,

@@ -11,11 +11,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax.traverse_util import flatten_dict
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from abflax import parallel
 from abflax.checkpoint import Checkpoints
-from abflax.compatibility import require_compatible, uses_dropout
+from abflax.compatibility import require_compatible, require_part, uses_dropout
 from abflax.config import Resources, RunConfig
 from abflax.data import Dataset, Photographs, Stream, shots, subset
 from abflax.diagnosis import Trend, first_not_finite, norm_of
@@ -41,7 +41,7 @@ class Run:
     def __init__(
         self,
         config: RunConfig,
-        student: Model,
+        student: Model | Network,
         teacher: Network | None,
         data: Dataset | Photographs,
         test: Dataset | Photographs | None,
@@ -58,6 +58,11 @@ class Run:
         self.per_dispatch = resources.steps_per_dispatch or parallel.default_steps_per_dispatch(
             self.devices, isinstance(data, Photographs)
         )
+        self.given: Any = {}
+        if isinstance(student, Network):
+            self.given = student.variables
+            student = student.model
+            require_part("the student's weights", student, self.given, data.image_shape)
         require_compatible(config, student, teacher, data, test)
         self.shape = data.image_shape
         self.preprocessing = dataclasses.replace(data.preprocessing, views=config.views)
@@ -277,10 +282,15 @@ class Run:
         self.reporter.evaluated(entry)
 
     def _begin(self, index: int, before: TrainState | None) -> TrainState:
-        """The state at the start of a phase: the student of the phase before, or a fresh one."""
+        """The state at the start of a phase: the student of the phase before, or a fresh one, with
+        the weights that it was given."""
         key = jax.random.key(self.config.seeds.weights)
         if before is None:
             student = self.programs[index].init(jax.random.fold_in(key, 0))
+            if self.given:
+                fresh, given = flatten_dict(student), flatten_dict(dict(self.given))
+                cast = {path: np.asarray(leaf, fresh[path].dtype) for path, leaf in given.items()}
+                student = {"batch_stats": {}, **unflatten_dict(fresh | cast)}
             teacher_stats = self.teacher_stats
         else:
             student = {
