@@ -16,6 +16,7 @@ import numpy as np
 
 from abflax import parallel
 from abflax.data import Batches, Dataset, Photographs, Stream
+from abflax.data.decoders import Decoders
 
 BATCH = 250
 """Images that a device looks at at once in evaluation."""
@@ -57,6 +58,11 @@ class Feed:
         ahead = max(_AHEAD, 2 * per_dispatch)
         self._images = _Images(data, devices, crops, stream.batch_size, ahead, workers)
         self.close = self._images.close
+
+    @property
+    def decoders(self) -> Decoders | None:
+        """The processes that decode; None where there are none, or none yet."""
+        return self._images.batches.decoders if self._images.batches is not None else None
 
     def __call__(self, step: int, count: int) -> Given:
         """Data, examples and epochs of a dispatch that makes `count` steps from `step` on."""
@@ -128,23 +134,23 @@ class _Images:
         workers: int | None,
     ) -> None:
         self._devices, self._shape = devices, (size, *data.image_shape)
-        self._batches: Batches | None = None
+        self.batches: Batches | None = None
         if isinstance(data, Dataset):
             self._resident = parallel.replicate(data.arrays(), devices)
         else:
             self._resident = {"labels": parallel.replicate(data.labels, devices)}
-            self._batches = Batches(data, crops, size, ahead, workers)
+            self.batches = Batches(data, crops, size, ahead, workers)
 
     def __call__(self, first: int, count: int, room: int) -> dict[str, Any]:
         """What a dispatch of so many batches, from the first on, is given; it has room for more."""
-        if self._batches is None:
+        if self.batches is None:
             return self._resident
         images = np.zeros((room, *self._shape), np.uint8)
         for index in range(count):
-            self._batches.into(first + index, images[index])
+            self.batches.into(first + index, images[index])
         return {"images": parallel.split(images, self._devices), **self._resident}
 
     def close(self) -> None:
         """Ends the processes that decode."""
-        if self._batches is not None:
-            self._batches.close()
+        if self.batches is not None:
+            self.batches.close()

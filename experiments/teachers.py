@@ -1,10 +1,11 @@
-"""Where a teacher's weights come from: a file, a run, or what the repository ships."""
+"""Where networks' weights come from: a file, a run, or what the repository ships. Their data."""
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
-from abflax.data import DATASETS
+from abflax.data import DATASETS, PHOTOGRAPHS, Dataset, Photographs, load, load_photographs
 from abflax.errors import InputError, unknown
 from abflax.models import MODELS
 from abflax.networks import Network
@@ -53,3 +54,18 @@ def find_teacher(name: str, dataset: str, weights: str | None, workdir: Path) ->
             raise InputError(f"run {weights} trained a {record['config']['student']}, not a {name}")
         return load_network(name, run / "student.safetensors")
     return load_network(name, weights)
+
+
+def begun(name: str, path: str | Path) -> Network:
+    """A student's published weights but its classifier's, whose classes are others."""
+    network = load_network(name, path)
+    params = dict(network.variables["params"])
+    params.pop("classifier")
+    return dataclasses.replace(network, variables={**network.variables, "params": params})
+
+
+def read(dataset: str, split: str, data_dir: str | None) -> Dataset | Photographs:
+    """The data set of that name, in memory or photographs."""
+    if dataset in PHOTOGRAPHS:
+        return load_photographs(dataset, split, data_dir)
+    return load(dataset, split, data_dir)

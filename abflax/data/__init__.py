@@ -8,11 +8,13 @@ from abflax.data.dataset import Dataset, holdout, shots, subset
 from abflax.data.decoders import Batches
 from abflax.data.folder import Folder, read_folder
 from abflax.data.photographs import Photographs
+from abflax.data.published import PHOTOGRAPHS, load_photographs
 from abflax.data.registry import DATASETS, load
 from abflax.data.stream import Stream
 
 __all__ = [
     "DATASETS",
+    "PHOTOGRAPHS",
     "Batches",
     "Dataset",
     "Folder",
@@ -23,6 +25,7 @@ __all__ = [
     "draw_views",
     "holdout",
     "load",
+    "load_photographs",
     "normalise",
     "read_folder",
     "shots",

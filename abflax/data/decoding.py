@@ -60,7 +60,8 @@ def random_crop(data: bytes, side: int, *key: int) -> np.ndarray:
         pixels = _rgb(_upright(image, turned))
         x, y = pixels.width / width, pixels.height / height
         corners = (left * x, top * y, (left + wide) * x, (top + high) * y)
-        return np.asarray(pixels.resize((side, side), Image.Resampling.BILINEAR, corners))
+        crop = pixels.crop(tuple(map(round, corners)))
+        return np.asarray(crop.resize((side, side), Image.Resampling.BILINEAR))
 
 
 def random_box(width: int, height: int, rng: np.random.Generator) -> Box:
