@@ -35,6 +35,7 @@ from abflax.errors import BusyError, unknown
 from abflax.models import MODELS
 from abflax.progress import Live, Reporter
 from abflax.record import require_writable
+from abflax.taps import Model
 from abflax.weights import load_network
 from experiments import archive, cli, figures
 from experiments.cells import Filled, fill, identities, markdown
@@ -208,9 +209,10 @@ def run(
         if config.hash in (archive.finished(arguments.workdir) if job.teaches else records):
             continue
         data = read(config.dataset, "train", arguments.data_dir)
-        student = MODELS[architecture(job.run.student)](num_classes=data.num_classes)
+        model = MODELS[architecture(job.run.student)](num_classes=data.num_classes)
+        student: Model | Network = model
         if job.run.student in teachers and job.run.student != config.student:
-            student = dataclasses.replace(teachers[job.run.student], model=student)
+            student = dataclasses.replace(teachers[job.run.student], model=model)
         try:
             distill(
                 student,

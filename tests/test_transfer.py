@@ -1,5 +1,6 @@
 """`python -m experiments.transfer`: a folder of photographs, a teacher, a student."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -15,7 +16,9 @@ import pytest
 from PIL import Image
 
 from abflax import InputError, Network, Resources, distill, load
+from abflax.config import RunConfig
 from abflax.data import read_folder
+from abflax.journal import phases_and_spans
 from abflax.methods import METHODS
 from abflax.models import MODELS
 from abflax.step import init_variables
@@ -108,11 +111,20 @@ def test_the_methods_of_both_protocols():
     )
 
 
+def test_a_configuration_from_before_there_were_shots_is_the_same():
+    """So checkpoints and records of that time go on being found."""
+    config = RunConfig("d", "s", "t", options=(("layers", ("layer1",)),))
+    older = {name: value for name, value in config.as_json().items() if name != "per_class"}
+    assert RunConfig.from_json(older) == config
+    assert (
+        dataclasses.replace(config, per_class=5).hash
+        != config.hash
+        == RunConfig.from_json(older).hash
+    )
+
+
 def test_learning_rates_over_the_run():
     """60 + 40 epochs of 10 steps: paper ÷10 after 500 steps, official after 20 of the last 40."""
-    from abflax.config import RunConfig
-    from abflax.journal import phases_and_spans
-
     rates = {"paper": [0.01, 0.001, 0.001, 0.001], "official": [0.1, 0.1, 0.01, 0.001]}
     for protocol, expected in rates.items():
         config = RunConfig("d", "s", "t", protocol=protocol, setting="transfer", epochs=(60, 40),

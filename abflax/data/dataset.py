@@ -108,7 +108,8 @@ class Dataset:
 
 
 class Labelled(Protocol):
-    """What has labels and can be taken apart: a `Dataset`, or photographs."""
+    """What has `labels` of `num_classes` and a `name`, and parts of which one can `take`: a
+    `Dataset`, or photographs."""
 
     @property
     def labels(self) -> np.ndarray: ...
@@ -124,10 +125,10 @@ class Labelled(Protocol):
     def take(self, indices: np.ndarray, name: str | None = None) -> Self: ...
 
 
-D = TypeVar("D", bound=Labelled)
+_D = TypeVar("_D", bound=Labelled)
 
 
-def subset(dataset: D, fraction: float, seed: int) -> D:
+def subset(dataset: _D, fraction: float, seed: int) -> _D:
     """A class-balanced share of a data set: of each class round(fraction · its size), at least 1.
 
     A function of (data, fraction, seed) alone, so all methods of a seed see the same examples; a
@@ -151,7 +152,7 @@ def subset(dataset: D, fraction: float, seed: int) -> D:
     return dataset.take(_balanced(dataset, fraction, seed), dataset.name)
 
 
-def shots(dataset: D, per_class: int, seed: int) -> D:
+def shots(dataset: _D, per_class: int, seed: int) -> _D:
     """A number of examples of each class; all of them where a class has fewer.
 
     As `subset`, a function of (data, number, seed), and a smaller number's lie within a larger
@@ -170,7 +171,7 @@ def shots(dataset: D, per_class: int, seed: int) -> D:
     return dataset.take(_of_each(dataset, lambda size: per_class, seed), dataset.name)
 
 
-def holdout(dataset: D, share: float, seed: int) -> tuple[D, D]:
+def holdout(dataset: _D, share: float, seed: int) -> tuple[_D, _D]:
     """Splits training data into what is trained on and a class-balanced validation set.
 
     What a search may look at, so that the test set stays unseen. The names of both tell the split.

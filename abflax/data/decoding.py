@@ -55,12 +55,12 @@ def random_crop(data: bytes, side: int, *key: int) -> np.ndarray:
         width, height = _upright_size(image, turned)
         left, top, wide, high = box(width, height)
         smaller = min(wide, high) / (_GAP * side)
-        if image.format == "JPEG" and smaller >= 2:  # as a phone's photographs are
+        if smaller >= 2:  # as a phone's photographs are; other formats than JPEG stay as they are
             image.draft(None, (math.ceil(image.width / smaller), math.ceil(image.height / smaller)))
         pixels = _rgb(_upright(image, turned))
         x, y = pixels.width / width, pixels.height / height
-        corners = (left * x, top * y, (left + wide) * x, (top + high) * y)
-        crop = pixels.crop(tuple(map(round, corners)))
+        (left, right), (top, bottom) = (left * x, (left + wide) * x), (top * y, (top + high) * y)
+        crop = pixels.crop((round(left), round(top), round(right), round(bottom)))
         return np.asarray(crop.resize((side, side), Image.Resampling.BILINEAR))
 
 
@@ -95,8 +95,7 @@ def centre_crop(data: bytes, side: int) -> np.ndarray:
 def inspect(data: bytes) -> str:
     """Decodes an image to its end and returns the SHA-256 of its bytes; raises where it cannot."""
     with _opened(data) as (image, _):
-        if image.format == "JPEG":
-            image.draft(None, (1, 1))  # all of the file is read, at an eighth of the size
+        image.draft(None, (1, 1))  # a JPEG is read to its end too, at an eighth of the size
         image.load()
     return hashlib.sha256(data).hexdigest()
 
@@ -149,8 +148,9 @@ def _rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-# What a process is told: (name, slot of the shared memory or None, place, further arguments).
 Task = tuple[str, int | None, Place, tuple[Any, ...]]
+"""What a process is told: (name, slot of the shared memory or None, place, further arguments)."""
+
 _WORK: dict[str, Callable[..., Any]] = {
     "random crop": random_crop,
     "centre crop": centre_crop,
@@ -174,7 +174,8 @@ def perform(task: Task, memory: np.ndarray) -> tuple[bool, Any]:
 
 def serve(connection: Connection, memory: np.ndarray) -> None:
     """Performs lists of tasks until nobody is at the other end any more."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that trains
+    for each in (signal.SIGINT, signal.SIGTERM):  # a group may get them; they are for who trains
+        signal.signal(each, signal.SIG_IGN)
     with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
         while True:
             connection.send([perform(task, memory) for task in connection.recv()])

@@ -11,9 +11,9 @@ import tensorflow_datasets as tfds
 
 from abflax.errors import InputError
 
-ARCHIVE = "indoorCVPR_09.tar"
-LISTS = {"train": "TrainImages.txt", "test": "TestImages.txt"}
-PAGE = "https://web.mit.edu/torralba/www/indoor.html"
+_ARCHIVE = "indoorCVPR_09.tar"
+_LISTS = {"train": "TrainImages.txt", "test": "TestImages.txt"}
+_PAGE = "https://web.mit.edu/torralba/www/indoor.html"
 
 
 class MitIndoorScenes(tfds.core.GeneratorBasedBuilder):
@@ -28,7 +28,7 @@ class MitIndoorScenes(tfds.core.GeneratorBasedBuilder):
 
     VERSION = tfds.core.Version("1.0.0")
     MANUAL_DOWNLOAD_INSTRUCTIONS = (
-        f"Put {ARCHIVE}, {LISTS['train']} and {LISTS['test']}, from {PAGE}, into this folder."
+        f"Put {_ARCHIVE}, {_LISTS['train']} and {_LISTS['test']}, from {_PAGE}, into this folder."
     )
 
     def _info(self) -> Any:
@@ -43,16 +43,16 @@ class MitIndoorScenes(tfds.core.GeneratorBasedBuilder):
                 }
             ),
             supervised_keys=("image", "label"),
-            homepage=PAGE,
+            homepage=_PAGE,
         )
 
     def _split_generators(self, dl_manager: Any) -> Any:
         folder = Path(dl_manager.manual_dir)
-        lists = {split: _listed(folder / name) for split, name in LISTS.items()}
+        lists = {split: _listed(folder / name) for split, name in _LISTS.items()}
         classes = sorted({name.split("/")[0] for names in lists.values() for name in names})
         self.info.features["label"].names = classes
         return {
-            split: self._generate_examples(folder / ARCHIVE, names)
+            split: self._generate_examples(folder / _ARCHIVE, names)
             for split, names in lists.items()
         }
 
@@ -75,11 +75,11 @@ class MitIndoorScenes(tfds.core.GeneratorBasedBuilder):
 
 def require_files(folder: Path) -> None:
     """Raises `InputError` where one of the files is missing, and says where it is to be had."""
-    for name in (ARCHIVE, *LISTS.values()):
+    for name in (_ARCHIVE, *_LISTS.values()):
         if not (folder / name).is_file():
             raise InputError(
                 f"MIT indoor scenes are not prepared yet, and there is no {folder / name}: put "
-                f"{ARCHIVE}, {LISTS['train']} and {LISTS['test']} there, from {PAGE}"
+                f"{_ARCHIVE}, {_LISTS['train']} and {_LISTS['test']} there, from {_PAGE}"
             )
 
 

@@ -12,8 +12,9 @@ from abflax.data.augmentation import Preprocessing
 from abflax.data.decoding import Place
 from abflax.errors import InputError
 
-# Mean and deviation of ImageNet's training images, in pixels: what published networks have seen.
 IMAGENET = Preprocessing(mean=(123.675, 116.28, 103.53), std=(58.395, 57.12, 57.375), flip=True)
+"""Mean and deviation of ImageNet's training images, in pixels: what published networks have seen.
+"""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
