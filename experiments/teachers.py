@@ -38,9 +38,11 @@ def find_teacher(name: str, dataset: str, weights: str | None, workdir: Path) ->
       ValueError: if there are no such weights, or they do not fit.
     """
     MODELS[name]  # an unknown name is what should be complained of first
-    if dataset not in DATASETS:
+    if dataset not in DATASETS and dataset not in PHOTOGRAPHS:
         raise unknown("dataset", dataset, DATASETS)
     if weights is None:
+        if dataset in PHOTOGRAPHS:
+            raise InputError(f"give the published weights of {name} with --teacher-weights FILE")
         if not is_shipped(name, dataset):
             raise InputError(
                 f"no {name} trained on {dataset} is shipped; give its weights with "
@@ -69,3 +71,9 @@ def read(dataset: str, split: str, data_dir: str | None) -> Dataset | Photograph
     if dataset in PHOTOGRAPHS:
         return load_photographs(dataset, split, data_dir)
     return load(dataset, split, data_dir)
+
+
+def setting_of(protocol: str, student: str) -> str:
+    """Of transfer learning; the published code has a learning rate of its own for MobileNet V2."""
+    own = protocol == "official" and student == "mobilenet-v2"
+    return "transfer-v2" if own else "transfer"

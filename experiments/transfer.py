@@ -44,7 +44,7 @@ from abflax.weights import load_network
 from experiments import cli
 from experiments.layout import needs_teacher
 from experiments.statistics import mean_and_std
-from experiments.teachers import begun
+from experiments.teachers import begun, setting_of
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -164,7 +164,7 @@ def plan(arguments: argparse.Namespace) -> list[RunConfig]:
             student=arguments.student,
             method=method,
             protocol=arguments.protocol,
-            setting=setting(arguments.protocol, arguments.student),
+            setting=setting_of(arguments.protocol, arguments.student),
             options=() if weight is None else (("transfer_weight", weight),),
             epochs=arguments.epochs,
             batch_size=arguments.batch_size,
@@ -175,12 +175,6 @@ def plan(arguments: argparse.Namespace) -> list[RunConfig]:
         for count in arguments.per_class
         for method in arguments.method
     ]
-
-
-def setting(protocol: str, student: str) -> str:
-    """The published code has a learning rate of its own for MobileNet V2."""
-    own = protocol == "official" and student == "mobilenet-v2"
-    return "transfer-v2" if own else "transfer"
 
 
 def find_teacher(arguments: argparse.Namespace, runs: Sequence[RunConfig]) -> Network | None:

@@ -1,5 +1,8 @@
 """Photographs through a run: decoded ahead by other processes, in an order that is given."""
 
+import os
+import signal
+
 import chex
 import jax
 import numpy as np
@@ -30,17 +33,20 @@ def teacher():
     return Network(Small(3), variables, "teacher")
 
 
-def _distill(folder, teacher, **options):
+def _distill(folder, teacher=None, **options):
     settings = {
-        "test": folder.test, "method": "activation-boundary", "protocol": "official",
-        "epochs": (1, 2), "batch_size": 8, "resources": ONE,
+        "test": folder.test, "method": "cross-entropy", "protocol": "official", "epochs": (0, 3),
+        "batch_size": 8, "resources": ONE,
     } | options  # fmt: skip
     return distill(Small(3), teacher, folder.train, **settings)
 
 
+BOTH_PHASES = {"method": "activation-boundary", "epochs": (1, 2)}
+
+
 @pytest.fixture(scope="module")
-def whole(folder, teacher):
-    return _distill(folder, teacher)
+def whole(folder):
+    return _distill(folder)
 
 
 def _image(folder, example):
@@ -94,7 +100,7 @@ def test_held_out_photographs_are_evaluated_as_their_centres(folder, teacher, mo
         held_out.close()
 
 
-def test_no_image_is_decoded_in_this_process(folder, teacher, whole, monkeypatch):
+def test_no_image_is_decoded_in_this_process(folder, whole, monkeypatch):
     asked = []
     close = Batches.close
     monkeypatch.setattr(
@@ -105,7 +111,7 @@ def test_no_image_is_decoded_in_this_process(folder, teacher, whole, monkeypatch
         raise AssertionError("an image was opened here")
 
     monkeypatch.setattr(decoding.Image, "open", refuse)
-    result = _distill(folder, teacher)
+    result = _distill(folder)
     chex.assert_trees_all_equal(result.variables, whole.variables)
     evaluation, training = asked  # closed the other way round
     # 11 steps of 8 and three evaluations of 12; what was decoded ahead comes on top.
@@ -122,24 +128,21 @@ class _StopAfter(Silent):
     def steps(self, count, *_):
         self.left -= count
         if self.left == 0:
-            import os
-            import signal
-
             os.kill(os.getpid(), signal.SIGINT)
 
 
-@pytest.mark.parametrize("steps", [2, 6])
-def test_stopped_and_resumed_is_never_stopped(folder, teacher, whole, tmp_path, steps):
+def test_stopped_and_resumed_is_never_stopped(folder, whole, tmp_path):
     with pytest.raises(Interrupted):
-        _distill(folder, teacher, workdir=tmp_path, reporter=_StopAfter(steps))
-    result = _distill(folder, teacher, workdir=tmp_path)
+        _distill(folder, workdir=tmp_path, reporter=_StopAfter(6))
+    result = _distill(folder, workdir=tmp_path)
     chex.assert_trees_all_equal(result.variables, whole.variables)
     assert result.record["history"] == whole.record["history"]
 
 
+@pytest.mark.slow
 def test_dispatches_and_devices_change_no_number(folder, teacher):
     runs = [
-        _distill(folder, teacher, precision="float64", resources=each).variables
+        _distill(folder, teacher, precision="float64", resources=each, **BOTH_PHASES).variables
         for each in (
             ONE,
             Resources(devices=2, steps_per_dispatch=3, workers=1),
@@ -148,27 +151,28 @@ def test_dispatches_and_devices_change_no_number(folder, teacher):
     chex.assert_trees_all_close(*runs, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.slow
 def test_shots_are_of_each_class_and_part_of_the_run(folder, teacher, whole):
-    few = _distill(folder, teacher, per_class=4, epochs=(1, 1), batch_size=4)
+    few = _distill(folder, teacher, **BOTH_PHASES | {"epochs": (1, 1)}, per_class=4, batch_size=4)
     assert few.record["config"]["per_class"] == 4 and few.record["hash"] != whole.record["hash"]
     assert [phase["steps"] for phase in few.record["phases"]] == [3, 3]
     assert whole.record["config"]["per_class"] is None
 
 
-def test_what_photographs_cannot_do(folder, teacher):
+def test_what_photographs_cannot_do(folder):
     with pytest.raises(InputError, match="views cannot be counted"):
-        _distill(folder, teacher, views=2, protocol="paper")
+        _distill(folder, views=2, protocol="paper")
     with pytest.raises(InputError, match="not both"):
-        _distill(folder, teacher, per_class=2, fraction=0.5)
+        _distill(folder, per_class=2, fraction=0.5)
     with pytest.raises(InputError, match="per_class must be at least 1"):
-        _distill(folder, teacher, per_class=0)
+        _distill(folder, per_class=0)
 
 
-def test_an_image_that_is_gone_is_named(tmp_path, teacher):
+def test_an_image_that_is_gone_is_named(tmp_path):
     folder = read_folder(make_folder(tmp_path), side=SIDE, workers=1)
     (tmp_path / "train" / "cat" / "03.png").unlink()
     with pytest.raises(InputError, match=r"image .*cat/03.png cannot be read any more"):
-        _distill(folder, teacher)
+        _distill(folder)
 
 
 def test_a_process_that_dies_is_told(folder):

@@ -97,10 +97,10 @@ def test_every_kind_of_image_becomes_rgb(picture):
 
 
 def test_a_large_jpeg_is_decoded_small_and_looks_the_same():
-    large = draw((120, 90, 200), np.random.default_rng(4), 70, 50).resize((1400, 1000), BILINEAR)
+    large = draw((120, 90, 200), np.random.default_rng(4), 70, 50).resize((840, 600), BILINEAR)
     jpeg, png = _encoded(large, "JPEG", quality=95), _encoded(large)
     for epoch in range(4):
-        crops = (random_crop(data, 24, 0, epoch, 0).astype(int) for data in (jpeg, png))
+        crops = (random_crop(data, 16, 0, epoch, 0).astype(int) for data in (jpeg, png))
         assert abs(np.subtract(*crops)).mean() < 1.5
 
 
@@ -212,6 +212,8 @@ def test_mistakes_of_folders(root, kind, sentence):
 def test_mistakes_of_calls(root):
     with pytest.raises(InputError, match="there is no folder"):
         read_folder(root / "nowhere")
+    with pytest.raises(InputError, match="workers must be at least 1, not 0"):
+        read_folder(root, workers=0)
     with pytest.raises(InputError, match="has a test folder, so nothing is held out"):
         read_folder(root, held_out=0.2)
     with pytest.raises(InputError, match=r"must be in \[0, 1\), not 1"):

@@ -21,7 +21,7 @@ from abflax.data import read_folder
 from abflax.journal import phases_and_spans
 from abflax.methods import METHODS
 from abflax.models import MODELS
-from abflax.step import init_variables
+from abflax.step import abstract_variables, init_variables
 from abflax.terms import CrossEntropy, LogitRegression
 from abflax.weights import load_network, to_torch
 from experiments import cli, transfer
@@ -31,10 +31,17 @@ from tests.photographs import make_folder
 ROOT = Path(__file__).parent.parent
 
 
-def _save(name, path, classes, seed=0):
+def _save(name, path, classes):
     """Writes a fresh network for photographs, as a published state dict."""
-    model = MODELS[name](num_classes=classes)
-    variables = init_variables(model, jax.random.key(seed), (64, 64, 3))
+    model, rng = MODELS[name](num_classes=classes), np.random.default_rng(0)
+
+    def draw(keys, leaf):
+        if keys[-1].key == "kernel":
+            scale = np.sqrt(2 / np.prod(leaf.shape[:-1]))
+            return (scale * rng.standard_normal(leaf.shape)).astype(np.float32)
+        return np.full(leaf.shape, float(keys[-1].key in ("scale", "var")), np.float32)
+
+    variables = jax.tree_util.tree_map_with_path(draw, abstract_variables(model, (8, 8, 3)))
     np.savez(path, **to_torch(model, variables))
     return path
 
@@ -55,7 +62,7 @@ def command(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(cli, "cache_compilation", lambda workdir: None)
 
     def call(*arguments):
-        line = ["x", *map(str, arguments), "--workdir", str(tmp_path / "workdir"), "--workers", "1"]
+        line = ["x", "--workdir", str(tmp_path / "workdir"), "--workers", "1", *map(str, arguments)]
         monkeypatch.setattr(sys, "argv", line)
         with pytest.raises(SystemExit) as left:
             cli.main(transfer.main)
@@ -135,6 +142,7 @@ def test_learning_rates_over_the_run():
         np.testing.assert_allclose(found, expected, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_student_begins_with_the_weights_it_is_given(photos):
     """After no step of the classifier's: weights are kept, what lacks is fresh by its seed."""
     folder = read_folder(photos, side=16, workers=1)
@@ -173,7 +181,7 @@ def test_a_student_begins_with_the_weights_it_is_given(photos):
         (("--images", "a", "--method", "dtll"), "unknown method 'dtll'; did you mean dtl?"),
         (("--images", "a", "--method", "cross-entropy"), "there is no folder a"),
         (("--dataset", "birds", "--method", "cross-entropy"), "unknown dataset of photographs"),
-        (("--images", "a", "--workers", "0"), "workers must be at least 1"),
+        (("--images", "a", "--workers", "0", "--method", "dtl"), "workers must be at least 1"),
     ],
 )
 def test_mistakes(command, tmp_path, arguments, sentence):

@@ -40,6 +40,9 @@ class Decoders:
       side: of the crops, in pixels.
       workers: how many processes; None: one for each core, 16 at most.
 
+    Raises:
+      ValueError: if there are to be none.
+
     Attributes:
       memory: the shared memory.
       decoded: how many tasks each process has performed.
@@ -47,6 +50,8 @@ class Decoders:
 
     def __init__(self, slots: int, side: int, workers: int | None = None) -> None:
         count = min(default_workers(), _MOST_PROCESSES) if workers is None else workers
+        if count < 1:
+            raise InputError(f"workers must be at least 1, not {count}")
         shape = (slots, side, side, 3)
         size = max(1, math.prod(shape))
         # Of no name, so that nothing is left over, and not in /dev/shm, which may be small.
