@@ -30,6 +30,7 @@ setup(
         # tensorflow-datasets 4.9.10 imports it on Python 3.11, but does not install it.
         "importlib_resources",
         "array-record>=0.8",
+        "pillow>=11",
         "psutil>=6",
         "safetensors>=0.5",
         "scikit-learn>=1.5",

@@ -7,10 +7,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import errors as flax_errors
-from flax.traverse_util import flatten_dict
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from abflax.config import RunConfig
-from abflax.data import Dataset
+from abflax.data import Dataset, Photographs
 from abflax.errors import InputError
 from abflax.models import model_name
 from abflax.networks import Network, prepared
@@ -90,6 +90,14 @@ def require_fits(what: str, model: Model, variables: Any, image_shape: tuple[int
             raise InputError(f"{what} for {name}: '{key}' holds {found[key].dtype}, no floats")
 
 
+def require_part(what: str, model: Model, variables: Any, image_shape: tuple[int, ...]) -> None:
+    """Raises `InputError` where variables are not some of a model's, as `require_fits` does."""
+    found = flatten_dict(dict(variables))
+    wanted = flatten_dict(abstract_variables(model, image_shape))
+    rest = {path: leaf for path, leaf in wanted.items() if path not in found}
+    require_fits(what, model, unflatten_dict(found | rest), image_shape)
+
+
 def require_classes(what: str, model: Model, image_shape: tuple[int, ...], classes: int) -> None:
     """Raises `InputError` where a model has not one logit for each class."""
     variables = abstract_variables(model, image_shape)
@@ -102,10 +110,14 @@ def require_compatible(
     config: RunConfig,
     student: Model,
     teacher: Network | None,
-    data: Dataset,
-    test: Dataset | None,
+    data: Dataset | Photographs,
+    test: Dataset | Photographs | None,
 ) -> None:
     """Raises where method, networks and data cannot go together."""
+    if isinstance(data, Photographs) and config.views is not None:
+        raise InputError(
+            "photographs show another crop in each epoch, so their views cannot be counted"
+        )
     phases = config.phases()
     drifts = any(phase.teacher_batch_statistics for phase in phases)
     require_runs("the student", student, data.image_shape, train=True, dropout=True)

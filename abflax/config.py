@@ -60,6 +60,7 @@ class RunConfig:
       epochs: of initialise and classify; a joint phase has their sum.
       batch_size: examples per step, over all devices.
       fraction: share of the training data used, class-balanced.
+      per_class: examples of each class used, all of it where a class has fewer; None: all.
       evaluate_every: epochs between evaluations; the ends of phases are always evaluated.
       seeds: see `Seeds`.
       precision: of the networks' computation; parameters, statistics and losses are float32 (or
@@ -81,6 +82,7 @@ class RunConfig:
     precision: str = "float32"
     test: str | None = None
     views: int | None = None
+    per_class: int | None = None
 
     def __post_init__(self) -> None:
         require_types(self)
@@ -96,6 +98,10 @@ class RunConfig:
             raise InputError(
                 f"the fraction of the training data must be in (0, 1], not {self.fraction}"
             )
+        if self.per_class is not None and self.per_class < 1:
+            raise InputError(f"per_class must be at least 1, not {self.per_class}")
+        if self.per_class is not None and self.fraction != 1:
+            raise InputError("give a fraction of the training data or examples per_class, not both")
         if self.precision not in PRECISIONS:
             raise unknown("precision", self.precision, PRECISIONS)
         self.phases()
@@ -159,6 +165,7 @@ class Resources:
         too.
       keep_targets: ask the teacher once for each of the `views`, and keep what it said.
       tensorboard: write the history as TensorBoard events too, beside the record.
+      workers: processes that decode photographs; None: one a core, 16 at most.
     """
 
     devices: int | None = None
@@ -166,9 +173,12 @@ class Resources:
     checkpoint_seconds: float = 60.0
     keep_targets: bool = False
     tensorboard: bool = False
+    workers: int | None = None
 
     def __post_init__(self) -> None:
         require_types(self)
+        if self.workers is not None and self.workers < 1:
+            raise InputError(f"workers must be at least 1, not {self.workers}")
         if self.steps_per_dispatch is not None and self.steps_per_dispatch < 1:
             raise InputError(
                 f"steps_per_dispatch must be at least 1, not {self.steps_per_dispatch}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from fractions import Fraction
 from typing import Any
 
@@ -11,17 +12,17 @@ import numpy as np
 
 from abflax import parallel
 from abflax.compatibility import require_classes, require_fits, require_runs
-from abflax.data import Dataset
+from abflax.data import Dataset, Photographs
+from abflax.feed import HeldOut
 from abflax.methods import METHODS
 from abflax.networks import Network, prepared
 from abflax.optim import Span
 from abflax.processes import together
 
-BATCH = 250
-"""Images that a device looks at at once."""
 
-
-def evaluate(network: Network, test: Dataset, devices: int | None = None) -> dict[str, Any]:
+def evaluate(
+    network: Network, test: Dataset | Photographs, devices: int | None = None
+) -> dict[str, Any]:
     """A network's error on held-out data, each example counted once.
 
     Returns:
@@ -36,7 +37,7 @@ def evaluate(network: Network, test: Dataset, devices: int | None = None) -> dic
     (phase,) = METHODS["cross-entropy"]()
     program = parallel.compile_phase(
         model, None, phase, Span(0, 1, 0, 1, 1, Fraction(1)), test.preprocessing,
-        test.image_shape, used, 1, jnp.result_type(float),
+        test.image_shape, used, 1, jnp.result_type(float), False, isinstance(test, Photographs),
     )  # fmt: skip
     params = {"student": network.variables["params"], "connectors": {}}
     stats = {
@@ -45,29 +46,42 @@ def evaluate(network: Network, test: Dataset, devices: int | None = None) -> dic
         "teacher": {},
     }
     params, stats = parallel.replicate((params, stats), used)
-    with together():
-        return Evaluation(test, used)(program, params, stats, {})
+    with together(), contextlib.closing(Evaluation(test, used)) as evaluation:
+        return evaluation(program, params, stats, {})
 
 
 class Evaluation:
-    """Held-out data on the devices, and the one dispatch that measures a student on it."""
+    """Held-out data, and the dispatches that measure a student on it: one, if it is all there."""
 
-    def __init__(self, test: Dataset, devices: tuple[jax.Device, ...]) -> None:
-        batch = BATCH * len(devices)
-        batches = -(-len(test) // batch)
-        index = np.arange(batches * batch, dtype=np.int32).reshape(batches, batch)
-        # The last, partial batch is padded with example 0 and masked.
-        self._mask = parallel.split(index < len(test), devices)
-        self._examples = parallel.split(np.where(index < len(test), index, 0), devices)
-        self._data = parallel.replicate(test.arrays(), devices)
+    def __init__(
+        self,
+        test: Dataset | Photographs,
+        devices: tuple[jax.Device, ...],
+        workers: int | None = None,
+    ) -> None:
+        self._held_out = HeldOut(test, devices, workers)
+        self.close = self._held_out.close
 
     def __call__(
         self, program: parallel.Program, params: Any, batch_stats: Any, teacher_params: Any
     ) -> dict[str, Any]:
-        sums = program.evaluate(
-            params, batch_stats, teacher_params, self._data, self._examples, self._mask
+        sums: list[dict[str, Any]] = []
+        fired: dict[str, np.ndarray] = {}
+
+        def fetch(part: dict[str, Any]) -> None:
+            for layer, neurons in part.pop("fired").items():
+                fired[layer] = fired.get(layer, False) | np.asarray(neurons)
+            sums.append(jax.tree.map(np.asarray, part))
+
+        waiting: list[dict[str, Any]] = []
+        for given in self._held_out:
+            waiting.append(program.evaluate(params, batch_stats, teacher_params, *given))
+            if len(waiting) == 2:  # no more dispatches, with their images, are under way
+                fetch(waiting.pop(0))
+        fetch(waiting.pop())
+        total = jax.tree.map(
+            lambda *parts: float(np.concatenate(parts, dtype=np.float64).sum()), *sums
         )
-        total = jax.tree.map(lambda leaf: float(np.asarray(leaf, np.float64).sum()), sums)
         examples = total["examples"]
         return {
             "test_error": total["errors"] / examples,
@@ -75,5 +89,5 @@ class Evaluation:
             "examples": int(examples),
             "test_cross_entropy": total["cross_entropy"] / examples,
             "agreement": {k: v / examples for k, v in total["agreement"].items()},
-            "silent": total["silent"],
+            "silent": {layer: 1 - float(neurons.mean()) for layer, neurons in fired.items()},
         }

@@ -13,7 +13,7 @@ import jax
 
 from abflax.checkpoint import Checkpoints
 from abflax.config import Resources, RunConfig, Seeds
-from abflax.data import Dataset
+from abflax.data import Dataset, Photographs
 from abflax.errors import InputError
 from abflax.interrupt import Interrupted, StopRequest
 from abflax.lock import Lock
@@ -45,11 +45,11 @@ class Result:
 
 
 def distill(
-    student: Model,
+    student: Model | Network,
     teacher: Network | None,
-    data: Dataset,
+    data: Dataset | Photographs,
     *,
-    test: Dataset | None = None,
+    test: Dataset | Photographs | None = None,
     method: str = "activation-boundary",
     protocol: str = "paper",
     setting: str = "cifar",
@@ -60,6 +60,7 @@ def distill(
     seeds: Seeds | int = 0,
     precision: str = "float32",
     views: int | None = None,
+    per_class: int | None = None,
     workdir: str | Path | None = None,
     force: bool = False,
     resources: Resources | None = None,
@@ -73,17 +74,19 @@ def distill(
 
     Args:
       student: any Linen module with taps (or without, where the method needs none); one that
-        sows none gets them by path, `Tapped(module, {"layer1": "Conv_0"})`.
+        sows none gets them by path, `Tapped(module, {"layer1": "Conv_0"})`. A `Network` begins with
+        its weights; modules that these lack (a classifier over other classes) begin fresh.
       teacher: None only for methods that need none; given to those, agreement with it is measured
         where both have the same neurons.
-      data: the training data, as `abflax.load` gives it or `Dataset(images, labels)`.
+      data: the training data, as `abflax.load` or `abflax.data.read_folder` gives it, or
+        `Dataset(images, labels)`.
       test: held-out data for error and agreement; None: neither is measured.
       method: a name in `abflax.methods.METHODS`, or several joined by "+"; `**options` are its
         options.
       protocol, setting: see `abflax.methods`.
       epochs: of initialise and classify; a joint phase has their sum.
-      batch_size, fraction, evaluate_every, seeds, precision, views: see `abflax.RunConfig`; an
-        integer seed stands for all four.
+      batch_size, fraction, evaluate_every, seeds, precision, views, per_class: see
+        `abflax.RunConfig`; an integer seed stands for all four.
       workdir: where `runs/HASH/` with checkpoints, record and weights goes; None: nothing is
         written. The same call again goes on where it stopped, or returns the finished record.
       force: do a finished run again; one that is not finished goes on.
@@ -120,10 +123,10 @@ def distill(
       {'bias': (10,), 'kernel': (4, 10)}
     """
     for name, value, kind in (
-        ("student", student, Model),
+        ("student", student, Model | Network),
         ("teacher", teacher, Network | None),
-        ("data", data, Dataset),
-        ("test", test, Dataset | None),
+        ("data", data, Dataset | Photographs),
+        ("test", test, Dataset | Photographs | None),
         ("seeds", seeds, Seeds | int),
         ("workdir", workdir, str | Path | None),
     ):
@@ -131,7 +134,7 @@ def distill(
             raise InputError(f"{name} must be {described(kind)}, not {value!r}")
     config = RunConfig(
         dataset=data.name,
-        student=model_name(student),
+        student=str(student.name) if isinstance(student, Network) else model_name(student),
         teacher=teacher.name if teacher is not None else None,
         method=method,
         protocol=protocol,
@@ -144,6 +147,7 @@ def distill(
         seeds=seeds if isinstance(seeds, Seeds) else Seeds.all(seeds),
         precision=precision,
         views=views,
+        per_class=per_class,
         test=test.name if test is not None and test.name != data.name else None,
     )
     directory = None if workdir is None else Path(workdir) / "runs" / config.hash

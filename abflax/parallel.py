@@ -51,15 +51,15 @@ class Program:
       init: key -> variables of a fresh student.
       begin: (student variables, teacher statistics, key) -> `abflax.step.TrainState`.
       train: (state, teacher params, data, key, examples, epochs, count, kept) -> (state, metrics);
-        `examples` and `epochs` are `[devices, steps, share]`, of which the first `count` steps
-        are made; `kept`: None, or the targets of all views; the metrics are `[steps]`. The state
-        is donated.
+        `data`: what an `abflax.feed.Feed` gives; `examples` and `epochs` are `[devices, steps,
+        share]`, of which the first `count` steps are made; `kept`: None, or the targets of all
+        views; the metrics are `[steps]`. The state is donated.
       targets: (teacher params, teacher statistics, data, examples, views) -> the targets of
         those views of those examples, booleans packed into bytes; all `[devices, share, ...]`.
         Each process computes its own, on its own devices.
       evaluate: (params, batch_stats, teacher params, data, examples, mask) -> sums, `[batches]`
-        each, and "silent": layer -> the share of neurons that fired on no example; `examples` and
-        `mask` are `[devices, batches, share]`.
+        each, and "fired": layer -> whether each neuron fired on one of the examples; `examples`
+        and `mask` are `[devices, batches, share]`.
       look: as `train` without the count -> what is not finite in the first step (see
         `abflax.diagnosis.look`); compiled where it is first called.
       schedule: the phase's own step -> learning rate.
@@ -93,9 +93,10 @@ def own(devices: Sequence[jax.Device]) -> tuple[jax.Device, ...]:
     return tuple(device for device in devices if device.process_index == jax.process_index())
 
 
-def default_steps_per_dispatch(devices: Sequence[jax.Device]) -> int:
-    """1 on CPUs, where XLA runs convolution gradients inside loops 40 times slower; else 100."""
-    return 1 if devices[0].platform == "cpu" else 100
+def default_steps_per_dispatch(devices: Sequence[jax.Device], sent: bool = False) -> int:
+    """1 on CPUs, where XLA runs convolution gradients inside loops 40 times slower; else 100, or 8
+    where a dispatch's images are sent along with it."""
+    return 1 if devices[0].platform == "cpu" else 8 if sent else 100
 
 
 def replicate(tree: Any, devices: Sequence[jax.Device]) -> Any:
@@ -109,16 +110,17 @@ def replicate(tree: Any, devices: Sequence[jax.Device]) -> Any:
 
 
 def split(batch: np.ndarray, devices: Sequence[jax.Device]) -> np.ndarray:
-    """`[steps, batch]` -> `[devices, steps, share]`, of which a process has its own devices' rows.
+    """`[steps, batch, ...]` -> `[devices, steps, share, ...]`; a process has its devices' rows.
 
     Raises:
       ValueError: if the batch does not divide among the devices.
     """
-    steps, size = batch.shape
+    steps, size, *rest = batch.shape
     if size % len(devices):
         raise InputError(f"a batch of {size} does not divide among {len(devices)} devices")
     here = [device.process_index == jax.process_index() for device in devices]
-    return batch.reshape(steps, len(devices), -1).swapaxes(0, 1)[here]
+    shares = batch.reshape(steps, len(devices), size // len(devices), *rest)
+    return shares.swapaxes(0, 1)[here]
 
 
 @functools.lru_cache(maxsize=64)
@@ -132,11 +134,15 @@ def compile_phase(
     devices: tuple[jax.Device, ...],
     steps_per_dispatch: int,
     dtype: np.dtype,
+    sent: bool = False,
+    sent_to_evaluate: bool = False,
 ) -> Program:
     """The functions of a phase; the same ones for the same arguments, so seeds share them.
 
     Args:
       dtype: `jnp.result_type(float)`, which tracing depends on.
+      sent, sent_to_evaluate: whether the images of a dispatch are sent along with it, in training
+        and in evaluation; else all lie on the devices.
 
     Raises:
       ValueError: if the phase cannot compare the two networks (see `abflax.step.bind`).
@@ -152,12 +158,14 @@ def compile_phase(
     train = functools.partial(_train_many, objective, transformation, preprocessing)
     evaluate = functools.partial(_evaluate, objective, preprocessing)
     mapped = functools.partial(jax.pmap, axis_name=AXIS, out_axes=None, devices=devices)
+    data = {"images": 0 if sent else None, "labels": None}
+    held_out = {"images": 0 if sent_to_evaluate else None, "labels": None}
     return Program(
         init=jax.jit(lambda key: init_variables(student, key, image_shape)),
         begin=jax.jit(begin),
         train=mapped(
             functools.partial(train, steps_per_dispatch),
-            in_axes=(None, None, None, None, 0, 0, None, None),
+            in_axes=(None, None, data, None, 0, 0, None, None),
             donate_argnums=(0,),
         ),
         targets=jax.pmap(
@@ -166,10 +174,10 @@ def compile_phase(
             in_axes=(None, None, None, 0, 0),
             devices=own(devices),
         ),
-        evaluate=mapped(evaluate, in_axes=(None, None, None, None, 0, 0)),
+        evaluate=mapped(evaluate, in_axes=(None, None, None, held_out, 0, 0)),
         look=mapped(
             functools.partial(_look, objective, preprocessing),
-            in_axes=(None, None, None, None, 0, 0),
+            in_axes=(None, None, data, None, 0, 0),
         ),
         schedule=optimiser.schedule(span),
     )
@@ -210,7 +218,7 @@ def _train_many(
 
     def one(index: Any, state: TrainState) -> tuple[TrainState, dict[str, Any]]:
         chosen = examples[index]
-        images, labels = _batch(data, chosen, epochs[index], key, preprocessing)
+        images, labels = _batch(data, index, chosen, epochs[index], key, preprocessing)
         dropout = _dropout_key(chosen, epochs[index], key)
         targets = None
         if kept is not None and (views := preprocessing.views) is not None:
@@ -274,14 +282,22 @@ def _unpacked(packed: Any, like: Any) -> Any:
 
 def _batch(
     data: dict[str, jax.Array],
+    index: Any,
     chosen: jax.Array,
     epochs: jax.Array,
     key: jax.Array,
     preprocessing: Preprocessing,
 ) -> tuple[jax.Array, jax.Array]:
     """Augmented and normalised images, and labels, of the chosen examples."""
-    images = augment(data["images"][chosen], chosen, epochs, key, preprocessing)
+    images = augment(_images(data, index, chosen), chosen, epochs, key, preprocessing)
     return normalise(images, preprocessing), data["labels"][chosen]
+
+
+def _images(data: dict[str, jax.Array], index: Any, chosen: jax.Array) -> jax.Array:
+    """Those of the chosen examples, of `[examples, ...]`; or, where a dispatch's were sent along
+    with it, those of its index-th batch, of `[batches, share, ...]`."""
+    images = data["images"]
+    return images[chosen] if images.ndim == 4 else images[index]
 
 
 def _dropout_key(chosen: jax.Array, epochs: jax.Array, key: jax.Array) -> jax.Array:
@@ -301,7 +317,7 @@ def _look(
     epochs: jax.Array,
 ) -> dict[str, Any]:
     """`look` at the first of the steps that the arguments would train."""
-    images, labels = _batch(data, examples[0], epochs[0], key, preprocessing)
+    images, labels = _batch(data, 0, examples[0], epochs[0], key, preprocessing)
     dropout = _dropout_key(examples[0], epochs[0], key)
     return look(objective, state, teacher_params, images, labels, dropout)
 
@@ -318,9 +334,9 @@ def _evaluate(
 ) -> dict[str, Any]:
     """The evaluation step over all batches in one dispatch."""
 
-    def step(batch: tuple[jax.Array, jax.Array]) -> dict[str, Any]:
-        chosen, valid = batch
-        images = normalise(data["images"][chosen], preprocessing)
+    def step(batch: tuple[Any, jax.Array, jax.Array]) -> dict[str, Any]:
+        index, chosen, valid = batch
+        images = normalise(_images(data, index, chosen), preprocessing)
         labels = data["labels"][chosen]
         return eval_step(objective, params, batch_stats, teacher_params, images, labels, valid)
 
@@ -329,11 +345,9 @@ def _evaluate(
         fired = jax.tree.map(jnp.logical_or, fired, sums.pop("fired"))
         return fired, jax.lax.psum(sums, AXIS)
 
-    shapes = jax.eval_shape(step, (examples[0], mask[0]))["fired"]
+    batches = (jnp.arange(len(mask)), examples, mask)
+    shapes = jax.eval_shape(step, jax.tree.map(lambda leaf: leaf[0], batches))["fired"]
     never = {layer: jnp.zeros(shape.shape, bool) for layer, shape in shapes.items()}
-    fired, sums = jax.lax.scan(one, never, (examples, mask))
+    fired, sums = jax.lax.scan(one, never, batches)
     fired = jax.lax.pmax(jax.tree.map(lambda leaf: leaf.astype(jnp.int32), fired), AXIS)
-    silent = {
-        layer: jnp.mean(leaf == 0, dtype=jnp.result_type(float)) for layer, leaf in fired.items()
-    }
-    return sums | {"silent": silent}
+    return sums | {"fired": jax.tree.map(lambda leaf: leaf > 0, fired)}

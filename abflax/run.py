@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import time
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax.traverse_util import flatten_dict
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from abflax import parallel, processes
 from abflax.checkpoint import Checkpoints
-from abflax.compatibility import require_compatible, uses_dropout
+from abflax.compatibility import require_compatible, require_part, uses_dropout
 from abflax.config import Resources, RunConfig
-from abflax.data import Dataset, Stream, subset
+from abflax.data import Dataset, Photographs, Stream, shots, subset
 from abflax.diagnosis import Trend, first_not_finite, norm_of
 from abflax.errors import InputError, NonFiniteError
 from abflax.evaluation import Evaluation
 from abflax.events import EventLog
+from abflax.feed import Feed
 from abflax.interrupt import Interrupted, StopRequest
 from abflax.journal import Journal, evaluation_steps, phases_and_spans
 from abflax.kept import keep_targets, require_keepable
@@ -40,10 +41,10 @@ class Run:
     def __init__(
         self,
         config: RunConfig,
-        student: Model,
+        student: Model | Network,
         teacher: Network | None,
-        data: Dataset,
-        test: Dataset | None,
+        data: Dataset | Photographs,
+        test: Dataset | Photographs | None,
         resources: Resources,
         reporter: Reporter,
         stop: StopRequest,
@@ -51,10 +52,17 @@ class Run:
         self.config, self.reporter, self.stop, self.resources = config, reporter, stop, resources
         self.devices = parallel.usable_devices(resources.devices)
         self.environment = environment(self.devices)
-        self.per_dispatch = resources.steps_per_dispatch or parallel.default_steps_per_dispatch(
-            self.devices
-        )
         data = subset(data, config.fraction, config.seeds.subset)
+        if config.per_class is not None:
+            data = shots(data, config.per_class, config.seeds.subset)
+        self.per_dispatch = resources.steps_per_dispatch or parallel.default_steps_per_dispatch(
+            self.devices, isinstance(data, Photographs)
+        )
+        self.given: Any = {}
+        if isinstance(student, Network):
+            self.given = student.variables
+            student = student.model
+            require_part("the student's weights", student, self.given, data.image_shape)
         require_compatible(config, student, teacher, data, test)
         self.shape = data.image_shape
         self.preprocessing = dataclasses.replace(data.preprocessing, views=config.views)
@@ -72,14 +80,20 @@ class Run:
         self.phases, self.spans = phases_and_spans(config, len(data))
         self.stops = evaluation_steps(config, self.spans, len(data))
         parallel.split(np.zeros((1, config.batch_size)), self.devices)
+        self.sent = (isinstance(data, Photographs), isinstance(test, Photographs))
         self.programs = [
             self._program(phase, span) for phase, span in zip(self.phases, self.spans, strict=True)
         ]
         self._require_synchronised()
         if resources.keep_targets:
             require_keepable(self.phases, config.views)
-        self.data = parallel.replicate(data.arrays(), self.devices)
-        self.evaluation = Evaluation(test, self.devices) if test is not None else None
+        self.feed = Feed(
+            data, self.stream, self.per_dispatch, self.devices, config.seeds.augmentation,
+            resources.workers,
+        )  # fmt: skip
+        self.evaluation = None
+        if test is not None:
+            self.evaluation = Evaluation(test, self.devices, resources.workers)
 
     def train(
         self, checkpoints: Checkpoints | None, events: Path | None = None
@@ -89,9 +103,18 @@ class Run:
         Args:
           events: where TensorBoard's files go; None: there are none.
         """
+        with contextlib.ExitStack() as closing:
+            for each in (self.feed, self.evaluation):
+                if each is not None:
+                    closing.callback(each.close)
+            return self._train(checkpoints, events)
+
+    def _train(
+        self, checkpoints: Checkpoints | None, events: Path | None
+    ) -> tuple[dict[str, Any], Any]:
         self.checkpoints = checkpoints
         journal, state = self._resume(Journal())
-        log = EventLog(events, journal.history) if events is not None else nullcontext()
+        log = EventLog(events, journal.history) if events is not None else contextlib.nullcontext()
         with log as self.log:
             for index in range(journal.phase, len(self.phases)):
                 self._stop_if_asked(journal, index)  # what has been made is on the disk here
@@ -140,12 +163,10 @@ class Run:
         while journal.step < span.start + span.steps:
             target = min(stop for stop in self.stops if stop > journal.step)
             count = min(self.per_dispatch, target - journal.step)
-            examples, epochs = self.stream.batches(journal.step, self.per_dispatch)
+            data, examples, epochs = self.feed(journal.step, count)
             state, metrics = program.train(
-                state, self.teacher_params, self.data, key,
-                parallel.split(examples, self.devices), parallel.split(epochs, self.devices),
-                count, self.targets,
-            )  # fmt: skip
+                state, self.teacher_params, data, key, examples, epochs, count, self.targets
+            )
             waiting.append((journal.step, metrics, count))
             journal.step += count
             loss = self._collect(journal, waiting, keep=1)  # never wait for what just started
@@ -167,7 +188,7 @@ class Run:
         """The phase's targets, from the teacher or from a run before."""
         assert self.config.views is not None
         return keep_targets(
-            program, self.teacher_params, state.batch_stats["teacher"], self.data,
+            program, self.teacher_params, state.batch_stats["teacher"], self.feed(0, 0)[0],
             self.config.views, self.config.batch_size, parallel.own(self.devices),
         )  # fmt: skip
 
@@ -203,20 +224,17 @@ class Run:
         into the one that went wrong."""
         program, span = self.programs[index], self.spans[index]
         key = jax.random.key(self.config.seeds.augmentation)
-
-        def batches(start: int) -> list[np.ndarray]:
-            drawn = self.stream.batches(start, self.per_dispatch)
-            return [parallel.split(each, self.devices) for each in drawn]
-
         made, state = self.kept
         state = parallel.replicate(state, self.devices)
         while made < step:
             count = min(self.per_dispatch, step - made)
+            data, examples, epochs = self.feed(made, count)
             state, _ = program.train(
-                state, self.teacher_params, self.data, key, *batches(made), count, self.targets
+                state, self.teacher_params, data, key, examples, epochs, count, self.targets
             )
             made += count
-        found = program.look(state, self.teacher_params, self.data, key, *batches(step))
+        data, examples, epochs = self.feed(step, 1)
+        found = program.look(state, self.teacher_params, data, key, examples, epochs)
         norm = norm_of(jax.tree.map(np.asarray, state.params["student"]))
         rate = float(program.schedule(step - span.start))
         parts = [first_not_finite(found), self.trend.divergence(norm, rate)]
@@ -266,10 +284,15 @@ class Run:
         self.reporter.evaluated(entry)
 
     def _begin(self, index: int, before: TrainState | None) -> TrainState:
-        """The state at the start of a phase: the student of the phase before, or a fresh one."""
+        """The state at the start of a phase: the student of the phase before, or a fresh one, with
+        the weights that it was given."""
         key = jax.random.key(self.config.seeds.weights)
         if before is None:
             student = self.programs[index].init(jax.random.fold_in(key, 0))
+            if self.given:
+                fresh, given = flatten_dict(student), flatten_dict(dict(self.given))
+                cast = {path: np.asarray(leaf, fresh[path].dtype) for path, leaf in given.items()}
+                student = {"batch_stats": {}, **unflatten_dict(fresh | cast)}
             teacher_stats = self.teacher_stats
         else:
             student = {
@@ -327,7 +350,7 @@ class Run:
     def _program(self, phase: Phase, span: Span) -> parallel.Program:
         return parallel.compile_phase(
             self.student, self.teacher, phase, span, self.preprocessing, self.shape, self.devices,
-            self.per_dispatch, jnp.result_type(float),
+            self.per_dispatch, jnp.result_type(float), *self.sent,
         )  # fmt: skip
 
     def _require_synchronised(self) -> None:

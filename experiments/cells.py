@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from abflax.config import RunConfig, Seeds
 from abflax.errors import InputError
-from experiments.layout import Axis, Measure, Point, Record, Table
+from experiments.layout import Axis, Measure, Point, Record, Table, architecture
 from experiments.statistics import beyond_error_bars, mean_and_std
 from experiments.tables import SCALES
 
@@ -71,9 +71,22 @@ class Filled:
         return tuple(found.values())
 
 
-def seeded(run: RunConfig, teacher: str | None, seed: int) -> RunConfig:
-    """A cell's configuration as it is run: with the teacher's identity, and a seed."""
-    return dataclasses.replace(run, teacher=teacher, seeds=Seeds.all(seed))
+def seeded(run: RunConfig, networks: Mapping[str, str], seed: int) -> RunConfig | None:
+    """A cell's configuration as it is run: with its networks' identities, and a seed; None where
+    one of them is not known.
+
+    Args:
+      networks: name -> identity, of teachers and of students with published weights.
+    """
+    begins = run.student if architecture(run.student) != run.student else None
+    if not {run.teacher, begins} - {None} <= set(networks):
+        return None
+    return dataclasses.replace(
+        run,
+        student=run.student if begins is None else networks[begins],
+        teacher=None if run.teacher is None else networks[run.teacher],
+        seeds=Seeds.all(seed),
+    )
 
 
 def fill(
@@ -83,8 +96,9 @@ def fill(
 
     Args:
       records: hash -> record.
-      teachers: architecture -> identity, where it is known. Records of another teacher do not
-        count then; where it is not known, the records must agree in one.
+      teachers: architecture -> identity, where it is known, and so for students with published
+        weights. Records of another network do not count then; where it is not known, the records
+        must agree in one.
 
     Raises:
       ValueError: naming two teachers that records of one table have, or a record that lacks what
@@ -111,25 +125,27 @@ def _seeds(records: Mapping[str, Record]) -> list[int]:
 def identities(
     table: Table, records: Mapping[str, Record], known: Mapping[str, str]
 ) -> dict[str, str]:
-    """architecture -> the teacher of that architecture whose students the table shows.
+    """architecture -> the teacher of that architecture whose students the table shows; and so for
+    students with published weights.
 
     Raises:
       ValueError: where it is not known, and the records have several.
     """
     found, seeds = dict(known), _seeds(records)
-    for name in set(table.teachers) - set(known):
-        candidates = {str(record["config"]["teacher"]) for record in records.values()}
+    for name in {*table.teachers, *table.given} - set(known):
+        role = "teacher" if name in table.teachers else "student"
+        candidates = {str(record["config"][role]) for record in records.values()}
         used = [
             each
             for each in sorted(candidates)
-            if each.startswith(f"{name}:")
+            if each.startswith(f"{architecture(name)}:")
             and any(_records_of(run, records, seeds, {name: each}) for run in table.runs
-                    if run.teacher == name)
+                    if getattr(run, role) == name)
         ]  # fmt: skip
         if len(used) > 1:
             raise InputError(
                 f"records of table {table.name}, scale {table.scale}, come from different "
-                f"teachers, {' and '.join(used)}: they do not belong into one table"
+                f"{role}s, {' and '.join(used)}: they do not belong into one table"
             )
         if used:
             found[name] = used[0]
@@ -139,11 +155,8 @@ def identities(
 def _records_of(
     run: RunConfig, records: Mapping[str, Record], seeds: Sequence[int], teachers: Mapping[str, str]
 ) -> tuple[Record, ...]:
-    if run.teacher is not None and run.teacher not in teachers:
-        return ()
-    teacher = teachers[run.teacher] if run.teacher is not None else None
-    names = [seeded(run, teacher, seed).hash for seed in seeds]
-    return tuple(records[name] for name in names if name in records)
+    runs = (seeded(run, teachers, seed) for seed in seeds)
+    return tuple(records[run.hash] for run in runs if run is not None and run.hash in records)
 
 
 def markdown(filled: Filled) -> str:
@@ -184,6 +197,8 @@ def _shown(cell: Cell, wins: bool, compared: bool) -> str:
         here = f"{f'**{here}**' if wins else here} ({len(cell.values)})"
     else:
         here = "–" if cell.run is None or cell.records else "not run"
+        if cell.run is not None and architecture(cell.run.student) != cell.run.student:
+            here = "not available"
     if not compared:
         return here
     paper = "–" if cell.paper is None else f"{cell.paper:.{cell.measure.digits}f}"

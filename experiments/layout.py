@@ -16,6 +16,18 @@ from abflax.errors import InputError, unknown
 
 Record = Mapping[str, Any]
 
+_PRETRAINED = " (ImageNet)"
+
+
+def pretrained(architecture: str) -> str:
+    """What stands in a table for the student of that architecture with published weights."""
+    return architecture + _PRETRAINED
+
+
+def architecture(name: str) -> str:
+    """Of a student, whatever it begins with."""
+    return name.removesuffix(_PRETRAINED)
+
 
 @dataclasses.dataclass(frozen=True)
 class Scale:
@@ -78,6 +90,7 @@ def _seconds_per_epoch(record: Record) -> float:
 
 
 ERROR = Measure("test error, %", True, 2, _test_error)
+ACCURACY = Measure("test accuracy, %", False, 2, lambda record: 1 - _test_error(record))
 SECONDS = Measure("seconds an epoch", None, 0, _seconds_per_epoch, factor=1.0)
 
 
@@ -156,8 +169,10 @@ class Table:
       setting: what the cells have in common, in words.
       paper: (row, column) -> the paper's number, in percent.
       paper_setting: what the paper's numbers are of.
-      teacher_run: how a teacher is trained, but for its architecture.
-      examples: of the training data, all of it.
+      teacher_run: how a teacher is trained, but for its architecture; None: its weights are
+        published, and must be given.
+      examples, classes: of the training data, all of it.
+      shows: what its cells show where neither row nor column says so.
       picture: learning curves, a panel for each point that is not competing; numbers over those
         points; or None.
     """
@@ -172,9 +187,11 @@ class Table:
     setting: str
     paper: Mapping[tuple[str, str], float]
     paper_setting: str
-    teacher_run: RunConfig
+    teacher_run: RunConfig | None
     picture: Literal["curves", "points"] | None = "points"
     examples: int = 50_000
+    classes: int = 10
+    shows: Measure = ERROR
 
     def configuration(self, row: Point, column: Point) -> RunConfig | None:
         """The run of a cell; None where the table does not have that cell."""
@@ -190,7 +207,13 @@ class Table:
 
     def measure(self, row: Point, column: Point) -> Measure:
         """What a cell shows."""
-        return row.measure or column.measure or ERROR
+        return row.measure or column.measure or self.shows
+
+    def examples_of(self, run: RunConfig) -> int:
+        """How many of the training data a run has at hand."""
+        if run.per_class is None:
+            return self.examples
+        return min(run.per_class * self.classes, self.examples)
 
     def select(
         self,
@@ -228,6 +251,13 @@ class Table:
     def teachers(self) -> tuple[str, ...]:
         """The architectures of its teachers, each once, by name."""
         return tuple(sorted({run.teacher for run in self.runs if run.teacher is not None}))
+
+    @property
+    def given(self) -> tuple[str, ...]:
+        """The networks with published weights among its teachers and students, each once."""
+        teachers = self.teachers if self.teacher_run is None else ()
+        begun = {run.student for run in self.runs if architecture(run.student) != run.student}
+        return (*teachers, *sorted(begun))
 
     @property
     def groups(self) -> tuple[tuple[tuple[Point, Point], ...], ...]:

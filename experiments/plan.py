@@ -32,16 +32,13 @@ class Job:
     teaches: bool = False
 
     def configuration(self, teachers: Mapping[str, str]) -> RunConfig | None:
-        """As it is run, or None as long as its teacher is not there.
+        """As it is run, or None as long as its teacher, or the weights it begins with, are not
+        there.
 
         Args:
           teachers: architecture -> identity.
         """
-        if self.run.teacher is None:
-            return seeded(self.run, None, self.seed)
-        if self.run.teacher not in teachers:
-            return None
-        return seeded(self.run, teachers[self.run.teacher], self.seed)
+        return seeded(self.run, teachers, self.seed)
 
     @property
     def steps(self) -> dict[str, int]:
@@ -108,9 +105,9 @@ def jobs(
             }
             for seed in seeds:
                 for name, run in runs.items():
-                    students.setdefault((name, seed), Job(run, seed, table.examples))
+                    students.setdefault((name, seed), Job(run, seed, table.examples_of(run)))
         for name in table.teachers:
-            if name in given:
+            if name in given or table.teacher_run is None:
                 continue
             run = dataclasses.replace(table.teacher_run, student=name)
             job = Job(run, run.seeds.weights, table.examples, teaches=True)

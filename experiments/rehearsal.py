@@ -12,14 +12,15 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table as Printed
 
-from abflax import InputError, Network, NonFiniteError, Resources, distill, load
+from abflax import InputError, Network, NonFiniteError, Resources, distill
 from abflax.config import RunConfig, Seeds
-from abflax.data import Dataset
+from abflax.data import Dataset, Photographs
 from abflax.models import MODELS
 from abflax.record import device_name
 from abflax.step import init_variables
-from experiments.layout import Record
+from experiments.layout import Record, architecture
 from experiments.plan import Job, rates
+from experiments.teachers import read
 
 
 def forecast(
@@ -88,7 +89,7 @@ def start_every_cell(
     groups: dict[RunConfig, list[Job]] = defaultdict(list)
     for job in plan:
         alike = dataclasses.replace(
-            job.run, epochs=(1, 1), fraction=1.0, evaluate_every=1, seeds=Seeds()
+            job.run, epochs=(1, 1), fraction=1.0, per_class=None, evaluate_every=1, seeds=Seeds()
         )
         groups[alike].append(job)
     failures = []
@@ -122,12 +123,12 @@ def _start(
     resources: Resources,
 ) -> str:
     """The losses of a few steps."""
-    data, test = (load(run.dataset, split, data_dir) for split in ("train", "test"))
+    data, test = (read(run.dataset, split, data_dir) for split in ("train", "test"))
     teacher = teachers.get(run.teacher) if run.teacher is not None else None
     if run.teacher is not None and teacher is None:
         teacher = _untrained(run.teacher, data)
     result = distill(
-        MODELS[run.student](num_classes=data.num_classes),
+        MODELS[architecture(run.student)](num_classes=data.num_classes),
         teacher,
         data.take(np.arange(steps * run.batch_size) % len(data)),
         test=test.take(np.arange(min(len(test), 250))),
@@ -139,7 +140,7 @@ def _start(
     return ", ".join(f"{name} {phases[name]} steps, loss {losses[name]:.3g}" for name in phases)
 
 
-def _untrained(name: str, data: Dataset) -> Network:
+def _untrained(name: str, data: Dataset | Photographs) -> Network:
     model = MODELS[name](num_classes=data.num_classes)
     variables = init_variables(model, jax.random.key(1000), data.image_shape)
     return Network(model, variables, f"{name}:untrained")

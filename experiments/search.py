@@ -8,6 +8,9 @@ with every point's record.
 examples:
   python -m experiments.search --method attention --protocol official
   python -m experiments.search --method nst --grid 0.01,0.1,1,10,100 --seeds 2
+  python -m experiments.search --method fitnet --dataset mit_indoor_scenes --student mobilenet-v1
+      --teacher resnet50 --teacher-weights resnet50.pth --epochs 60+40 --fraction 1 --batch-size 32
+      for transfer learning, on photographs
 """
 
 from __future__ import annotations
@@ -20,15 +23,15 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from abflax import BusyError, InputError, NonFiniteError, distill, load
-from abflax.data import holdout
+from abflax import BusyError, InputError, NonFiniteError, distill
+from abflax.data import PHOTOGRAPHS, holdout
 from abflax.lock import Lock
 from abflax.methods import METHODS
 from abflax.models import MODELS
 from abflax.record import require_writable, write_record
 from experiments import cli
 from experiments.statistics import mean_and_std
-from experiments.teachers import find_teacher
+from experiments.teachers import find_teacher, read, setting_of
 
 HELD_OUT, SPLIT_SEED = 0.1, 0
 
@@ -67,18 +70,21 @@ def grid_type(text: str) -> tuple[float, ...]:
 
 def main(console: Console) -> None:
     arguments = parse()
-    _require_transfer(arguments.method, arguments.protocol)
+    photographs = arguments.dataset in PHOTOGRAPHS
+    setting = setting_of(arguments.protocol, arguments.student) if photographs else "cifar"
+    _require_transfer(arguments.method, arguments.protocol, setting)
     MODELS[arguments.student]
     teacher = find_teacher(
         arguments.teacher, arguments.dataset, arguments.teacher_weights, arguments.workdir
     )
-    data = load(arguments.dataset, "train", arguments.data_dir)
+    data = read(arguments.dataset, "train", arguments.data_dir)
     fitted, validation = holdout(data, HELD_OUT, SPLIT_SEED)
     cli.cache_compilation(arguments.workdir)
     live = cli.progress(arguments, console)
     points: list[dict[str, Any]] = []
     busy: list[BusyError] = []
-    path = arguments.workdir / "search" / f"{arguments.method}-{arguments.protocol}.json"
+    name = f"{arguments.method}-{arguments.protocol}{'-transfer' * photographs}.json"
+    path = arguments.workdir / "search" / name
     require_writable(path.parent)
     with Lock(path.with_suffix(".lock"), f"the search {path.stem}"), live.shown():
         for weight in arguments.grid:
@@ -92,6 +98,7 @@ def main(console: Console) -> None:
                         test=validation,
                         method=arguments.method,
                         protocol=arguments.protocol,
+                        setting=setting,
                         epochs=arguments.epochs,
                         batch_size=arguments.batch_size,
                         fraction=arguments.fraction,
@@ -129,8 +136,8 @@ def _errors(point: dict[str, Any]) -> list[float]:
     return [record["result"]["test_error"] for record in point["records"]]
 
 
-def _require_transfer(method: str, protocol: str) -> None:
-    phases = METHODS[method](protocol=protocol)
+def _require_transfer(method: str, protocol: str, setting: str) -> None:
+    phases = METHODS[method](protocol=protocol, setting=setting)
     if not any(term.transfers for phase in phases for _, term in phase.terms):
         raise InputError(f"method {method} has no transfer loss, so no weight to search")
 

@@ -1,4 +1,4 @@
-"""The paper's CIFAR-10 tables, with error bars: run what is missing, then show them.
+"""The paper's tables, with error bars: run what is missing, then show them.
 
 examples:
   python -m experiments.table 1 --scale small
@@ -10,10 +10,13 @@ examples:
   python -m experiments.table all --scale paper --steps 2
       show that every cell starts: two steps of each phase, of which nothing is kept
   python -m experiments.table 6 --teacher-weights wrn22-4=teacher.safetensors
+  python -m experiments.table 4,5 --teacher-weights resnet50=resnet50.pth
+      transfer learning; --student-weights mobilenet-v1=FILE for the row of pre-trained students
 
 A run is named by its configuration: what is finished, here or among the committed records, is
 not run again, and the same command goes on where it stopped. A teacher that is neither given nor
-shipped is trained once, before its students. What another process is at, and students whose
+shipped is trained once, before its students; an ImageNet teacher must be given, and tables 4 and
+5 are not among "all". What another process is at, and students whose
 teacher is not trained yet, are left for the next call: the exit code is 75 then. Markdown and a
 picture of the whole table go to WORKDIR/tables.
 """
@@ -21,23 +24,26 @@ picture of the whole table go to WORKDIR/tables.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from rich.console import Console
 
-from abflax import Network, NonFiniteError, Resources, distill, load
+from abflax import Network, NonFiniteError, Resources, distill
 from abflax.errors import BusyError, unknown
 from abflax.models import MODELS
 from abflax.progress import Reporter
 from abflax.record import require_writable
+from abflax.taps import Model
+from abflax.weights import load_network
 from experiments import archive, cli, figures
 from experiments.cells import Filled, fill, identities, markdown
-from experiments.layout import Record, Table
+from experiments.layout import Record, Table, architecture, pretrained
 from experiments.plan import Job, jobs, share
 from experiments.rehearsal import forecast, start_every_cell
 from experiments.tables import SCALES, TABLES
-from experiments.teachers import find_teacher, is_shipped
+from experiments.teachers import begun, find_teacher, is_shipped, read
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -60,6 +66,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--steps", type=int, metavar="K", help="make K steps of every cell, and keep nothing")
     add("--teacher-weights", type=weights_type, action="append", default=[], metavar="NAME=FILE",
         help="a teacher's weights: file or run; may be given again")  # fmt: skip
+    add("--student-weights", type=weights_type, action="append", default=[], metavar="NAME=FILE",
+        help="published weights that a student begins with")  # fmt: skip
     add("--data-dir", help="of TensorFlow Datasets; default: TFDS_DATA_DIR")
     add("--workdir", type=Path, default=cli.WORKDIR, help="where all goes (default ./workdir)")
     add("--devices", type=int, help="how many (default all)")
@@ -91,6 +99,7 @@ def main(console: Console) -> None:
     whole = find_tables(arguments.tables, arguments.scale)
     chosen = [table.select(arguments.rows, arguments.columns, arguments.methods) for table in whole]
     given = dict(arguments.teacher_weights)
+    given |= {pretrained(name): file for name, file in arguments.student_weights}
     require_used(given, chosen)
     seeds = arguments.seeds or range(SCALES[arguments.scale].seeds)
     teachers = look_for_teachers(chosen, given, arguments.workdir, {})
@@ -133,7 +142,9 @@ def find_tables(names: str, scale: str) -> list[Table]:
     if scale not in TABLES:
         raise unknown("scale", scale, TABLES)
     known = TABLES[scale]
-    wanted = list(known) if names == "all" else cli.names_type(names)
+    wanted = cli.names_type(names)
+    if names == "all":
+        wanted = tuple(name for name, table in known.items() if table.teacher_run is not None)
     for name in wanted:
         if name not in known:
             raise unknown("table", name, [*known, "all"])
@@ -142,7 +153,7 @@ def find_tables(names: str, scale: str) -> list[Table]:
 
 def require_used(given: Mapping[str, str], tables: Sequence[Table]) -> None:
     """Raises `InputError` for weights of a teacher that no table has."""
-    known = {name for table in tables for name in table.teachers}
+    known = {name for table in tables for name in (*table.teachers, *table.given)}
     for name in given:
         if name not in known:
             raise unknown("teacher of these tables", name, known)
@@ -151,8 +162,12 @@ def require_used(given: Mapping[str, str], tables: Sequence[Table]) -> None:
 def look_for_teachers(
     tables: Sequence[Table], given: Mapping[str, str], workdir: Path, found: Mapping[str, Network]
 ) -> dict[str, Network]:
-    """architecture -> teacher: those found before, given, shipped, or trained in the workdir."""
+    """architecture -> teacher: those found before, given, shipped, or trained in the workdir; and
+    so for students with published weights, which must be given."""
     found = dict(found)
+    for name in {name for table in tables for name in table.given if name in given} - set(found):
+        load = load_network if architecture(name) == name else begun
+        found[name] = load(architecture(name), given[name])
     for job in jobs(tables, ()):
         name, dataset = job.run.student, job.run.dataset
         trained = job.configuration({})
@@ -181,24 +196,26 @@ def run(
     """
     notes, failures = [], []
     for job in mine:
-        if job.run.teacher not in (None, *teachers):
+        if job.configuration(_names(teachers)) is None:
             teachers |= look_for_teachers(tables, given, arguments.workdir, teachers)
         config = job.configuration(_names(teachers))
         if config is None:
-            notes.append(
-                f"{job.label}, seed {job.seed}: its teacher {job.run.teacher} is not trained yet"
-            )
+            notes.append(f"{job.label}, seed {job.seed}: {_lacking(job, tables, teachers)}")
             continue
         # A teacher's record is of no use without the weights, which a workdir has.
         if config.hash in (archive.finished(arguments.workdir) if job.teaches else records):
             continue
-        data = load(config.dataset, "train", arguments.data_dir)
+        data = read(config.dataset, "train", arguments.data_dir)
+        model = MODELS[architecture(job.run.student)](num_classes=data.num_classes)
+        student: Model | Network = model
+        if job.run.student in teachers and job.run.student != config.student:
+            student = dataclasses.replace(teachers[job.run.student], model=model)
         try:
             distill(
-                MODELS[config.student](num_classes=data.num_classes),
+                student,
                 teachers[job.run.teacher] if job.run.teacher is not None else None,
                 data,
-                test=load(config.dataset, "test", arguments.data_dir),
+                test=read(config.dataset, "test", arguments.data_dir),
                 workdir=arguments.workdir,
                 resources=_resources(arguments),
                 reporter=reporter,
@@ -209,6 +226,17 @@ def run(
         except NonFiniteError as error:  # the other cells may do well
             failures.append(f"{job.label}, seed {job.seed}: {error}")
     return notes, failures
+
+
+def _lacking(job: Job, tables: Sequence[Table], there: Mapping[str, Network]) -> str:
+    """Which network a run waits for."""
+    begins = architecture(job.run.student)
+    if begins != job.run.student and job.run.student not in there:
+        return f"the published weights of {begins} are not given (--student-weights {begins}=FILE)"
+    name = job.run.teacher
+    if any(name in table.given for table in tables):
+        return f"the published weights of {name} are not given (--teacher-weights {name}=FILE)"
+    return f"its teacher {name} is not trained yet"
 
 
 def show(console: Console, filled: Filled) -> None:

@@ -1,4 +1,4 @@
-"""The paper's CIFAR-10 tables, as data: what varies along rows and columns, at two scales."""
+"""The paper's tables, as data: what varies along rows and columns, at two scales."""
 
 from __future__ import annotations
 
@@ -9,7 +9,18 @@ from pathlib import Path
 from typing import Literal
 
 from abflax.config import RunConfig, Seeds
-from experiments.layout import ERROR, SECONDS, Axis, Point, Scale, Table, agreement, silent
+from experiments.layout import (
+    ACCURACY,
+    ERROR,
+    SECONDS,
+    Axis,
+    Point,
+    Scale,
+    Table,
+    agreement,
+    pretrained,
+    silent,
+)
 
 SCALES: Mapping[str, Scale] = {
     "paper": Scale("the paper's networks, data and epochs; protocol paper", seeds=5),
@@ -35,7 +46,9 @@ def published(number: int) -> dict[tuple[str, str], float]:
     found = {
         (row, column): value
         for row, values in table["rows"].items()
-        for column, value in zip(table["columns"], values, strict=True)
+        for column, value in zip(
+            table.get("columns") or map(str, table["columns_per_class"]), values, strict=True
+        )
     }
     if number == 6:
         found |= {("kd", column): table["kd"] for column in table["columns"]}
@@ -265,6 +278,66 @@ _BOTH = (
     ),
 )  # fmt: skip
 
+_TRANSFER = RunConfig(
+    dataset="mit_indoor_scenes",
+    student="mobilenet-v1",
+    teacher="resnet50",
+    protocol="paper",
+    setting="transfer",
+    epochs=(60, 40),
+    batch_size=32,
+    evaluate_every=10,
+)
+_BEGINNINGS = Axis(
+    "student",
+    (
+        Point(
+            "imagenet pre-trained",
+            {"method": "cross-entropy", "student": pretrained(_TRANSFER.student)},
+        ),
+        Point("random", {"method": "cross-entropy"}),
+        Point("dtl", {"method": "dtl"}),
+        *(Point(name, {"method": name}, note="with DTL") for name in _ALL[2:]),
+    ),
+)
+
+
+def _transfer(
+    number: int, run: RunConfig, title: str, data: str, classes: int, most: int, *counts: int
+) -> Table:
+    """most: training images of a class, at most."""
+    shots = tuple(Point(str(count), {"per_class": count}, place=count) for count in counts)
+    networks = "resnet50 (ImageNet) → mobilenet-v1, 60+40 epochs"
+    return Table(
+        name=str(number),
+        title=title,
+        scale="paper",
+        run=run,
+        rows=_BEGINNINGS,
+        columns=Axis("training images of a class", shots),
+        competing="rows",
+        setting=f"{data}, {networks}",
+        paper=published(number),
+        paper_setting=networks,
+        teacher_run=None,
+        examples=classes * most,
+        classes=classes,
+        shows=ACCURACY,
+    )
+
+
+_TRANSFERRED = (
+    _transfer(
+        4, _TRANSFER, "Transfer learning: indoor scenes", "MIT indoor scenes, 67 classes",
+        67, 80, 5, 10, 20, 40, 80,
+    ),
+    _transfer(
+        5, dataclasses.replace(_TRANSFER, dataset="caltech_birds2011"),
+        "Transfer learning: birds", "Caltech-UCSD Birds 2011, 200 species (where one has fewer "
+        "than 30 training images, all are taken)", 200, 30, 1, 5, 10, 20, 30,
+    ),
+)  # fmt: skip
+
 # What the README shows: all methods, with a look inside, at the cost of Table 1's first column.
 EVERY_METHOD = dataclasses.replace(
     next(table for table in _BOTH if (table.name, table.scale) == ("1", "small")),
@@ -290,6 +363,11 @@ EVERY_METHOD = dataclasses.replace(
 
 # scale -> name -> table
 TABLES: Mapping[str, Mapping[str, Table]] = {
-    scale: {table.name: table for table in (*_BOTH, EVERY_METHOD) if table.scale == scale}
+    scale: {
+        table.name: table
+        for table in sorted((*_BOTH, *_TRANSFERRED), key=lambda table: table.name)
+        if table.scale == scale
+    }
+    | ({EVERY_METHOD.name: EVERY_METHOD} if EVERY_METHOD.scale == scale else {})
     for scale in SCALES
 }

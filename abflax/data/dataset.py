@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+from collections.abc import Callable
+from typing import Protocol, Self, TypeVar
 
 import jax.numpy as jnp
 import numpy as np
@@ -99,16 +101,34 @@ class Dataset:
         """{"images", "labels"}, as the devices hold them."""
         return {"images": self.images, "labels": self.labels}
 
-    def take(self, indices: np.ndarray) -> Dataset:
-        """The examples of these indices, as a data set that is named by its contents."""
-        return self._take(indices, None)
-
-    def _take(self, indices: np.ndarray, name: str | None) -> Dataset:
+    def take(self, indices: np.ndarray, name: str | None = None) -> Dataset:
+        """The examples of these indices; without a name, it is named by its contents."""
         images, labels = self.images[indices], self.labels[indices]
         return Dataset(images, labels, self.num_classes, self.preprocessing, name)
 
 
-def subset(dataset: Dataset, fraction: float, seed: int) -> Dataset:
+class Labelled(Protocol):
+    """What has `labels` of `num_classes` and a `name`, and parts of which one can `take`: a
+    `Dataset`, or photographs."""
+
+    @property
+    def labels(self) -> np.ndarray: ...
+
+    @property
+    def num_classes(self) -> int: ...
+
+    @property
+    def name(self) -> str: ...
+
+    def __len__(self) -> int: ...
+
+    def take(self, indices: np.ndarray, name: str | None = None) -> Self: ...
+
+
+_D = TypeVar("_D", bound=Labelled)
+
+
+def subset(dataset: _D, fraction: float, seed: int) -> _D:
     """A class-balanced share of a data set: of each class round(fraction · its size), at least 1.
 
     A function of (data, fraction, seed) alone, so all methods of a seed see the same examples; a
@@ -129,10 +149,29 @@ def subset(dataset: Dataset, fraction: float, seed: int) -> Dataset:
         raise InputError(f"the fraction of the training data must be in (0, 1], not {fraction}")
     if fraction == 1:
         return dataset
-    return dataset._take(_balanced(dataset, fraction, seed), dataset.name)
+    return dataset.take(_balanced(dataset, fraction, seed), dataset.name)
 
 
-def holdout(dataset: Dataset, share: float, seed: int) -> tuple[Dataset, Dataset]:
+def shots(dataset: _D, per_class: int, seed: int) -> _D:
+    """A number of examples of each class; all of them where a class has fewer.
+
+    As `subset`, a function of (data, number, seed), and a smaller number's lie within a larger
+    one's.
+
+    Raises:
+      ValueError: unless per_class >= 1.
+
+    Examples:
+      >>> data = Dataset(np.zeros((6, 8, 8, 1)), np.array([0, 0, 0, 0, 1, 1]))
+      >>> shots(data, 3, seed=0).labels.tolist()
+      [0, 0, 0, 1, 1]
+    """
+    if per_class < 1:
+        raise InputError(f"of each class at least 1 example is needed, not {per_class}")
+    return dataset.take(_of_each(dataset, lambda size: per_class, seed), dataset.name)
+
+
+def holdout(dataset: _D, share: float, seed: int) -> tuple[_D, _D]:
     """Splits training data into what is trained on and a class-balanced validation set.
 
     What a search may look at, so that the test set stays unseen. The names of both tell the split.
@@ -151,17 +190,22 @@ def holdout(dataset: Dataset, share: float, seed: int) -> tuple[Dataset, Dataset
         raise InputError(f"holding out {share} of the data leaves a class without training data")
     name = f"{dataset.name}, {share:g} held out by seed {seed}"
     return (
-        dataset._take(fitted, name),
-        dataset._take(held, f"validation of {name}"),
+        dataset.take(fitted, name),
+        dataset.take(held, f"validation of {name}"),
     )
 
 
-def _balanced(dataset: Dataset, fraction: float, seed: int) -> np.ndarray:
+def _balanced(dataset: Labelled, fraction: float, seed: int) -> np.ndarray:
     """Sorted indices of a share of each class, at least one example of each."""
+    return _of_each(dataset, lambda size: max(1, round(fraction * size)), seed)
+
+
+def _of_each(dataset: Labelled, count: Callable[[int], int], seed: int) -> np.ndarray:
+    """Sorted indices of as many examples of each class as `count` says for its size."""
     shuffled = np.random.default_rng(seed).permutation(len(dataset))
     chosen = []
     for label in range(dataset.num_classes):
         members = shuffled[dataset.labels[shuffled] == label]
         if len(members):
-            chosen.append(members[: max(1, round(fraction * len(members)))])
+            chosen.append(members[: count(len(members))])
     return np.sort(np.concatenate(chosen))

@@ -35,10 +35,9 @@ def _read(name: str, split: str, data_dir: str | None) -> tuple[np.ndarray, np.n
     import tensorflow_datasets as tfds  # takes seconds to import, and the digits need none of it
 
     logging.getLogger("absl").setLevel(logging.ERROR)  # it would rather have OpenCV, and says so
-    where = Path(data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets")
-    where = where.expanduser()
+    where = data_folder(data_dir)
     if not list(where.glob(f"{name}/*/dataset_info.json")):
-        _prepare(name, where)
+        prepare(name, where)
     try:
         source = tfds.data_source(name, split=split, data_dir=where)
     except (OSError, ValueError, NotImplementedError) as error:
@@ -54,7 +53,13 @@ def _read(name: str, split: str, data_dir: str | None) -> tuple[np.ndarray, np.n
     return np.stack(images), np.asarray(labels)
 
 
-def _prepare(name: str, where: Path) -> None:
+def data_folder(data_dir: str | None) -> Path:
+    """Where TensorFlow Datasets keeps its data: as told, else by `TFDS_DATA_DIR`, else at home."""
+    where = Path(data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets")
+    return where.expanduser()
+
+
+def prepare(name: str, where: Path) -> None:
     """Downloads and prepares a data set as ArrayRecord, which needs TensorFlow."""
     import tensorflow_datasets as tfds
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from abflax import parallel
 from abflax.data import Preprocessing
-from abflax.evaluation import BATCH
+from abflax.feed import BATCH
 from abflax.kept import keep_targets
 from abflax.methods import METHODS, Phase
 from abflax.models import MODELS
