@@ -32,6 +32,7 @@ setup(
         "array-record>=0.8",
         "psutil>=6",
         "safetensors>=0.5",
+        "flatbuffers>=24",  # jax.export writes files with it, but JAX does not install it
         "scikit-learn>=1.5",
         "matplotlib>=3.9",
         "rich>=13.9",

@@ -207,6 +207,16 @@ def save_variables(path: str | Path, variables: Any) -> None:
     write_whole(Path(path), safetensors.numpy.save(flat))
 
 
+def save_state_dict(path: str | Path, model: nn.Module, variables: Any) -> None:
+    """Writes what `to_torch` gives as `.safetensors`, for tools that know the published network.
+
+    Raises:
+      ValueError: for an architecture without published names.
+    """
+    flat = {name: np.ascontiguousarray(leaf) for name, leaf in to_torch(model, variables).items()}
+    write_whole(Path(path), safetensors.numpy.save(flat, metadata={"format": "pt"}))
+
+
 def load_network(name: str, path: str | Path, label: str | None = None) -> Network:
     """The network of that architecture whose weights lie in a file.
 
