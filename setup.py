@@ -33,6 +33,7 @@ setup(
         "pillow>=11",
         "psutil>=6",
         "safetensors>=0.5",
+        "flatbuffers>=24",  # jax.export writes files with it, but JAX does not install it
         "scikit-learn>=1.5",
         "matplotlib>=3.9",
         "rich>=13.9",

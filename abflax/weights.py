@@ -18,20 +18,92 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from abflax.compatibility import require_fits
 from abflax.errors import InputError
 from abflax.files import write_whole
-from abflax.models import MODELS, WideResNet
+from abflax.models import MODELS, MobileNetV1, MobileNetV2, ResNet, WideResNet
 from abflax.networks import Network
 from abflax.step import abstract_variables
 
-# Flax path -> published name, first match wins: patterns on the module's path, by architecture.
-_NAMES: Mapping[type[nn.Module], tuple[tuple[str, str], ...]] = {
-    WideResNet: (
+_Patterns = tuple[tuple[str, str], ...]
+
+
+def _wide_resnet(model: Any) -> _Patterns:
+    del model
+    return (
         (r"stem", r"conv1"),
         (r"norm", r"bn1"),
         (r"classifier", r"fc"),
         (r"group(\d+)_block(\d+)/norm(\d)", r"block\1.layer.\2.bn\3"),
         (r"group(\d+)_block(\d+)/conv(\d)", r"block\1.layer.\2.conv\3"),
         (r"group(\d+)_block(\d+)/shortcut", r"block\1.layer.\2.convShortcut"),
-    ),
+    )
+
+
+def _resnet(model: Any) -> _Patterns:
+    """torchvision's names."""
+    del model
+    return (
+        (r"stem", r"conv1"),
+        (r"stem_norm", r"bn1"),
+        (r"classifier", r"fc"),
+        (r"stage(\d+)_block(\d+)/norm(\d)", r"layer\1.\2.bn\3"),
+        (r"stage(\d+)_block(\d+)/conv(\d)", r"layer\1.\2.conv\3"),
+        (r"stage(\d+)_block(\d+)/shortcut", r"layer\1.\2.downsample.0"),
+        (r"stage(\d+)_block(\d+)/shortcut_norm", r"layer\1.\2.downsample.1"),
+    )
+
+
+def _mobilenet_v1(model: Any) -> _Patterns:
+    del model
+    return (
+        (r"stem", r"model.0.0"),
+        (r"stem_norm", r"model.0.1"),
+        (r"classifier", r"fc"),
+        (r"block(\d+)/depthwise", r"model.\1.0"),
+        (r"block(\d+)/depthwise_norm", r"model.\1.1"),
+        (r"block(\d+)/pointwise", r"model.\1.3"),
+        (r"block(\d+)/pointwise_norm", r"model.\1.4"),
+    )
+
+
+def _mobilenet_v2(model: Any) -> _Patterns:
+    """The names of the published code of activation boundaries, or torchvision's."""
+    last = sum(model.stage_sizes) + 1
+    ends = (
+        (r"stem", r"features.0.0"),
+        (r"stem_norm", r"features.0.1"),
+        (r"last", rf"features.{last}.0"),
+        (r"last_norm", rf"features.{last}.1"),
+        (r"classifier", r"classifier.1"),
+    )
+    if model.first_expansion:
+        return ends + (
+            (r"block(\d+)/expand", r"features.\1.conv.0"),
+            (r"block(\d+)/expand_norm", r"features.\1.conv.1"),
+            (r"block(\d+)/depthwise", r"features.\1.conv.3"),
+            (r"block(\d+)/depthwise_norm", r"features.\1.conv.4"),
+            (r"block(\d+)/project", r"features.\1.conv.6"),
+            (r"block(\d+)/project_norm", r"features.\1.conv.7"),
+        )
+    return ends + (
+        (r"block1/depthwise", r"features.1.conv.0.0"),
+        (r"block1/depthwise_norm", r"features.1.conv.0.1"),
+        (r"block1/project", r"features.1.conv.1"),
+        (r"block1/project_norm", r"features.1.conv.2"),
+        (r"block(\d+)/expand", r"features.\1.conv.0.0"),
+        (r"block(\d+)/expand_norm", r"features.\1.conv.0.1"),
+        (r"block(\d+)/depthwise", r"features.\1.conv.1.0"),
+        (r"block(\d+)/depthwise_norm", r"features.\1.conv.1.1"),
+        (r"block(\d+)/project", r"features.\1.conv.2"),
+        (r"block(\d+)/project_norm", r"features.\1.conv.3"),
+    )
+
+
+# Architecture -> (Flax path -> published name: patterns on the module's path, first match wins),
+# and a module by whose published name state dicts of different architectures are told apart.
+_NAMES: Mapping[type[nn.Module], tuple[Callable[[Any], _Patterns], str]] = {
+    WideResNet: (_wide_resnet, "group1_block0/conv2"),
+    ResNet: (_resnet, "stage1_block0/conv3"),
+    MobileNetV1: (_mobilenet_v1, "block1/pointwise"),
+    MobileNetV2: (_mobilenet_v2, "block1/depthwise"),
 }
 _LEAVES = {
     "kernel": "weight",
@@ -70,9 +142,9 @@ def from_torch(name: str, state_dict: Mapping[str, Any], prefix: str = "") -> di
     model, image_shape = _architecture(name, given)
     flat, used = {}, set()
     for path, leaf in flatten_dict(abstract_variables(model, image_shape)).items():
-        torch_name = _torch_name(type(model), path)
+        torch_name = _torch_name(model, path)
         if torch_name not in given:
-            raise InputError(f"state dict for {name}: '{torch_name}' is missing")
+            raise _missing(name, torch_name, given)
         value = _from_layout(given[torch_name])
         if value.shape != leaf.shape:
             raise InputError(
@@ -99,7 +171,7 @@ def to_torch(model: nn.Module, variables: Any) -> dict[str, np.ndarray]:
     if type(model) not in _NAMES:
         raise InputError(f"there are no published names for {type(model).__name__}")
     return {
-        _torch_name(type(model), path): _to_layout(np.asarray(leaf))
+        _torch_name(model, path): _to_layout(np.asarray(leaf))
         for path, leaf in flatten_dict(variables).items()
     }
 
@@ -133,6 +205,16 @@ def save_variables(path: str | Path, variables: Any) -> None:
     flat = flatten_dict(variables, sep="/")
     flat = {name: np.ascontiguousarray(leaf) for name, leaf in flat.items()}
     write_whole(Path(path), safetensors.numpy.save(flat))
+
+
+def save_state_dict(path: str | Path, model: nn.Module, variables: Any) -> None:
+    """Writes what `to_torch` gives as `.safetensors`, for tools that know the published network.
+
+    Raises:
+      ValueError: for an architecture without published names.
+    """
+    flat = {name: np.ascontiguousarray(leaf) for name, leaf in to_torch(model, variables).items()}
+    write_whole(Path(path), safetensors.numpy.save(flat, metadata={"format": "pt"}))
 
 
 def load_network(name: str, path: str | Path, label: str | None = None) -> Network:
@@ -185,23 +267,39 @@ def _architecture(
         raise InputError(f"there are no published names for {name}")
     needed = {}
     for *path, axes in (("params", "classifier", "bias", 1), ("params", "stem", "kernel", 4)):
-        torch_name = _torch_name(type(model), tuple(path))
+        torch_name = _torch_name(model, tuple(path))
         if torch_name not in state_dict:
-            raise InputError(f"state dict for {name}: '{torch_name}' is missing")
+            raise _missing(name, torch_name, state_dict)
         shape = needed[path[1]] = state_dict[torch_name].shape
         if len(shape) != axes or 0 in shape:
             raise InputError(f"state dict for {name}: '{torch_name}' has shape {shape}")
     return MODELS[name](num_classes=needed["classifier"][0]), (32, 32, needed["stem"][1])
 
 
-def _torch_name(architecture: type[nn.Module], path: tuple[str, ...]) -> str:
+def _torch_name(model: nn.Module, path: tuple[str, ...]) -> str:
     """The published name of a Flax leaf: (collection, modules …, leaf)."""
     _, *modules, leaf = path
     here = "/".join(modules)
-    for pattern, replacement in _NAMES[architecture]:
+    patterns, _ = _NAMES[type(model)]
+    for pattern, replacement in patterns(model):
         if match := re.fullmatch(pattern, here):
             return f"{match.expand(replacement)}.{_LEAVES[leaf]}"
-    raise AssertionError(f"{architecture.__name__} has a module without published name: {here}")
+    raise AssertionError(f"{type(model).__name__} has a module without published name: {here}")
+
+
+def _missing(name: str, torch_name: str, given: Mapping[str, Any]) -> InputError:
+    """That an entry is missing, and of which architecture the others are named like."""
+
+    def named_like(architecture: str) -> bool:
+        model = MODELS[architecture]()
+        if type(model) not in _NAMES:
+            return False
+        _, module = _NAMES[type(model)]
+        return _torch_name(model, ("params", *module.split("/"), "kernel")) in given
+
+    like = [] if named_like(name) else [other for other in MODELS if named_like(other)]
+    hint = f"; these are named like the weights of {like[0]}" if like else ""
+    return InputError(f"state dict for {name}: '{torch_name}' is missing{hint}")
 
 
 def _from_layout(array: np.ndarray) -> np.ndarray:

@@ -7,6 +7,7 @@ median over pairs. Use an idle machine.
 examples:
   python -m experiments.bench
   python -m experiments.bench --sections steps --batch 128 --repetitions 20
+  python -m experiments.bench --sections depthwise --repetitions 3
   python -m experiments.bench --publish
       keep the measurements in experiments/records/bench and rebuild experiments/BENCH.md
 """
@@ -34,6 +35,7 @@ from abflax.losses.nst import channel_patterns
 from abflax.methods import METHODS
 from abflax.record import environment
 from experiments import cli
+from experiments.benchmark import depthwise_work
 from experiments.benchmark.jax_work import Bench
 from experiments.benchmark.report import PUBLISHED, page, section
 from experiments.benchmark.timing import Work, alternate, compiled, median_ratio, peak_flops
@@ -171,6 +173,24 @@ def nst(bench: Bench, repetitions: int) -> Rows:
     return [_described(name, work, seconds[name]) for name, work in works.items()]
 
 
+def depthwise(bench: Bench, repetitions: int) -> Rows:
+    """A train step of each MobileNet, in turn with the same by XLA's own convolutions."""
+    del bench
+    rows: Rows = []
+    for name in depthwise_work.NETWORKS:
+        own, theirs = (depthwise_work.train(name, by_slices) for by_slices in (True, False))
+        seconds = alternate({"own": own.run, "theirs": theirs.run}, repetitions)
+        rows.append(
+            _described(name, own, seconds["own"])
+            | {
+                "convolved_seconds": seconds["theirs"],
+                "convolved_bytes": theirs.bytes,
+                "times_convolved": median_ratio(seconds["own"], seconds["theirs"]),
+            }
+        )
+    return rows
+
+
 def _row(
     name: str, work: Work, repetitions: int, theirs: Callable[[], None] | None, batch: int
 ) -> dict[str, Any]:
@@ -211,6 +231,7 @@ SECTIONS: Mapping[str, Callable[[Bench, int], Rows]] = {
     "parts": parts,
     "methods": methods,
     "nst": nst,
+    "depthwise": depthwise,
 }
 
 

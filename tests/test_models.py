@@ -17,6 +17,10 @@ from abflax.taps import run_model, tap_shapes
 # Parameters with ten classes; wrn16-2 is stated beside the shipped teacher, the ratios in the
 # paper's Table 3 (wrn16-2 is 16.1 % of wrn22-4, wrn10-1 1.8 %, wrn10-4 27.9 %, of wrn16-4 25.2 %).
 PARAMETERS = {
+    "resnet50": 23528522,  # with a thousand classes 25557032, as torchvision has it
+    "mobilenet-v1": 3217226,  # with a thousand 4231976
+    "mobilenet-v2": 2237770,
+    "mobilenet-v2-torchvision": 2236682,  # with a thousand 3504872
     "wrn10-1": 77850,
     "wrn10-4": 1198810,
     "wrn16-1": 175066,
@@ -32,6 +36,13 @@ TAPS = {
         ("wrn22-4", 4),
     )
 }  # fmt: skip
+
+TAPS |= {
+    "resnet50": [(256, 8), (512, 4), (1024, 2), (2048, 1)],
+    "mobilenet-v1": [(128, 8), (256, 4), (512, 2), (1024, 1)],
+} | dict.fromkeys(
+    ("mobilenet-v2", "mobilenet-v2-torchvision"), [(144, 8), (192, 4), (576, 2), (1280, 1)]
+)
 
 
 def _count(variables):
@@ -63,7 +74,10 @@ def test_size_ratios_are_the_papers():
     assert share("wrn10-1", "wrn22-4") == 1.8
 
 
-@pytest.mark.parametrize("name", ["wrn17-2", "wrn4-1", "wrn16-0", "wrn-1", "vgg16", "wrn16"])
+@pytest.mark.parametrize("name", [
+    "wrn17-2", "wrn4-1", "wrn16-0", "wrn-1", "vgg16", "wrn16", "wrn16-2-0.5", "resnet50-0",
+    "mobilenet-v1-17", "mobilenet-v3", "mobilenet-v2-",
+])  # fmt: skip
 def test_illegal_names(name):
     with pytest.raises(InputError, match=name):
         MODELS[name]
@@ -73,6 +87,15 @@ def test_illegal_names(name):
 def test_any_legal_depth_and_width_is_parsed():
     model = MODELS["wrn28-10"](num_classes=100)
     assert (model.depth, model.width, model.num_classes) == (28, 10, 100)
+
+
+@pytest.mark.parametrize("name", ["resnet50-0.25", "mobilenet-v1-0.5", "mobilenet-v2-1.4"])
+def test_width_multipliers(name):
+    model, (whole, width) = MODELS[name](num_classes=3), name.rsplit("-", 1)
+    assert model.width == float(width) and model_name(model) == name and name not in list(MODELS)
+    assert MODELS[f"{whole}-1"]() == MODELS[whole]()
+    deeper = model.clone(stage_sizes=(*model.stage_sizes[:-1], 7))
+    assert model_name(deeper).startswith(f"{type(model).__name__}( # attributes")
 
 
 def test_run_model_gives_features_and_logits_that_fit():

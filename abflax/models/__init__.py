@@ -11,13 +11,33 @@ from typing import Any
 from flax import linen as nn
 
 from abflax.errors import UnknownNameError, unknown
+from abflax.models.mobilenet import MobileNetV1, MobileNetV2
+from abflax.models.resnet import ResNet, ResNet50
 from abflax.models.wide_resnet import WideResNet
 from abflax.taps import Model, Tapped
 
-__all__ = ["MODELS", "WideResNet", "model_name"]
+__all__ = [
+    "MODELS",
+    "MobileNetV1",
+    "MobileNetV2",
+    "ResNet",
+    "ResNet50",
+    "WideResNet",
+    "model_name",
+]
 
 
-# One line a model, whose architecture is what is bound here; other fields are the caller's.
+# One entry a model, whose architecture is what is bound here; other fields are the caller's.
+_WITH_MULTIPLIER: Mapping[str, functools.partial[Any]] = {
+    "resnet50": functools.partial(ResNet50, width=1.0),
+    "mobilenet-v1": functools.partial(MobileNetV1, width=1.0, stage_sizes=(1, 2, 2, 6, 2)),
+    "mobilenet-v2": functools.partial(
+        MobileNetV2, width=1.0, stage_sizes=(1, 2, 3, 4, 3, 3, 1), first_expansion=True
+    ),
+    "mobilenet-v2-torchvision": functools.partial(
+        MobileNetV2, width=1.0, stage_sizes=(1, 2, 3, 4, 3, 3, 1), first_expansion=False
+    ),
+}
 _NAMED: Mapping[str, functools.partial[Any]] = {
     "wrn10-1": functools.partial(WideResNet, depth=10, width=1),
     "wrn10-4": functools.partial(WideResNet, depth=10, width=4),
@@ -25,6 +45,7 @@ _NAMED: Mapping[str, functools.partial[Any]] = {
     "wrn16-2": functools.partial(WideResNet, depth=16, width=2),
     "wrn16-4": functools.partial(WideResNet, depth=16, width=4),
     "wrn22-4": functools.partial(WideResNet, depth=22, width=4),
+    **_WITH_MULTIPLIER,
 }
 
 
@@ -32,10 +53,12 @@ class _Models(Mapping[str, Callable[..., nn.Module]]):
     """Name -> a callable that takes the module's remaining fields.
 
     `MODELS["wrn22-4"](num_classes=10, dtype=None, axis_name=None)` is a Linen module. Wide
-    ResNets of any legal depth and width are parsed; iteration lists those that the paper uses.
+    ResNets of any legal depth and width are parsed, and "mobilenet-v1-0.5" is a mobilenet-v1 of
+    half the width; iteration lists those that the paper uses.
     """
 
     _WIDE = re.compile(r"wrn-?(\d+)-(\d+)")
+    _SCALED = re.compile(r"(.+)-(\d+(?:\.\d+)?)")
 
     def __getitem__(self, name: str) -> Callable[..., nn.Module]:
         if name in _NAMED:
@@ -49,6 +72,10 @@ class _Models(Mapping[str, Callable[..., nn.Module]]):
                     f"and its width at least 1; the nearest is wrn{near}-{max(width, 1)}"
                 )
             return functools.partial(WideResNet, depth=depth, width=width)
+        if (match := self._SCALED.fullmatch(name)) and match[1] in _WITH_MULTIPLIER:
+            if not 0 < float(match[2]) <= 16:
+                raise UnknownNameError(f"'{name}': a width multiplier is above 0 and at most 16")
+            return functools.partial(_WITH_MULTIPLIER[match[1]], width=float(match[2]))
         raise unknown("model", name, self)
 
     def __iter__(self) -> Iterator[str]:
@@ -61,7 +88,8 @@ class _Models(Mapping[str, Callable[..., nn.Module]]):
 MODELS: Mapping[str, Callable[..., nn.Module]] = _Models()
 """Name -> a callable that takes a module's fields: `MODELS["wrn22-4"](num_classes=10)`.
 
-Wide ResNets of any legal depth and width are parsed; iteration lists those that the paper uses.
+Wide ResNets of any legal depth and width are parsed, and "mobilenet-v1-0.5" is a mobilenet-v1 of
+half the width; iteration lists those that the paper uses.
 """
 
 
@@ -80,6 +108,10 @@ def model_name(model: Model) -> str:
             return known
     if isinstance(model, WideResNet):
         return f"wrn{model.depth}-{model.width}"
+    if isinstance(model, (ResNet, MobileNetV1, MobileNetV2)) and model.width != 1:
+        whole = model_name(model.clone(width=1.0))
+        if whole in _NAMED:
+            return f"{whole}-{model.width!r}"
     named = repr(model)
     for function in _functions(model):
         if name := getattr(function, "__qualname__", None):

@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from abflax.errors import InputError
-from abflax.models.convolution import convolve
+from abflax.models.layers import layers, require_images, settings
 from abflax.taps import sow_features, sow_tap
-
-# N(0, √(2 / (k²·C_out))), and PyTorch's default for dense layers, as in the published code.
-_CONV_INIT = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
-_DENSE_INIT = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
 
 class WideBlock(nn.Module):
@@ -33,7 +27,7 @@ class WideBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> tuple[jax.Array, jax.Array]:
-        conv, norm = _layers(self, train)
+        conv, norm, _ = layers(self, train)
         before = norm(name="norm1")(x)
         active = nn.relu(before)
         y = conv(self.features, 3, self.stride, name="conv1")(active)
@@ -70,19 +64,16 @@ class WideResNet(nn.Module):
     @nn.compact
     def __call__(self, images: jax.Array, *, train: bool) -> jax.Array:
         """Logits `[batch, num_classes]` of normalised images `[batch, height, width, channels]`."""
-        if images.ndim != 4:  # Flax's convolutions take any number of batch dimensions, and none
-            raise InputError(f"images are [batch, height, width, channels], not {images.shape}")
-        conv, norm = _layers(self, train)
+        require_images(images)
+        conv, norm, dense = layers(self, train)
         x = conv(16, 3, name="stem")(images)
         for group in (1, 2, 3):
             for block in range((self.depth - 4) // 6):
                 x, before = WideBlock(
                     features=16 * self.width * 2 ** (group - 1),
                     stride=2 if group > 1 and block == 0 else 1,
-                    dtype=self.dtype,
-                    param_dtype=self.param_dtype,
-                    axis_name=self.axis_name,
                     name=f"group{group}_block{block}",
+                    **settings(self),
                 )(x, train=train)
                 if group > 1 and block == 0:
                     sow_tap(self, f"layer{group - 1}", before)
@@ -90,44 +81,4 @@ class WideResNet(nn.Module):
         sow_tap(self, "layer3", last)
         pooled = jnp.mean(nn.relu(last), axis=(1, 2))
         sow_features(self, pooled)
-        return nn.Dense(
-            self.num_classes,
-            dtype=self.dtype,
-            param_dtype=self.param_dtype,
-            kernel_init=_DENSE_INIT,
-            name="classifier",
-        )(pooled)
-
-
-def _layers(
-    module: WideBlock | WideResNet, train: bool
-) -> tuple[Callable[..., nn.Conv], Callable[..., nn.BatchNorm]]:
-    """Convolution and batch norm with the module's own dtypes and axis."""
-
-    def conv(features: int, kernel: int, stride: int = 1, *, name: str) -> nn.Conv:
-        # Explicit padding: at stride 2 'SAME' pads (0, 1), which the published weights do not.
-        return nn.Conv(
-            features,
-            (kernel, kernel),
-            (stride, stride),
-            padding=[(kernel // 2, kernel // 2)] * 2,
-            use_bias=False,
-            dtype=module.dtype,
-            param_dtype=module.param_dtype,
-            kernel_init=_CONV_INIT,
-            conv_general_dilated=convolve,
-            name=name,
-        )
-
-    def norm(*, name: str) -> nn.BatchNorm:
-        return nn.BatchNorm(
-            use_running_average=not train,
-            momentum=0.9,
-            epsilon=1e-5,
-            dtype=module.dtype,
-            param_dtype=module.param_dtype,
-            axis_name=module.axis_name,
-            name=name,
-        )
-
-    return conv, norm
+        return dense(self.num_classes, name="classifier")(pooled)

@@ -1,0 +1,62 @@
+"""A train step of a MobileNet, its depthwise convolutions as shifted slices or as XLA's own."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from typing import Any
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from abflax.methods import METHODS
+from abflax.models import MODELS, layers
+from abflax.models.depthwise import depthwise
+from abflax.optim import Span
+from abflax.step import begin_phase, bind, init_variables, train_step
+from experiments.benchmark.timing import Work, compiled, count_flops
+
+BATCH, SHAPE = 8, (112, 112, 3)
+NETWORKS = ("mobilenet-v1", "mobilenet-v2")
+
+
+def train(name: str, by_slices: bool) -> Work:
+    """One step of cross-entropy on made-up images, on one device.
+
+    Args:
+      name: in `MODELS`.
+      by_slices: the depthwise convolutions as the networks have them on a CPU; else
+        `jax.lax.conv_general_dilated`.
+    """
+    chosen = depthwise if by_slices else jax.lax.conv_general_dilated
+    with mock.patch.object(layers, "depthwise", chosen):
+        return _train(name)
+
+
+def _train(name: str) -> Work:
+    model, (phase,) = MODELS[name](), METHODS["cross-entropy"]()
+    objective = bind(model, None, phase, SHAPE)
+    images = jax.random.normal(jax.random.key(1), (BATCH, *SHAPE))
+    labels = jnp.arange(BATCH) % 10
+
+    def begin(key: jax.Array) -> Any:
+        student = init_variables(model, key, SHAPE)
+        return begin_phase(objective, optimiser(student["params"]), student, {}, key, SHAPE)
+
+    def optimiser(params: Any) -> Any:
+        trained = jax.tree.map(lambda _: True, {"student": params, "connectors": {}})
+        return phase.optimiser.transformation(Span(0, 10**6, 0, 10, 20, Fraction(10**5)), trained)
+
+    def step(state: Any, images: jax.Array) -> Any:
+        transformation = optimiser(state.params["student"])
+        return train_step(objective, transformation, state, {}, images, labels)
+
+    draw = np.random.default_rng(0)
+    state = jax.tree.map(  # to compile what draws the initial weights takes longer than to measure
+        lambda leaf: (0.1 * draw.standard_normal(leaf.shape)).astype(leaf.dtype),
+        jax.eval_shape(begin, jax.random.key(0)),
+    )
+    run, seconds, held = compiled(jax.jit(step), state, images)
+    flops = count_flops(step, state, images)
+    return Work(lambda: jax.block_until_ready(run(state, images)), BATCH, 1, flops, held, seconds)

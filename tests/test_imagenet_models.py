@@ -1,0 +1,174 @@
+"""ResNets and MobileNets of a few blocks: taps, gradients, pooling, names in state dicts."""
+
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import linen as nn
+
+from abflax import models
+from abflax.errors import InputError
+from abflax.methods import METHODS
+from abflax.models import MobileNetV1, MobileNetV2, ResNet
+from abflax.models.resnet import _max_pool
+from abflax.step import abstract_variables, begin_phase, bind, trained_parameters
+from abflax.taps import run_model
+from abflax.weights import from_torch, load_network, save_state_dict, to_torch
+
+SHAPE = (12, 10, 3)
+V2_STAGES = (1, 1, 1, 1, 0, 1, 0)
+# Of each: the module, what its taps are the outputs of, and what comes before the pooling.
+TINY = {
+    "resnet": (
+        functools.partial(ResNet, stage_sizes=(1, 1), width=0.125),
+        {"layer1": "stage1_block0", "layer2": "stage2_block0"},
+        nn.relu,
+    ),
+    "v1": (
+        functools.partial(MobileNetV1, stage_sizes=(1, 1, 1), width=0.25),
+        {"layer1": "block2/pointwise_norm", "layer2": "block3/pointwise_norm"},
+        nn.relu,
+    ),
+    "v2": (
+        functools.partial(MobileNetV2, stage_sizes=V2_STAGES, width=0.25),
+        {f"layer{i}": f"block{i + 2}/expand_norm" for i in (1, 2, 3)} | {"layer4": "last_norm"},
+        nn.relu6,
+    ),
+    "v2-torchvision": (
+        functools.partial(
+            MobileNetV2, stage_sizes=V2_STAGES, width=0.25, first_expansion=False
+        ),
+        {f"layer{i}": f"block{i + 2}/expand_norm" for i in (1, 2, 3)} | {"layer4": "last_norm"},
+        nn.relu6,
+    ),
+}  # fmt: skip
+QUICK = [pytest.param(name, marks=[pytest.mark.slow] * name.startswith("v2")) for name in TINY]
+
+
+def _drawn(model):
+    """Variables of a network, those of batch norms about 1; deterministic, nothing compiled."""
+    draw = np.random.default_rng(0)
+
+    def leaf(path, abstract):
+        noise = 0.3 * draw.standard_normal(abstract.shape)
+        near_one = str(path[-1].key) in ("scale", "var")
+        return np.asarray(np.exp(noise) if near_one else noise, abstract.dtype)
+
+    return jax.tree_util.tree_map_with_path(leaf, abstract_variables(model, SHAPE))
+
+
+@pytest.mark.parametrize("name", QUICK)
+def test_taps_features_and_gradients(x64, name):
+    """Taps are what the named modules put out, and the gradient is that of finite differences."""
+    make, paths, activation = TINY[name]
+    model = make(num_classes=3, param_dtype=jnp.float64)
+    variables = _drawn(model)
+    images = np.random.default_rng(1).standard_normal((4, *SHAPE))
+    direction = jax.tree.map(jnp.cos, variables["params"])
+
+    @jax.jit
+    def run(params, images):
+        def loss(params):
+            trained = {"params": params, "batch_stats": variables["batch_stats"]}
+            forward = run_model(model, trained, images, train=True)
+            taps = sum(jnp.sin(tap).mean() for tap in forward.taps.values())
+            return taps + jnp.sin(forward.logits).sum()
+
+        sown = run_model(model, variables, images, train=False)
+        by_path = run_model(model, variables, images, train=False, tap_paths=paths)
+        return jax.value_and_grad(loss)(params), sown, by_path.taps
+
+    (_, gradient), forward, by_path = run(variables["params"], images)
+    chex.assert_trees_all_equal(forward.taps, by_path)
+    last = forward.taps[f"layer{len(paths)}"]
+    chex.assert_trees_all_close(forward.features, activation(last).mean(axis=(1, 2)), rtol=1e-12)
+    dense = variables["params"]["classifier"]
+    logits = forward.features @ dense["kernel"] + dense["bias"]
+    chex.assert_trees_all_close(forward.logits, logits, rtol=1e-12)
+    assert all((tap < 0).any() for tap in forward.taps.values())
+
+    def moved(step):
+        there = jax.tree.map(lambda p, d: p + step * d, variables["params"], direction)
+        return float(run(there, images)[0][0])
+
+    slope = float(optax.tree.vdot(gradient, direction))
+    assert abs((moved(1e-6) - moved(-1e-6)) / 2e-6 - slope) < 1e-6 * max(1, abs(slope))
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_round_trip_is_exact(name, monkeypatch, tmp_path):
+    make, _, _ = TINY[name]
+    monkeypatch.setitem(models._NAMED, "tiny", make)
+    model = make(num_classes=3)
+    variables = _drawn(model)
+    state_dict = to_torch(model, variables)
+    chex.assert_trees_all_equal(from_torch("tiny", state_dict), variables)
+    save_state_dict(tmp_path / "w.safetensors", model, variables)
+    network = load_network("tiny", tmp_path / "w.safetensors")
+    chex.assert_trees_all_equal(network.variables, variables)
+    assert network.model == model
+    depthwise = {"v1": "model.1.0", "v2": "features.1.conv.3",
+                 "v2-torchvision": "features.1.conv.0.0"}.get(name)  # fmt: skip
+    if depthwise:
+        kernel = variables["params"]["block1"]["depthwise"]["kernel"]
+        np.testing.assert_array_equal(state_dict[f"{depthwise}.weight"][:, 0],
+                                      kernel[:, :, 0].transpose(2, 0, 1))  # fmt: skip
+
+
+OTHERS = [
+    ("resnet50", ["model.1.3.weight", "model.0.0.weight", "fc.bias"],
+     "'conv1.weight' is missing; these are named like the weights of mobilenet-v1"),
+    ("mobilenet-v1", ["conv1.weight", "fc.bias", "layer1.0.conv3.weight"],
+     "'model.0.0.weight' is missing; these are named like the weights of resnet50"),
+    ("mobilenet-v2", ["features.0.0.weight", "classifier.1.bias", "features.1.conv.0.0.weight"],
+     "is missing; these are named like the weights of mobilenet-v2-torchvision"),
+    ("resnet50", ["features.weight", "fc.bias"], "'conv1.weight' is missing$"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "entries", "sentence"), OTHERS)
+def test_weights_of_another_architecture(name, entries, sentence):
+    axes = {"bias": 1, "weight": 4}
+    given = {key: np.zeros((1,) * axes[key.rsplit(".")[-1]], np.float32) for key in entries}
+    with pytest.raises(InputError, match=sentence):
+        from_torch(name, given)
+
+
+@pytest.mark.parametrize("size", [(6, 5), (1, 2)])
+def test_max_pooling_is_xlas(size):
+    images = jax.random.normal(jax.random.key(0), (2, *size, 3))
+
+    @jax.jit
+    def both(images):
+        def plain(x):
+            window, around = (1, 3, 3, 1), [(0, 0), (1, 1), (1, 1), (0, 0)]
+            return jax.lax.reduce_window(x, -jnp.inf, jax.lax.max, window, (1, 2, 2, 1), around)
+
+        values, pullbacks = zip(*(jax.vjp(pool, images) for pool in (_max_pool, plain)),
+                                strict=True)  # fmt: skip
+        return [(value, pullback(jnp.cos(values[0])))
+                for value, pullback in zip(values, pullbacks, strict=True)]  # fmt: skip
+
+    ours, theirs = both(images)
+    chex.assert_trees_all_close(ours, theirs, rtol=1e-6)
+
+
+def test_one_layer_trains_nothing_behind_it():
+    make, _, _ = TINY["v1"]
+    model = make()
+    phase, _ = METHODS["activation-boundary"](layers=("layer1",))
+    objective = bind(model, model, phase, SHAPE)
+    variables = abstract_variables(model, SHAPE)
+    state = jax.eval_shape(
+        lambda student: begin_phase(objective, optax.identity(), student, student["batch_stats"],
+                                    jax.random.key(0), SHAPE),
+        variables,
+    )  # fmt: skip
+    trained = trained_parameters(objective, state.params, state.batch_stats, SHAPE)["student"]
+    groups = {name: set(jax.tree.leaves(tree)) for name, tree in trained.items()}
+    assert groups["stem"] == groups["block1"] == groups["block2"] == {True}
+    assert groups["block3"] == groups["classifier"] == {False}
