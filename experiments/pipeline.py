@@ -90,7 +90,7 @@ def main(console: Console) -> None:
         held_out=arguments.holdout,
         workers=arguments.workers,
     )
-    devices = parallel.local_devices()
+    devices = parallel.usable_devices()
     stream = Stream(len(folder.train), arguments.batch_size, seed=0)
     feed = Feed(folder.train, stream, 1, devices, 0, arguments.workers)
     try:
