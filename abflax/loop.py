@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import re
@@ -11,6 +12,7 @@ from typing import Any
 
 import jax
 
+from abflax.abreast import Steps, drive
 from abflax.checkpoint import Checkpoints
 from abflax.config import Resources, RunConfig, Seeds
 from abflax.data import Dataset, Photographs
@@ -37,11 +39,13 @@ class Result:
       variables: the student's `params` and `batch_stats`; None where the run was finished before
         and its directory was read instead (`directory / "student.safetensors"` has them).
       directory: where record and weights lie; None without a workdir.
+      abreast: the results of the students trained beside this one, in the order asked for.
     """
 
     record: dict[str, Any]
     variables: Any | None
     directory: Path | None
+    abreast: tuple[Result, ...] = ()
 
 
 def distill(
@@ -58,6 +62,7 @@ def distill(
     fraction: float = 1.0,
     evaluate_every: int = 1,
     seeds: Seeds | int = 0,
+    abreast: tuple[int, ...] = (),
     precision: str = "float32",
     views: int | None = None,
     per_class: int | None = None,
@@ -87,6 +92,10 @@ def distill(
       epochs: of initialise and classify; a joint phase has their sum.
       batch_size, fraction, evaluate_every, seeds, precision, views, per_class: see
         `abflax.RunConfig`; an integer seed stands for all four.
+      abreast: seeds of the initial weights of further students, trained in the same program: all
+        see the same batches, and the teacher is asked once for all of them. Each is a run of its
+        own, whose `seeds.weights` alone differs, with its own directory, checkpoints and record
+        (which says how many were trained together); it may be gone on with alone.
       workdir: where `runs/HASH/` with checkpoints, record and weights goes; None: nothing is
         written. The same call again goes on where it stopped, or returns the finished record.
       force: do a finished run again; one that is not finished goes on.
@@ -128,6 +137,7 @@ def distill(
         ("data", data, Dataset | Photographs),
         ("test", test, Dataset | Photographs | None),
         ("seeds", seeds, Seeds | int),
+        ("abreast", abreast, tuple[int, ...]),
         ("workdir", workdir, str | Path | None),
     ):
         if not is_of(value, kind):
@@ -150,29 +160,54 @@ def distill(
         per_class=per_class,
         test=test.name if test is not None and test.name != data.name else None,
     )
-    directory = None if workdir is None else Path(workdir) / "runs" / config.hash
-    if directory is not None and re.search(r"<lambda>| at 0x", config.student):
+    members = _members(config, abreast)
+    if workdir is not None and re.search(r"<lambda>| at 0x", config.student):
         raise InputError(
             f"the student {config.student} has a field without a name, so its run could not be "
             "found again: use named functions, or no workdir"
         )
     reporter, resources = reporter or Silent(), resources or Resources()
+    directories = {
+        name: None if workdir is None else Path(workdir) / "runs" / name for name in members
+    }
     with together(), jax.enable_x64(precision == "float64"), StopRequest() as stop:
-        require_same("what it was asked for", repr((config, resources, force, directory is None)))
-        if directory is not None and not force and (done := _finished(directory)):
-            reporter.finished(f"{config.hash} is finished already: {directory}")
-            return Result(done, None, directory)
-        run = Run(config, student, teacher, data, test, resources, reporter, stop)
-        if directory is None:
-            result = Result(*run.train(None), None)
-        else:
-            once(require_writable)(directory)
-            with Lock(directory / "lock", f"run {config.hash}"):
-                result = _train_in(directory, run, force)
+        require_same("what it was asked for", repr((members, resources, force, workdir is None)))
+        results: dict[str, Result] = {}
+        for name, directory in directories.items():
+            if directory is not None and not force and (done := _finished(directory)):
+                reporter.finished(f"{name} is finished already: {directory}")
+                results[name] = Result(done, None, directory)
+        left = {name: each for name, each in members.items() if name not in results}
+        if left:
+            first = Run([*left.values()][0], student, teacher, data, test, resources, reporter)
+            with contextlib.closing(first):
+                runs = first.abreast([*left.values()])
+                sittings = (_sitting(run, directories[run.config.hash], force) for run in runs)
+                results |= drive(dict(zip(left, sittings, strict=True)), stop)
         late = highest(stop.signal)
-    if late:  # it came too late to stop this run
+    if left and late:  # it came too late to stop this run
         raise Interrupted(f"{config.hash} is finished", late)
-    return result
+    own, *others = (results[name] for name in members)
+    return dataclasses.replace(own, abreast=tuple(others))
+
+
+def _members(config: RunConfig, abreast: tuple[int, ...]) -> dict[str, RunConfig]:
+    """A run and those beside it, by their hashes."""
+    weights = [config.seeds.weights, *abreast]
+    if len({*weights}) < len(weights):
+        raise InputError(f"the seeds of initial weights must differ abreast, not be {weights}")
+    seeds = [dataclasses.replace(config.seeds, weights=each) for each in weights]
+    members = [dataclasses.replace(config, seeds=each) for each in seeds]
+    return {each.hash: each for each in members}
+
+
+def _sitting(run: Run, directory: Path | None, force: bool) -> Steps[Result]:
+    """A run from where it stands to its end."""
+    if directory is None:
+        return Result(*(yield from run.train(None)), None)
+    once(require_writable)(directory)
+    with Lock(directory / "lock", f"run {run.config.hash}"):
+        return (yield from _train_in(directory, run, force))
 
 
 @once
@@ -182,7 +217,7 @@ def _finished(directory: Path) -> dict[str, Any] | None:
     return None if untidy else read_record(directory / "record.json")
 
 
-def _train_in(directory: Path, run: Run, force: bool) -> Result:
+def _train_in(directory: Path, run: Run, force: bool) -> Steps[Result]:
     """Trains with checkpoints in `directory`, which record and weights replace at the end.
 
     Only for who holds the directory's lock.
@@ -191,7 +226,7 @@ def _train_in(directory: Path, run: Run, force: bool) -> Result:
         return Result(done, None, directory)
     with Checkpoints(directory / "checkpoints") as kept:
         events = directory / "events" if run.resources.tensorboard and is_first() else None
-        record, variables = run.train(kept, events)
+        record, variables = yield from run.train(kept, events)
     _finish(directory, record, variables)
     return Result(record, variables, directory)
 

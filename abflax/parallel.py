@@ -50,10 +50,11 @@ class Program:
     Attributes:
       init: key -> variables of a fresh student.
       begin: (student variables, teacher statistics, key) -> `abflax.step.TrainState`.
-      train: (state, teacher params, data, key, examples, epochs, count, kept) -> (state, metrics);
-        `data`: what an `abflax.feed.Feed` gives; `examples` and `epochs` are `[devices, steps,
-        share]`, of which the first `count` steps are made; `kept`: None, or the targets of all
-        views; the metrics are `[steps]`. The state is donated.
+      train: (states, teacher params, data, key, examples, epochs, count, kept) -> (states,
+        metrics), of one student or of several, which share the batch and what the teacher says of
+        it; `data`: what an `abflax.feed.Feed` gives; `examples` and `epochs` are `[devices,
+        steps, share]`, of which the first `count` steps are made; `kept`: None, or the targets of
+        all views; the metrics are `[steps]`. The states are donated.
       targets: (teacher params, teacher statistics, data, examples, views) -> the targets of
         those views of those examples, booleans packed into bytes; all `[devices, share, ...]`.
         Each process computes its own, on its own devices.
@@ -67,7 +68,7 @@ class Program:
 
     init: Callable[[jax.Array], Any]
     begin: Callable[..., TrainState]
-    train: Callable[..., tuple[TrainState, dict[str, Any]]]
+    train: Callable[..., tuple[tuple[TrainState, ...], tuple[dict[str, Any], ...]]]
     targets: jax.stages.Wrapped
     evaluate: Callable[..., dict[str, Any]]
     look: Callable[..., dict[str, Any]]
@@ -205,7 +206,7 @@ def _train_many(
     optimiser: optax.GradientTransformation,
     preprocessing: Preprocessing,
     steps: int,
-    state: TrainState,
+    states: tuple[TrainState, ...],
     teacher_params: Any,
     data: dict[str, jax.Array],
     key: jax.Array,
@@ -213,38 +214,41 @@ def _train_many(
     epochs: jax.Array,
     count: jax.Array,
     kept: Any,
-) -> tuple[TrainState, dict[str, Any]]:
-    """Up to `steps` optimisation steps, from indices to new state, without the host."""
+) -> tuple[tuple[TrainState, ...], tuple[dict[str, Any], ...]]:
+    """Up to `steps` optimisation steps, from indices to new states, without the host."""
 
-    def one(index: Any, state: TrainState) -> tuple[TrainState, dict[str, Any]]:
+    def one(index: Any, states: Any) -> Any:
         chosen = examples[index]
         images, labels = _batch(data, index, chosen, epochs[index], key, preprocessing)
         dropout = _dropout_key(chosen, epochs[index], key)
-        targets = None
+        stats = states[0].batch_stats["teacher"]  # it saw the same batches in all
         if kept is not None and (views := preprocessing.views) is not None:
             row = chosen * views + draw_views(chosen, epochs[index], key, views)
             packed = jax.tree.map(lambda leaf: leaf[row], kept)
-            stats = state.batch_stats["teacher"]
             like = jax.eval_shape(
                 lambda *arguments: make_targets(objective, *arguments)[0],
                 teacher_params, stats, images,
             )  # fmt: skip
-            targets = _unpacked(packed, like)
-        return train_step(
-            objective, optimiser, state, teacher_params, images, labels, dropout, targets
+            asked = _unpacked(packed, like), stats
+        else:
+            asked = make_targets(objective, teacher_params, stats, images)
+        made = (
+            train_step(objective, optimiser, state, teacher_params, images, labels, dropout, asked)
+            for state in states
         )
+        return tuple(zip(*made, strict=True))
 
     if steps == 1:
-        state, metrics = one(0, state)
-        return state, jax.tree.map(lambda leaf: leaf[None], metrics)
+        states, metrics = one(0, states)
+        return states, jax.tree.map(lambda leaf: leaf[None], metrics)
 
-    def body(index: jax.Array, carry: tuple[TrainState, Any]) -> tuple[TrainState, Any]:
-        state, metrics = one(index, carry[0])
-        return state, jax.tree.map(lambda all_, new: all_.at[index].set(new), carry[1], metrics)
+    def body(index: jax.Array, carry: Any) -> Any:
+        states, metrics = one(index, carry[0])
+        return states, jax.tree.map(lambda all_, new: all_.at[index].set(new), carry[1], metrics)
 
-    shapes = jax.eval_shape(lambda state: one(0, state)[1], state)
+    shapes = jax.eval_shape(lambda states: one(0, states)[1], states)
     metrics = jax.tree.map(lambda leaf: jnp.zeros((steps, *leaf.shape), leaf.dtype), shapes)
-    return jax.lax.fori_loop(0, count, body, (state, metrics))
+    return jax.lax.fori_loop(0, count, body, (states, metrics))
 
 
 def _targets(

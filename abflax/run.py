@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
+import functools
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from abflax import parallel, processes
+from abflax.abreast import Dispatch, Steps
 from abflax.checkpoint import Checkpoints
 from abflax.compatibility import require_compatible, require_part, uses_dropout
 from abflax.config import Resources, RunConfig
@@ -23,13 +27,13 @@ from abflax.errors import InputError, NonFiniteError
 from abflax.evaluation import Evaluation
 from abflax.events import EventLog
 from abflax.feed import Feed
-from abflax.interrupt import Interrupted, StopRequest
+from abflax.interrupt import Interrupted
 from abflax.journal import Journal, evaluation_steps, phases_and_spans
 from abflax.kept import keep_targets, require_keepable
 from abflax.methods import Phase
 from abflax.networks import Network, prepared
 from abflax.optim import Span
-from abflax.progress import Reporter
+from abflax.progress import Reporter, Silent
 from abflax.record import environment, make_record
 from abflax.step import TrainState, abstract_variables
 from abflax.taps import Model, module_of
@@ -47,9 +51,8 @@ class Run:
         test: Dataset | Photographs | None,
         resources: Resources,
         reporter: Reporter,
-        stop: StopRequest,
     ) -> None:
-        self.config, self.reporter, self.stop, self.resources = config, reporter, stop, resources
+        self.config, self.reporter, self.resources = config, reporter, resources
         self.devices = parallel.usable_devices(resources.devices)
         self.environment = environment(self.devices)
         data = subset(data, config.fraction, config.seeds.subset)
@@ -95,34 +98,40 @@ class Run:
         if test is not None:
             self.evaluation = Evaluation(test, self.devices, resources.workers)
 
+    def abreast(self, configs: Sequence[RunConfig]) -> list[Run]:
+        """Runs that share all that is fixed, this one first: of students that differ in the seed
+        of their initial weights alone."""
+        if len(configs) > 1:
+            self.environment |= {"abreast": len(configs)}
+        others = [copy.copy(self) for _ in configs[1:]]
+        for other, config in zip(others, configs[1:], strict=True):
+            other.config, other.reporter = config, Silent()
+        return [self, *others]
+
+    def close(self) -> None:
+        """Ends what feeds this run, and those beside it."""
+        for each in (self.feed, self.evaluation):
+            if each is not None:
+                each.close()
+
     def train(
         self, checkpoints: Checkpoints | None, events: Path | None = None
-    ) -> tuple[dict[str, Any], Any]:
+    ) -> Steps[tuple[dict[str, Any], Any]]:
         """Runs what is left of the phases. Returns the record and the student's variables.
 
         Args:
           events: where TensorBoard's files go; None: there are none.
         """
-        with contextlib.ExitStack() as closing:
-            for each in (self.feed, self.evaluation):
-                if each is not None:
-                    closing.callback(each.close)
-            return self._train(checkpoints, events)
-
-    def _train(
-        self, checkpoints: Checkpoints | None, events: Path | None
-    ) -> tuple[dict[str, Any], Any]:
         self.checkpoints = checkpoints
         journal, state = self._resume(Journal())
         log = EventLog(events, journal.history) if events is not None else contextlib.nullcontext()
         with log as self.log:
             for index in range(journal.phase, len(self.phases)):
-                self._stop_if_asked(journal, index)  # what has been made is on the disk here
                 if state is None or journal.phase != index:
                     state = self._begin(index, state)
                     journal.phase = index
                     self._keep(journal.step, state)
-                state = self._train_phase(journal, state)
+                state = yield from self._train_phase(journal, state)
         if checkpoints is not None:
             checkpoints.wait()
         _, last = self.kept
@@ -146,43 +155,52 @@ class Run:
         seconds = sum(journal.seconds.values())
         return make_record(self.config, phases, journal.history, seconds, self.environment)
 
-    def _train_phase(self, journal: Journal, state: TrainState) -> TrainState:
+    def _train_phase(self, journal: Journal, state: TrainState) -> Steps[TrainState]:
         """Dispatches the steps of one phase, evaluating and saving between them."""
         span, phase = self.spans[journal.phase], self.phases[journal.phase]
         program = self.programs[journal.phase]
-        key = jax.random.key(self.config.seeds.augmentation)
         self.targets = self._ask_once(program, state) if self.resources.keep_targets else None
         done = journal.step - span.start
         self.trend = Trend(norm_of(self.kept[1].params["student"]))
         self.reporter.phase(self._label(), phase.name, span.steps, done, span.epochs)
         saved = began = time.perf_counter()
         waiting: list[tuple[int, dict[str, Any], int]] = []
-        if processes.highest(self.stop.signal):  # before the first dispatch, which would compile
-            self._save(journal, state)
-            self._stop_if_asked(journal, journal.phase)
         while journal.step < span.start + span.steps:
             target = min(stop for stop in self.stops if stop > journal.step)
             count = min(self.per_dispatch, target - journal.step)
-            data, examples, epochs = self.feed(journal.step, count)
-            state, metrics = program.train(
-                state, self.teacher_params, data, key, examples, epochs, count, self.targets
-            )
+            make = functools.partial(self._make, program, journal.step, count)
+            try:
+                state, metrics = yield Dispatch(journal.step, state, make)
+            except Interrupted as stop:
+                self._collect(journal, waiting, keep=0)
+                journal.clock(phase.name, began)
+                self._save(journal, state)
+                raise self._stopped(journal, stop.signal) from None
             waiting.append((journal.step, metrics, count))
             journal.step += count
             loss = self._collect(journal, waiting, keep=1)  # never wait for what just started
             epoch = float((journal.step - span.start) / span.steps_per_epoch)
             self.reporter.steps(count, count * self.config.batch_size, epoch, loss)
             late = time.perf_counter() - saved > self.resources.checkpoint_seconds
-            if processes.highest(late or self.stop.signal) or journal.step == target:
+            if processes.highest(late) or journal.step == target:
                 self._collect(journal, waiting, keep=0)
                 if journal.step == target:
                     self._evaluate(journal, state)
                 began = journal.clock(phase.name, began)
                 saved = time.perf_counter()
                 self._save(journal, state)
-                self._stop_if_asked(journal, journal.phase)
         self.reporter.finished()
         return state
+
+    def _make(
+        self, program: parallel.Program, step: int, count: int, states: tuple[TrainState, ...]
+    ) -> tuple[tuple[TrainState, ...], tuple[dict[str, Any], ...]]:
+        """`count` steps from `step` on, of this student and those beside it."""
+        key = jax.random.key(self.config.seeds.augmentation)
+        data, examples, epochs = self.feed(step, count)
+        return program.train(
+            states, self.teacher_params, data, key, examples, epochs, count, self.targets
+        )
 
     def _ask_once(self, program: parallel.Program, state: TrainState) -> Any:
         """The phase's targets, from the teacher or from a run before."""
@@ -228,10 +246,7 @@ class Run:
         state = parallel.replicate(state, self.devices)
         while made < step:
             count = min(self.per_dispatch, step - made)
-            data, examples, epochs = self.feed(made, count)
-            state, _ = program.train(
-                state, self.teacher_params, data, key, examples, epochs, count, self.targets
-            )
+            (state,), _ = self._make(program, made, count, (state,))
             made += count
         data, examples, epochs = self.feed(step, 1)
         found = program.look(state, self.teacher_params, data, key, examples, epochs)
@@ -337,15 +352,13 @@ class Run:
         """Copies the state to the host: plain arrays, whatever the devices, safe from donation."""
         self.kept = step, jax.tree.map(np.array, state)
 
-    def _stop_if_asked(self, journal: Journal, index: int) -> None:
-        if not (signal := processes.highest(self.stop.signal)):
-            return
+    def _stopped(self, journal: Journal, signal: int) -> Interrupted:
         kept = "nothing is kept, since the run has no workdir"
         if self.checkpoints is not None:
             self.checkpoints.wait()
             kept = f"the same command goes on from step {journal.step}"
-        message = f"stopped in phase {self.phases[index].name} of {self.config.hash}; {kept}"
-        raise Interrupted(message, signal)
+        name = self.phases[journal.phase].name
+        return Interrupted(f"stopped in phase {name} of {self.config.hash}; {kept}", signal)
 
     def _program(self, phase: Phase, span: Span) -> parallel.Program:
         return parallel.compile_phase(

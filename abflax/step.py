@@ -269,7 +269,7 @@ def train_step(
     images: jax.Array,
     labels: jax.Array,
     dropout_key: jax.Array | None = None,
-    targets: tuple[Any, ...] | None = None,
+    asked: tuple[tuple[Any, ...], Any] | None = None,
 ) -> tuple[TrainState, dict[str, Any]]:
     """One optimisation step on one device's share of a batch.
 
@@ -277,15 +277,16 @@ def train_step(
       images: normalised, `[share, height, width, channels]`.
       labels: integers `[share]`.
       dropout_key: for a student with dropout.
-      targets: what `make_targets` gave for them before; None: the teacher is asked.
+      asked: what `make_targets` gave for them before; None: the teacher is asked.
 
     Returns:
       The new state, and metrics averaged over the devices: "loss", "gradient_norm" and what the
       terms measure.
     """
-    teacher_stats = state.batch_stats["teacher"]
-    if targets is None:
-        targets, teacher_stats = make_targets(objective, teacher_params, teacher_stats, images)
+    if asked is None:
+        stats = state.batch_stats["teacher"]
+        asked = make_targets(objective, teacher_params, stats, images)
+    targets, teacher_stats = asked
     (loss, (stats, measures)), gradients = jax.value_and_grad(
         lambda params: student_loss(
             objective, params, state.batch_stats, targets, images, labels, dropout_key

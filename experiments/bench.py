@@ -151,6 +151,22 @@ def methods(bench: Bench, repetitions: int) -> Rows:
     return rows
 
 
+def seeds(bench: Bench, repetitions: int) -> Rows:
+    """Initialise steps of several students in one program, each in turn with that of one."""
+    initialise = bench.phases[0]
+    one = bench.train(initialise)
+    rows: Rows = []
+    for count in (1, 2, 4, 8):
+        work = bench.train(initialise, students=count)
+        seconds = alternate({"own": work.run, "one": one.run}, repetitions)
+        times = median_ratio(seconds["one"], seconds["own"])
+        rows.append(
+            _described(f"{count} abreast", work, seconds["own"])
+            | {"times_one": times, "share_each": times / count}
+        )
+    return rows
+
+
 def nst(bench: Bench, repetitions: int) -> Rows:
     """NST at [32, 8, 8, 256] and its gradient, and a version with the full temporary."""
     del bench
@@ -230,6 +246,7 @@ SECTIONS: Mapping[str, Callable[[Bench, int], Rows]] = {
     "steps": steps,
     "parts": parts,
     "methods": methods,
+    "seeds": seeds,
     "nst": nst,
     "depthwise": depthwise,
 }

@@ -164,7 +164,9 @@ def _step(name: str, data: Photographs, devices: tuple[jax.Device, ...]) -> Call
 
     def step(given: Any) -> None:
         nonlocal state
-        state, metrics = program.train(state, {}, given[0], jax.random.key(2), *given[1:], 1, None)
+        (state,), metrics = program.train(
+            (state,), {}, given[0], jax.random.key(2), *given[1:], 1, None
+        )
         jax.block_until_ready(metrics)
 
     return step

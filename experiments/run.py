@@ -4,6 +4,8 @@ examples:
   python -m experiments.run --epochs 1+1 --protocol official --seeds 3
       distil the shipped wrn16-2 into a wrn16-1 on CIFAR-10, three seeds
   python -m experiments.run --method kd --fraction 0.1 --epochs 20+100
+  python -m experiments.run --method kd --epochs 1+1 --seeds 4 --abreast
+      four students in one program: the teacher is asked once for all
   python -m experiments.run --student wrn22-4 --method cross-entropy --epochs 0+200
       train a teacher; --teacher wrn22-4 --teacher-weights RUN uses it afterwards
   python -m experiments.run evaluate --teacher wrn16-2
@@ -26,7 +28,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from abflax import Resources, distill, evaluate, load
+from abflax import Resources, Result, distill, evaluate, load
 from abflax.config import PRECISIONS, RunConfig
 from abflax.data import DATASETS
 from abflax.errors import BusyError, InputError, unknown
@@ -65,6 +67,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--batch-size", type=int, default=128)
     add("--seeds", type=cli.seeds_type, default=(0,), metavar="N",
         help="how many, or a list such as 0,3 (default 1)")  # fmt: skip
+    add("--abreast", action="store_true",
+        help="train all seeds in one program: they share data and teacher, and differ in initial "
+             "weights alone")  # fmt: skip
     add("--margin", type=float, help="of the activation transfer hinge (default 1)")
     add("--layers", help="taps compared, such as layer2,layer3 (default all)")
     add("--temperature", type=float, help="of knowledge distillation")
@@ -139,9 +144,12 @@ def train(arguments: argparse.Namespace, console: Console) -> None:
         arguments.tensorboard,
     )
     live = cli.progress(arguments, console)
-    results, busy = [], []
+    first, *others = arguments.seeds
+    sittings = {first: tuple(others)} if arguments.abreast else dict.fromkeys(arguments.seeds, ())
+    results: list[Result] = []
+    busy = []
     with live.shown():
-        for seed in arguments.seeds:
+        for seed, abreast in sittings.items():
             try:
                 result = distill(
                     student,
@@ -152,9 +160,10 @@ def train(arguments: argparse.Namespace, console: Console) -> None:
                     force=arguments.force,
                     resources=resources,
                     reporter=live,
+                    abreast=abreast,
                     **config.arguments | {"seeds": seed},
                 )
-                results.append(result)
+                results += [result, *result.abreast]
             except BusyError as error:  # the other seeds first
                 busy.append(error)
     cli.require_all(results, busy)

@@ -45,7 +45,9 @@ MAY_KNOW = {
     },
     "kept": {"methods", "networks", "parallel"},
     "events": set(),
+    "abreast": {"interrupt", "processes", "step"},
     "run": {
+        "abreast",
         "checkpoint",
         "compatibility",
         "config",
@@ -69,6 +71,7 @@ MAY_KNOW = {
     },
     "analysis": {"compatibility", "data", "losses", "metrics", "networks", "taps"},
     "loop": {
+        "abreast",
         "checkpoint",
         "config",
         "data",

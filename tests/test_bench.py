@@ -92,7 +92,7 @@ def test_every_section_runs(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr("sys.argv", ["bench", *arguments])
     bench.main(Console())
     found = json.loads((tmp_path / "bench.json").read_text())
-    assert list(found["sections"]) == ["steps", "parts", "methods", "nst", "depthwise"]
+    assert list(found["sections"]) == ["steps", "parts", "methods", "seeds", "nst", "depthwise"]
     names = [row["name"] for row in found["sections"]["methods"]]
     assert names[0] == "cross-entropy: joint" and "nst: initialise" in names
     gram, full = found["sections"]["nst"]

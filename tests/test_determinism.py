@@ -16,7 +16,6 @@ from flax import linen as nn
 from abflax import Network, Seeds, Tapped, load
 from abflax.config import Resources, RunConfig
 from abflax.data import augment
-from abflax.interrupt import StopRequest
 from abflax.journal import Journal
 from abflax.progress import Silent
 from abflax.run import Run
@@ -47,22 +46,23 @@ def drawn():
     # Each pixel says where it is, so a crop or a flip shows in its corner.
     places = jnp.arange(64.0).reshape(1, 8, 8, 1).repeat(20, axis=0)
 
-    def see(state, teacher_params, images, key, examples, epochs, *_):
-        raise _Seen(jax.tree.map(np.asarray, (state.params, images)), key, examples, epochs)
+    def see(states, teacher_params, images, key, examples, epochs, *_):
+        raise _Seen(jax.tree.map(np.asarray, (states[0].params, images)), key, examples, epochs)
 
     def draw(seeds):
         config = RunConfig("digits", "net", "teacher", epochs=(1, 1), batch_size=20, fraction=0.5,
                            seeds=seeds)  # fmt: skip
-        run = Run(config, student, teacher, data, None, Resources(devices=1), Silent(),
-                  StopRequest())  # fmt: skip
+        run = Run(config, student, teacher, data, None, Resources(devices=1), Silent())
         run.programs = [dataclasses.replace(each, train=see) for each in run.programs]
         run.checkpoints = None
         found, state = {}, None
         for phase in range(2):
             state = run._begin(phase, state)
             run._keep(0, state)
+            journal = Journal(step=run.spans[phase].start, phase=phase)
+            dispatch = next(run._train_phase(journal, state))
             with pytest.raises(_Seen) as seen:
-                run._train_phase(Journal(step=run.spans[phase].start, phase=phase), state)
+                dispatch.make((dispatch.state,))
             (params, data_), key, examples, epochs = seen.value.args
             crops = augment(places, np.arange(20), epochs[0, 0], key, run.preprocessing)
             found |= {

@@ -84,8 +84,14 @@ class Bench:
             SHAPE, self.devices, steps, jnp.result_type(float),
         )  # fmt: skip
 
-    def train(self, phase: Phase, kept: bool = False) -> Work:
-        """Steps of a phase, augmentation included: one dispatch of them."""
+    def train(self, phase: Phase, kept: bool = False, students: int = 1) -> Work:
+        """Steps of a phase, augmentation included: one dispatch of them.
+
+        Args:
+          phase: what is optimised.
+          kept: whether the teacher's targets are there already.
+          students: how many are trained in it.
+        """
         steps = parallel.default_steps_per_dispatch(self.devices)
         program, teacher = self.program(phase, steps, 1 if kept else None), self.teacher_variables
         state = self._state(program)
@@ -101,14 +107,15 @@ class Bench:
             teacher["params"], self.data, jax.random.key(0), examples,
             np.zeros_like(examples), np.int32(steps), targets,
         )  # fmt: skip
-        run, seconds, held = compiled(program.train, state, *fixed)
+        states = tuple(jax.tree.map(jnp.copy, state) for _ in range(students))
+        run, seconds, held = compiled(program.train, states, *fixed)
 
         def once() -> None:
-            nonlocal state
-            state, metrics = run(state, *fixed)
+            nonlocal states
+            states, metrics = run(states, *fixed)
             jax.block_until_ready(metrics)
 
-        flops = self._step_flops(phase, kept)
+        flops = self._step_flops(phase, kept) if students == 1 else None
         return Work(once, steps * self.batch, steps, flops, held, seconds)
 
     def ask(self) -> Work:
@@ -190,19 +197,19 @@ class Bench:
         program = self.program(phase)
         state, teacher = self._state(program), self.teacher_variables
         images, labels = self._images(), jnp.zeros(self.batch, jnp.int32)
-        ask = lambda x: make_targets(objective, teacher["params"], teacher["batch_stats"], x)[0]  # noqa: E731
+        ask = lambda x: make_targets(objective, teacher["params"], teacher["batch_stats"], x)  # noqa: E731
         transformation = phase.optimiser.transformation(
             Span(0, 10**6, 0, 10, 20, Fraction(10**5)), jax.tree.map(lambda _: True, state.params)
         )
         state = dataclasses.replace(state, opt_state=transformation.init(state.params))
 
-        def step(state: Any, images: jax.Array, targets: Any) -> Any:
+        def step(state: Any, images: jax.Array, asked: Any) -> Any:
             return train_step(
-                objective, transformation, state, teacher["params"], images, labels, targets=targets
+                objective, transformation, state, teacher["params"], images, labels, asked=asked
             )
 
-        targets = jax.eval_shape(ask, images) if kept else None
-        return count_flops(step, state, images, targets)
+        asked = jax.eval_shape(ask, images) if kept else None
+        return count_flops(step, state, images, asked)
 
 
 def _seen(forward: Any) -> tuple[Any, Any, Any]:

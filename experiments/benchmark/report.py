@@ -14,6 +14,7 @@ _TITLES = {
     "steps": "What a run is made of",
     "parts": "Where an initialise step goes (each line holds the work of those it names)",
     "methods": "One step of every method, each phase in turn with a step of cross-entropy",
+    "seeds": "Initialise steps of several students in one program, in turn with that of one",
     "nst": "NST at [32, 8, 8, 256], value and gradient",
     "depthwise": "MobileNets, 8 images of 112×112, a step of cross-entropy: depthwise convolutions "
     "as they are here, in turn with XLA's own",
@@ -94,6 +95,8 @@ _COLUMNS: Mapping[str, tuple[str, Callable[[dict[str, Any], Found], str]]] = {
     "lax.conv, ms": ("convolved_seconds", _milliseconds("convolved_seconds")),
     "× lax.conv": ("times_convolved", _number("times_convolved", 1, 1)),
     "× cross-entropy": ("times_cross_entropy", _number("times_cross_entropy", 1, 2)),
+    "× one student": ("times_one", _number("times_one", 1, 2)),
+    "of it, each": ("share_each", _number("share_each", 1, 2)),
     "images/s": ("images_per_second", _number("images_per_second", 1, 0)),
     "GFLOP a step": ("flops", _number("flops", 1e-9, 1)),
     "GFLOP/s": ("flops_per_second", _number("flops_per_second", 1e-9, 0)),
