@@ -76,6 +76,20 @@ def under(prefix: str, entries: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     return {k.removeprefix(prefix): v for k, v in entries.items() if k.startswith(prefix)}
 
 
+def draw_variables(model: nn.Module, image_shape: tuple[int, ...]) -> Any:
+    """Variables of a network, scales and variances about 1, without compiling what draws them."""
+    from abflax.step import abstract_variables
+
+    draw = np.random.default_rng(0)
+
+    def leaf(path, abstract):
+        noise = 0.3 * draw.standard_normal(abstract.shape)
+        near_one = path[-1].key in ("scale", "var")
+        return np.asarray(np.exp(noise) if near_one else noise, abstract.dtype)
+
+    return jax.tree_util.tree_map_with_path(leaf, abstract_variables(model, image_shape))
+
+
 def save_random_network(name: str, path: Path, replaced: dict[str, np.ndarray] | None = None):
     """Writes a fresh network for the digits, as a published state dict."""
     from abflax.models import MODELS

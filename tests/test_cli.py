@@ -35,7 +35,7 @@ MISTAKES = [
     (("--metod", "kd"), "did you mean --method?"),
     (("--protocol", "offical"), "unknown protocol 'offical'; did you mean official?"),
     (("--dataset", "cifar11"), "unknown dataset 'cifar11'; did you mean cifar10"),
-    (("--student", "resnet18"), "unknown model 'resnet18'; did you mean resnet50?"),
+    (("--student", "resnet18"), "unknown model 'resnet18'; did you mean resnet50"),
     (("--student", "mobilenet-v2-0"), "a width multiplier is above 0 and at most 16"),
     (("--student", "wrn17-2"), "the nearest is wrn16-2"),
     ((*DIGITS, "--teacher", "wrn11-2"), "'wrn11-2' is no wide ResNet"),

@@ -14,9 +14,9 @@ from abflax import Resources, distill, load
 from abflax.data import Preprocessing
 from abflax.models import MODELS
 from abflax.record import write_record
-from abflax.step import init_variables
 from abflax.weights import load_network, save_variables, to_torch
 from experiments import cli, export
+from tests.conftest import draw_variables
 
 RUN = "0123456789ab"
 
@@ -45,8 +45,8 @@ def _made(workdir, student="wrn10-1", dataset="digits"):
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("workdir")
-    init = jax.jit(lambda key: init_variables(MODELS["wrn10-1"](), key, (8, 8, 1)))
-    save_variables(_made(workdir) / "student.safetensors", init(jax.random.key(3)))
+    variables = draw_variables(MODELS["wrn10-1"](), (8, 8, 1))
+    save_variables(_made(workdir) / "student.safetensors", variables)
     return workdir
 
 
