@@ -5,6 +5,10 @@ They are started as scripts and not forked, since JAX has threads, nor spawned b
 round: a batch is shared out among all processes, which answer in the order in which they were
 asked, so that nothing depends on who is quicker. When this process ends, however it ends, their
 connections close and they end as well.
+
+Grain 0.2.18 with the same crops costs as much CPU an image, here and there, but its processes
+import the main module: two of them took 13 s of CPU and 270 MB each before the first batch, where
+these take less than 1 s and 25 MB.
 """
 
 from __future__ import annotations
