@@ -171,18 +171,23 @@ def common_positions(
 def pool_positions(forward: Forward, positions: tuple[tuple[str, tuple[int, int]], ...]) -> Forward:
     """A pass whose named taps are average-pooled to the given sides, pullback included."""
 
+    sides, inner = dict(positions), forward.pullback
+
     def pool(taps: dict[str, jax.Array]) -> dict[str, jax.Array]:
-        return {**taps, **{name: average_pooled(taps[name], sides) for name, sides in positions}}
+        return {
+            name: average_pooled(tap, sides[name]) if name in sides else tap
+            for name, tap in taps.items()
+        }
+
+    def pullback(cotangents: dict[str, jax.Array]) -> jax.Array:
+        assert inner is not None
+        pooled = {name: forward.taps[name] for name in cotangents}
+        return inner(*jax.linear_transpose(pool, pooled)(cotangents))
 
     if not positions:
         return forward
-    if forward.pullback is None:
-        return dataclasses.replace(forward, taps=pool(forward.taps))
-    taps, to_taps = jax.vjp(pool, forward.taps)
-    inner = forward.pullback
-    return dataclasses.replace(
-        forward, taps=taps, pullback=lambda cotangents: inner(*to_taps(cotangents))
-    )
+    pooled = dataclasses.replace(forward, taps=pool(forward.taps))
+    return pooled if inner is None else dataclasses.replace(pooled, pullback=pullback)
 
 
 def _by(positions: tuple[int, ...]) -> str:

@@ -137,7 +137,7 @@ def test_a_configuration_knows_the_arguments_that_make_it():
     # All that is a choice of the run is among them; the networks, the data and the files are not.
     left = takes.keys() - arguments.keys()
     assert left == {"student", "teacher", "data", "test", "workdir", "force", "resources",
-                    "reporter", "options"}  # fmt: skip
+                    "reporter", "abreast", "options"}  # fmt: skip
 
 
 def test_hashes_never_change():

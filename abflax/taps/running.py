@@ -45,8 +45,8 @@ class Forward:
         say.
       batch_stats: the running statistics after the pass; those before it in evaluation mode,
         and {} for a network without any.
-      pullback: {tap: cotangent} -> the gradient with respect to the images, `jax.vjp` of that
-        same pass; None where `run_model` was not asked for it.
+      pullback: {tap: cotangent} -> the gradient with respect to the images, through that same
+        pass, from the taps that are given; None where `run_model` was not asked for it.
     """
 
     logits: jax.Array
@@ -170,10 +170,14 @@ def run_model(
     if not pullback:
         taps, forward = run(images)
         return dataclasses.replace(forward, taps=taps)
-    taps, to_images, forward = jax.vjp(run, images, has_aux=True)
-    return dataclasses.replace(
-        forward, taps=taps, pullback=lambda cotangents: to_images(cotangents)[0]
-    )
+    taps, tangents, forward = jax.linearize(run, images, has_aux=True)
+
+    def pull(cotangents: dict[str, jax.Array]) -> jax.Array:
+        # Of the linear part only what leads to these taps: nothing behind the deepest is passed.
+        some = lambda images: {name: tangents(images)[name] for name in cotangents}  # noqa: E731
+        return jax.linear_transpose(some, images)(cotangents)[0]
+
+    return dataclasses.replace(forward, taps=taps, pullback=pull)
 
 
 def number_of_logits(model: Model, variables: Any, image_shape: tuple[int, ...]) -> int:

@@ -65,6 +65,4 @@ def _jacobian(forward: Forward, layer: str, pixel: jax.Array) -> jax.Array:
     """∂ attention of `layer` at `pixel` / ∂ image, `[batch, height, width, channels]`."""
     if forward.pullback is None:
         raise InputError("Jacobian matching needs run_model(…, pullback=True)")
-    cotangents = {name: jnp.zeros_like(tap) for name, tap in forward.taps.items()}
-    cotangents[layer] = attention_pixel_cotangent(forward.taps[layer], pixel)
-    return forward.pullback(cotangents)
+    return forward.pullback({layer: attention_pixel_cotangent(forward.taps[layer], pixel)})
