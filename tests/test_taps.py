@@ -278,6 +278,19 @@ def test_suggest_marks_the_taps_of_a_wide_resnet(name):
     assert [e.path for e in found][:3] == ["stem", "group1_block0/norm1", "group1_block0/conv1"]
 
 
+@pytest.mark.parametrize(
+    "name", [*(pytest.param(n, marks=pytest.mark.slow) for n in ("resnet50", "mobilenet-v2")),
+             "mobilenet-v1"]
+)  # fmt: skip
+def test_suggest_marks_all_taps_of_the_others_and_the_stem_besides(name):
+    model, shape = MODELS[name](), (224, 224, 3)
+    images = jax.ShapeDtypeStruct((2, *shape), jnp.float32)
+    found = suggest(model, abstract_variables(model, shape), images)
+    stem, *taps = marked(found).values()
+    assert taps == ["layer1", "layer2", "layer3", "layer4"] and not stem.startswith("layer")
+    assert [e.shape[1] for e in found if e.marked] == [112, 56, 28, 14, 7]
+
+
 def test_suggest_lists_in_order_and_leaves_out_what_is_rectified():
     model = Compact(nn.remat)
     found = suggest(model, _variables(model), IMAGES)
