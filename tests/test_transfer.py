@@ -213,12 +213,21 @@ def _cifar(root):
     return root
 
 
-@pytest.fixture(scope="module")
-def start(tmp_path_factory):
-    """Starts the command in a workdir of its own name: 60 images of 64×64, two epochs a phase."""
-    base = tmp_path_factory.mktemp("end-to-end")
+@pytest.fixture(
+    params=[
+        ("wrn10-2", "wrn10-1"),
+        pytest.param(
+            ("resnet50-0.0625", "mobilenet-v1-0.125"),
+            marks=pytest.mark.skipif("resnet50" not in MODELS, reason="there are no ResNets"),
+        ),
+    ],
+    ids=["wide", "mobile"],
+)
+def start(request, tmp_path):
+    """Starts the command in a workdir of its own name: 48 images of 64×64, two epochs a phase."""
+    (teacher, student), base = request.param, tmp_path
     images = _cifar(base / "photos")
-    weights = _save("wrn10-2", base / "wrn10-2.npz", 20)
+    weights = _save(teacher, base / "teacher.npz", 20)
     environment = os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=1"}
     (base / "compiled").mkdir()
     environment["JAX_COMPILATION_CACHE_DIR"] = str(base / "compiled")
@@ -228,7 +237,7 @@ def start(tmp_path_factory):
         workdir.mkdir(exist_ok=True)
         command = [
             sys.executable, "-m", "experiments.transfer", "--images", images, "--teacher", weights,
-            "--teacher-model", "wrn10-2", "--student", "wrn10-1", "--size", "64", "--batch-size",
+            "--teacher-model", teacher, "--student", student, "--size", "64", "--batch-size",
             "12", "--epochs", "2+2", "--per-class", "16", "--evaluate-every", "1", "--devices", "1",
             "--workers", "2", "--checkpoint-seconds", "0", "--workdir", workdir, *more,
         ]  # fmt: skip
