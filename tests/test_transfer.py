@@ -314,7 +314,7 @@ def test_the_k_shot_study(command, photos, teacher, tmp_path):
     code, out, err = command(*line)
     assert code == 0, err
     assert "3 of 3 classes have fewer than 5 training images, 4 at least: all of theirs" in out
-    rows = [row.split() for row in out.splitlines() if row.startswith(("cross", "activation"))]
+    rows = [row.split() for row in out.splitlines() if row.startswith((" cross", " act"))]
     assert [len(row) for row in rows] == [3, 3]
     records = [json.loads(p.read_text()) for p in tmp_path.glob("workdir/runs/*/record.json")]
     steps = {
