@@ -75,5 +75,5 @@ def read(dataset: str, split: str, data_dir: str | None) -> Dataset | Photograph
 
 def setting_of(protocol: str, student: str) -> str:
     """Of transfer learning; the published code has a learning rate of its own for MobileNet V2."""
-    own = protocol == "official" and student == "mobilenet-v2"
+    own = protocol == "official" and student.startswith("mobilenet-v2")
     return "transfer-v2" if own else "transfer"
