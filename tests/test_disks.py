@@ -83,7 +83,7 @@ def _child(code, *arguments, **options):
 
 @pytest.mark.parametrize(
     ("step", "size"),
-    [(3, 0), pytest.param(4, 300, marks=pytest.mark.slow)],
+    [pytest.param(*each, marks=pytest.mark.slow) for each in ((3, 0), (4, 300))],
     ids=["no room", "a little room"],
 )
 def test_a_disk_that_fills_up_while_training(digits, whole, tmp_path, step, size):

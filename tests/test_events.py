@@ -40,6 +40,7 @@ def test_an_entry_becomes_its_scalars(tmp_path):
     }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_resumed_run_tells_everything_once(tmp_path):
     class StopAtFirst(Silent):
         def evaluated(self, entry):

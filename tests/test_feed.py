@@ -113,7 +113,7 @@ def test_no_image_is_decoded_in_this_process(folder, whole, monkeypatch):
     monkeypatch.setattr(decoding.Image, "open", refuse)
     result = _distill(folder)
     chex.assert_trees_all_equal(result.variables, whole.variables)
-    evaluation, training = asked  # closed the other way round
+    training, evaluation = asked
     # 11 steps of 8 and three evaluations of 12; what was decoded ahead comes on top.
     assert len(training) == 2 and 88 <= sum(training) <= 88 + 4 * 8
     assert 36 <= sum(evaluation) <= 36 + 4 * 12

@@ -86,6 +86,7 @@ def test_killed_in_either_phase_and_started_again(start):
     assert resumed == record
 
 
+@pytest.mark.slow
 def test_sigterm_writes_a_checkpoint_and_leaves_with_143(start):
     process, workdir = start("terminated")
     deadline = time.monotonic() + 300

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 
-from abflax import BusyError, Interrupted, Resources, distill, load
+from abflax import BusyError, Interrupted, Resources, Result, distill, load
 from abflax.lock import Lock
 from abflax.progress import Silent
 from experiments import cli, run, search
@@ -231,7 +231,7 @@ def test_a_command_does_the_other_seeds_first(command, tmp_path, monkeypatch):
         asked.append(seeds)
         if seeds == 0:
             raise BusyError("run x is being worked on by process 7 on elsewhere")
-        return object()
+        return Result({}, None, None)
 
     monkeypatch.setattr(run, "distill", distill)
     code, err = command(run, "--dataset", "digits", "--method", "cross-entropy", "--seeds", "3",
