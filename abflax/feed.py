@@ -118,7 +118,8 @@ class _Images:
     Args:
       data: the data set.
       devices: where they are needed.
-      crops: number of a batch -> (kind of crop, examples, keys); see `abflax.data.decoding`.
+      crops: number of a batch -> (kind of crop, examples, keys); see `abflax.data.decoding`. A
+        process decodes what its own devices need.
       size: examples in a batch.
       ahead: batches that are decoded ahead.
       workers: processes that decode.
@@ -133,22 +134,31 @@ class _Images:
         ahead: int,
         workers: int | None,
     ) -> None:
-        self._devices, self._shape = devices, (size, *data.image_shape)
+        own = parallel.split(np.arange(size)[None], devices)[:, 0]  # places in a batch, by device
+        self._places, self._shape = own.shape, data.image_shape
         self.batches: Batches | None = None
+
+        def own_crops(number: int) -> tuple[str, list[int], list[tuple[int, ...]]]:
+            kind, examples, keys = crops(number)
+            here = [place for place in own.ravel() if place < len(examples)]
+            return kind, [examples[place] for place in here], [keys[place] for place in here]
+
         if isinstance(data, Dataset):
             self._resident = parallel.replicate(data.arrays(), devices)
         else:
             self._resident = {"labels": parallel.replicate(data.labels, devices)}
-            self.batches = Batches(data, crops, size, ahead, workers)
+            self.batches = Batches(data, own_crops, own.size, ahead, workers)
 
     def __call__(self, first: int, count: int, room: int) -> dict[str, Any]:
         """What a dispatch of so many batches, from the first on, is given; it has room for more."""
         if self.batches is None:
             return self._resident
-        images = np.zeros((room, *self._shape), np.uint8)
+        devices, share = self._places
+        images = np.zeros((room, devices * share, *self._shape), np.uint8)
         for index in range(count):
             self.batches.into(first + index, images[index])
-        return {"images": parallel.split(images, self._devices), **self._resident}
+        shares = images.reshape(room, devices, share, *self._shape).swapaxes(0, 1)
+        return {"images": shares, **self._resident}
 
     def close(self) -> None:
         """Ends the processes that decode."""

@@ -73,9 +73,9 @@ class Live(Reporter):
     def phase(self, label: str, name: str, steps: int, done: int, epochs: int) -> None:
         self._fields = {"epochs": epochs, "epoch": 0.0, "loss": None, "error": None, "rate": 0.0}
         self._label, self._total = f"{label}  {name}", steps
-        self._done = self._before = done
+        self._done = done
         self._started = self._printed = time.perf_counter()
-        self._images, self._busy = 0, 0.0
+        self._images, self._timed, self._busy = 0, 0, 0.0
         self._last: float | None = None
         if self._console.is_terminal:
             description = f"[bold]{label}[/bold]  {name:<10}"
@@ -88,6 +88,7 @@ class Live(Reporter):
         self._done += count
         if self._last is not None:  # neither compilation nor evaluation is in the rate
             self._images += images
+            self._timed += count
             self._busy += now - self._last
             self._fields["rate"] = self._images / max(self._busy, 1e-9)
         self._last = now
@@ -115,9 +116,11 @@ class Live(Reporter):
             self._bars.update(self._task, completed=self._done, **self._fields)
         elif time.perf_counter() - self._printed > _PLAIN_SECONDS:
             self._printed = time.perf_counter()
-            spent = self._printed - self._started
-            left = spent / max(self._done - self._before, 1) * (self._total - self._done)
-            self._line(f"{_duration(left)} left")
+            left = "compiled"
+            if self._timed:
+                seconds = self._busy / self._timed * (self._total - self._done)
+                left = f"{_duration(seconds)} left"
+            self._line(left)
 
     def _line(self, end: str) -> None:
         text = f"{self._label}  {self._done}/{self._total}  {_describe(self._fields)}  {end}"
