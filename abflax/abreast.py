@@ -11,7 +11,7 @@ from abflax.interrupt import Interrupted, StopRequest
 from abflax.processes import highest
 from abflax.step import TrainState
 
-T = TypeVar("T")
+_T = TypeVar("_T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,18 +29,18 @@ class Dispatch:
     make: Callable[[tuple[TrainState, ...]], tuple[tuple[TrainState, ...], tuple[Any, ...]]]
 
 
-Steps = Generator[Dispatch, tuple[TrainState, Any], T]
+Steps = Generator[Dispatch, tuple[TrainState, Any], _T]
 """A run: it yields dispatches, is sent (state, metrics), and returns what it has made. It is thrown
 `Interrupted` instead where it shall stop; it saves itself then, and raises that."""
 
 
-def drive(runs: Mapping[str, Steps[T]], stop: StopRequest) -> dict[str, T]:
+def drive(runs: Mapping[str, Steps[_T]], stop: StopRequest) -> dict[str, _T]:
     """Takes runs to their ends: one dispatch for all that stand at one step, those behind first.
 
     Runs that begin at different steps meet at the next evaluation. Where one fails, the others go
     on, and its error is raised at the end.
     """
-    done: dict[str, T] = {}
+    done: dict[str, _T] = {}
     errors: list[BaseException] = []
     waiting: dict[str, Dispatch] = {}
 

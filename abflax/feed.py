@@ -1,7 +1,7 @@
 """What a dispatch is given: a data set that lies on the devices, or the batches that it needs.
 
 A data set in memory is sent once, and a dispatch tells which examples it wants. Photographs are
-decoded ahead by processes of their own (`abflax.data.decoders`) while the devices work, and the
+decoded ahead by processes of their own (`abflax.data.Batches`) while the devices work, and the
 batches of a dispatch, uint8, are sent along with it. Either way an image is a function of (seed,
 epoch, example), and the order one of (seed, epoch), so that a run goes on from any step.
 """
@@ -118,7 +118,7 @@ class _Images:
     Args:
       data: the data set.
       devices: where they are needed.
-      crops: number of a batch -> (kind of crop, examples, keys); see `abflax.data.decoding`. A
+      crops: number of a batch -> (kind of crop, examples, keys); see `data.decoding`. A
         process decodes what its own devices need.
       size: examples in a batch.
       ahead: batches that are decoded ahead.

@@ -25,8 +25,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from abflax.errors import InputError, LostError
 
-Arguments = ParamSpec("Arguments")
-Result = TypeVar("Result")
+_Arguments = ParamSpec("_Arguments")
+_Result = TypeVar("_Result")
 
 SILENCE = 30
 """Seconds after which a process from which nothing is heard is taken for dead."""
@@ -89,7 +89,7 @@ def is_first() -> bool:
     return jax.process_index() == 0
 
 
-def once(do: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+def once(do: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
     """A function that is called in all processes and runs in the first.
 
     What it gives there, or raises, it gives and raises in all of them. They must all call it at the
@@ -97,7 +97,7 @@ def once(do: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
     """
 
     @functools.wraps(do)
-    def done(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
+    def done(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Result:
         if jax.process_count() == 1:
             return do(*args, **kwargs)
         told = b""

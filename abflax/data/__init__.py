@@ -1,6 +1,7 @@
 """Data sets, in memory or as photographs on the disk, their subsets, order and augmentation.
 
-`DATASETS` maps a name to a function (split, data directory or None) -> `Dataset`.
+`DATASETS` maps a name to a function (split, data directory or None) -> `Dataset`; `PHOTOGRAPHS`
+maps a name to what prepares the photographs that `load_photographs` reads.
 """
 
 from abflax.data.augmentation import Preprocessing, augment, draw_views, normalise, view

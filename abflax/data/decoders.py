@@ -95,7 +95,7 @@ class Decoders:
         return ticket
 
     def wait(self, ticket: Ticket) -> list[tuple[bool, Any]]:
-        """What became of each task (see `abflax.data.decoding.perform`)."""
+        """What became of each task (see `decoding.perform`)."""
         while ticket.waiting:
             index = ticket.waiting[0]
             try:

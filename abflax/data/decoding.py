@@ -1,4 +1,4 @@
-"""Encoded images to pixels: what the decoding processes do (see `abflax.data.decoders`).
+"""Encoded images to pixels: what the decoding processes do (see `data.decoders`).
 
 Run as a script this file is such a process. It knows NumPy and Pillow, and nothing of abflax or
 JAX, so that a process is there in a quarter of a second and takes little memory.

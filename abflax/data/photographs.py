@@ -22,8 +22,8 @@ class Photographs:
     """Encoded images with labels; only the labels are in memory.
 
     In training an example shows, in each epoch, another random crop (see
-    `abflax.data.decoding.random_crop`) and is mirrored half of the time; held-out images show
-    their centre (`abflax.data.decoding.centre_crop`).
+    `decoding.random_crop`) and is mirrored half of the time; held-out images show
+    their centre (`decoding.centre_crop`).
 
     Attributes:
       places: where each image lies: a file, or (folder of a prepared TFDS data set, split, record).
