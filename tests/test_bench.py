@@ -44,7 +44,8 @@ def found():
     }  # fmt: skip
     return {
         "environment": {"device": "Some GPU", "devices": 2, "python": "3.12", "commit": "abc",
-                        "versions": {"jax": "0.11.2"}, "torch": None},
+                        "jax": "0.11.2", "jaxlib": "0.11.2", "flax": "0.12", "optax": "0.2",
+                        "torch": None},
         "setting": {"teacher": "wrn22-4", "student": "wrn16-2", "batch": 128,
                     "precision": "float32", "repetitions": 3},
         "peak_flops": 2e12,

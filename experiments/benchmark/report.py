@@ -32,7 +32,7 @@ def page(all_found: Sequence[Found]) -> str:
     ]
     for found in all_found:
         setting, made = found["setting"], found["environment"]
-        versions = ", ".join(f"{k} {v}" for k, v in made["versions"].items())
+        versions = ", ".join(f"{k} {made[k]}" for k in ("jax", "jaxlib", "flax", "optax"))
         parts.append(
             f"## {made['device']}: {setting['teacher']} → {setting['student']}, batch "
             f"{setting['batch']}, {setting['precision']}\n\n"
