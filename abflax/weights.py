@@ -25,43 +25,36 @@ from abflax.step import abstract_variables
 _Patterns = tuple[tuple[str, str], ...]
 
 
-def _wide_resnet(model: Any) -> _Patterns:
-    del model
-    return (
-        (r"stem", r"conv1"),
-        (r"norm", r"bn1"),
-        (r"classifier", r"fc"),
-        (r"group(\d+)_block(\d+)/norm(\d)", r"block\1.layer.\2.bn\3"),
-        (r"group(\d+)_block(\d+)/conv(\d)", r"block\1.layer.\2.conv\3"),
-        (r"group(\d+)_block(\d+)/shortcut", r"block\1.layer.\2.convShortcut"),
-    )
+_WIDE_RESNET: _Patterns = (
+    (r"stem", r"conv1"),
+    (r"norm", r"bn1"),
+    (r"classifier", r"fc"),
+    (r"group(\d+)_block(\d+)/norm(\d)", r"block\1.layer.\2.bn\3"),
+    (r"group(\d+)_block(\d+)/conv(\d)", r"block\1.layer.\2.conv\3"),
+    (r"group(\d+)_block(\d+)/shortcut", r"block\1.layer.\2.convShortcut"),
+)
 
 
-def _resnet(model: Any) -> _Patterns:
-    """torchvision's names."""
-    del model
-    return (
-        (r"stem", r"conv1"),
-        (r"stem_norm", r"bn1"),
-        (r"classifier", r"fc"),
-        (r"stage(\d+)_block(\d+)/norm(\d)", r"layer\1.\2.bn\3"),
-        (r"stage(\d+)_block(\d+)/conv(\d)", r"layer\1.\2.conv\3"),
-        (r"stage(\d+)_block(\d+)/shortcut", r"layer\1.\2.downsample.0"),
-        (r"stage(\d+)_block(\d+)/shortcut_norm", r"layer\1.\2.downsample.1"),
-    )
+_RESNET: _Patterns = (  # as torchvision names them
+    (r"stem", r"conv1"),
+    (r"stem_norm", r"bn1"),
+    (r"classifier", r"fc"),
+    (r"stage(\d+)_block(\d+)/norm(\d)", r"layer\1.\2.bn\3"),
+    (r"stage(\d+)_block(\d+)/conv(\d)", r"layer\1.\2.conv\3"),
+    (r"stage(\d+)_block(\d+)/shortcut", r"layer\1.\2.downsample.0"),
+    (r"stage(\d+)_block(\d+)/shortcut_norm", r"layer\1.\2.downsample.1"),
+)
 
 
-def _mobilenet_v1(model: Any) -> _Patterns:
-    del model
-    return (
-        (r"stem", r"model.0.0"),
-        (r"stem_norm", r"model.0.1"),
-        (r"classifier", r"fc"),
-        (r"block(\d+)/depthwise", r"model.\1.0"),
-        (r"block(\d+)/depthwise_norm", r"model.\1.1"),
-        (r"block(\d+)/pointwise", r"model.\1.3"),
-        (r"block(\d+)/pointwise_norm", r"model.\1.4"),
-    )
+_MOBILENET_V1: _Patterns = (
+    (r"stem", r"model.0.0"),
+    (r"stem_norm", r"model.0.1"),
+    (r"classifier", r"fc"),
+    (r"block(\d+)/depthwise", r"model.\1.0"),
+    (r"block(\d+)/depthwise_norm", r"model.\1.1"),
+    (r"block(\d+)/pointwise", r"model.\1.3"),
+    (r"block(\d+)/pointwise_norm", r"model.\1.4"),
+)
 
 
 def _mobilenet_v2(model: Any) -> _Patterns:
@@ -100,9 +93,9 @@ def _mobilenet_v2(model: Any) -> _Patterns:
 # Architecture -> (Flax path -> published name: patterns on the module's path, first match wins),
 # and a module by whose published name state dicts of different architectures are told apart.
 _NAMES: Mapping[type[nn.Module], tuple[Callable[[Any], _Patterns], str]] = {
-    WideResNet: (_wide_resnet, "group1_block0/conv2"),
-    ResNet: (_resnet, "stage1_block0/conv3"),
-    MobileNetV1: (_mobilenet_v1, "block1/pointwise"),
+    WideResNet: (lambda _: _WIDE_RESNET, "group1_block0/conv2"),
+    ResNet: (lambda _: _RESNET, "stage1_block0/conv3"),
+    MobileNetV1: (lambda _: _MOBILENET_V1, "block1/pointwise"),
     MobileNetV2: (_mobilenet_v2, "block1/depthwise"),
 }
 _LEAVES = {

@@ -20,7 +20,7 @@ import jax
 from rich.console import Console
 
 import abflax
-from abflax import processes
+from abflax import Result, processes
 from abflax.errors import BusyError, DiskError, InputError, LostError, NonFiniteError
 from abflax.interrupt import Interrupted
 from abflax.progress import Live
@@ -117,6 +117,21 @@ def main(command: Callable[[Console], None]) -> NoReturn:
 def progress(arguments: argparse.Namespace, console: Console) -> Live:
     """What a command that trains shows of it: nothing where `--quiet` was given."""
     return Live(Console(quiet=True) if arguments.quiet else console)
+
+
+def results_of(runs: Iterable[Callable[[], Result]]) -> list[Result]:
+    """What runs end with, those abreast included; one that another process is at waits for the
+    others, and `BusyError` is raised then."""
+    results: list[Result] = []
+    busy: list[BusyError] = []
+    for run in runs:
+        try:
+            result = run()
+            results += [result, *result.abreast]
+        except BusyError as error:
+            busy.append(error)
+    require_all(results, busy)
+    return results
 
 
 def require_all(finished: Sequence[Any], busy: Sequence[BusyError]) -> None:

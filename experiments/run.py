@@ -20,6 +20,7 @@ The same command again goes on where it stopped; a finished run is not run twice
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import sys
 from pathlib import Path
@@ -28,10 +29,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from abflax import Resources, Result, distill, evaluate, load
+from abflax import Resources, distill, evaluate, load
 from abflax.config import PRECISIONS, RunConfig
 from abflax.data import DATASETS
-from abflax.errors import BusyError, InputError, unknown
+from abflax.errors import InputError, unknown
 from abflax.files import read_json
 from abflax.methods import METHODS, PROTOCOLS
 from abflax.models import MODELS
@@ -146,27 +147,15 @@ def train(arguments: argparse.Namespace, console: Console) -> None:
     live = cli.progress(arguments, console)
     first, *others = arguments.seeds
     sittings = {first: tuple(others)} if arguments.abreast else dict.fromkeys(arguments.seeds, ())
-    results: list[Result] = []
-    busy = []
+    run = functools.partial(
+        distill, student, teacher, data, test=test, workdir=arguments.workdir,
+        force=arguments.force, resources=resources, reporter=live,
+    )  # fmt: skip
     with live.shown():
-        for seed, abreast in sittings.items():
-            try:
-                result = distill(
-                    student,
-                    teacher,
-                    data,
-                    test=test,
-                    workdir=arguments.workdir,
-                    force=arguments.force,
-                    resources=resources,
-                    reporter=live,
-                    abreast=abreast,
-                    **config.arguments | {"seeds": seed},
-                )
-                results += [result, *result.abreast]
-            except BusyError as error:  # the other seeds first
-                busy.append(error)
-    cli.require_all(results, busy)
+        results = cli.results_of(
+            functools.partial(run, abreast=abreast, **config.arguments | {"seeds": seed})
+            for seed, abreast in sittings.items()
+        )
     if arguments.json:
         json.dump([result.record for result in results], sys.stdout, indent=1)
         return

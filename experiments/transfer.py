@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -36,7 +37,6 @@ from abflax import InputError, Network, Resources, Result, distill
 from abflax.config import PRECISIONS, RunConfig
 from abflax.data import PHOTOGRAPHS, Photographs, load_photographs, read_folder
 from abflax.data.folder import MOST_BROKEN
-from abflax.errors import BusyError
 from abflax.methods import PROTOCOLS
 from abflax.models import MODELS
 from abflax.weights import load_network
@@ -115,27 +115,20 @@ def main(console: Console) -> None:
     model = MODELS[arguments.student](num_classes=train.num_classes)
     student = model if given is None else dataclasses.replace(given, model=model)
     live = cli.progress(arguments, console)
-    results: list[Result] = []
-    busy: list[BusyError] = []
+    call = functools.partial(
+        distill, student, data=train, test=test, workdir=arguments.workdir,
+        force=arguments.force, resources=resources, reporter=live,
+    )  # fmt: skip
     with live.shown():
-        for run in runs:
-            for seed in arguments.seeds:
-                try:
-                    result = distill(
-                        student,
-                        teacher if needs_teacher(run) else None,
-                        train,
-                        test=test,
-                        workdir=arguments.workdir,
-                        force=arguments.force,
-                        resources=resources,
-                        reporter=live,
-                        **run.arguments | {"seeds": seed},
-                    )
-                    results.append(result)
-                except BusyError as error:  # the other runs first
-                    busy.append(error)
-    cli.require_all(results, busy)
+        results = cli.results_of(
+            functools.partial(
+                call,
+                teacher=teacher if needs_teacher(run) else None,
+                **run.arguments | {"seeds": seed},
+            )
+            for run in runs
+            for seed in arguments.seeds
+        )
     if arguments.json:
         json.dump([result.record for result in results], sys.stdout, indent=1)
         return

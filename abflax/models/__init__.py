@@ -50,12 +50,7 @@ _NAMED: Mapping[str, functools.partial[Any]] = {
 
 
 class _Models(Mapping[str, Callable[..., nn.Module]]):
-    """Name -> a callable that takes the module's remaining fields.
-
-    `MODELS["wrn22-4"](num_classes=10, dtype=None, axis_name=None)` is a Linen module. Wide
-    ResNets of any legal depth and width are parsed, and "mobilenet-v1-0.5" is a mobilenet-v1 of
-    half the width; iteration lists those that the paper uses.
-    """
+    """What `MODELS` is, see there."""
 
     _WIDE = re.compile(r"wrn-?(\d+)-(\d+)")
     _SCALED = re.compile(r"(.+)-(\d+(?:\.\d+)?)")
