@@ -17,6 +17,7 @@ from flax import linen as nn
 
 from abflax.errors import InputError
 from abflax.losses.features import average_pooled
+from abflax.norm import BatchNorm
 from abflax.taps import Forward
 
 # N(0, √(2 / C_out)): for a 1×1 kernel, the published N(0, √(2 / (k²·C_out))).
@@ -27,7 +28,7 @@ _DENSE_INIT = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")  # Py
 class Connectors(nn.Module):
     """Maps a network's taps to given widths, tap by tap.
 
-    The 1×1 convolution is written as a matrix product over the last axis: the same numbers,
+    The 1×1 convolution is written as a matrix product over flattened positions: the same numbers,
     twice as fast on CPUs, and right for `[batch, features]` taps too.
 
     Attributes:
@@ -55,23 +56,23 @@ class Connectors(nn.Module):
     def _connect(self, name: str, tap: jax.Array, width: int, train: bool) -> jax.Array:
         if tap.shape[-1] == width:
             return tap
-        tap = nn.Dense(
+        flat = tap.reshape(-1, tap.shape[-1])
+        flat = nn.Dense(
             width,
             use_bias=False,
             dtype=self.dtype,
             param_dtype=self.param_dtype,
             kernel_init=_INIT,
             name=f"{name}_conv",
-        )(tap)
-        return nn.BatchNorm(
-            use_running_average=not train,
-            momentum=0.9,
-            epsilon=1e-5,
+        )(flat)
+        flat = BatchNorm(
+            not train,
             dtype=self.dtype,
             param_dtype=self.param_dtype,
             axis_name=self.axis_name,
             name=f"{name}_norm",
-        )(tap)
+        )(flat)
+        return flat.reshape(*tap.shape[:-1], width)
 
 
 class ExtraHead(nn.Module):

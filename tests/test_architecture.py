@@ -10,8 +10,9 @@ MAY_KNOW = {
     "losses": set(),
     "metrics": {"losses"},  # the indicator
     "taps": set(),
-    "models": {"taps"},
-    "connectors": {"losses", "taps"},
+    "norm": set(),
+    "models": {"norm", "taps"},
+    "connectors": {"losses", "norm", "taps"},
     "optim": set(),
     "data": {"settings"},
     "interrupt": set(),

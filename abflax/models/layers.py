@@ -11,6 +11,7 @@ from flax import linen as nn
 from abflax.errors import InputError
 from abflax.models.convolution import convolve
 from abflax.models.depthwise import depthwise
+from abflax.norm import BatchNorm
 
 # N(0, √(2 / (k²·C_out))), and PyTorch's default for dense layers, as in the published code.
 _CONV_INIT = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
@@ -24,7 +25,7 @@ def settings(module: Any) -> dict[str, Any]:
 
 def layers(
     module: Any, train: bool
-) -> tuple[Callable[..., nn.Conv], Callable[..., nn.BatchNorm], Callable[..., nn.Dense]]:
+) -> tuple[Callable[..., nn.Conv], Callable[..., BatchNorm], Callable[..., nn.Dense]]:
     """Convolution, batch norm and dense layer with the module's own dtypes and axis.
 
     Returns:
@@ -50,15 +51,8 @@ def layers(
             **dtypes,
         )
 
-    def norm(*, name: str) -> nn.BatchNorm:
-        return nn.BatchNorm(
-            use_running_average=not train,
-            momentum=0.9,
-            epsilon=1e-5,
-            axis_name=module.axis_name,
-            name=name,
-            **dtypes,
-        )
+    def norm(*, name: str) -> BatchNorm:
+        return BatchNorm(not train, axis_name=module.axis_name, name=name, **dtypes)
 
     def dense(features: int, *, name: str) -> nn.Dense:
         return nn.Dense(features, kernel_init=_DENSE_INIT, name=name, **dtypes)
