@@ -99,6 +99,12 @@ class Protocol:
 # taken here: attention β/2 = 500, NST 50, DTL 10. The search (`experiments.search`) replaces them.
 _SUMS = ("activation-boundary", "fitnet", "l2", "l1", "l0.5")
 _START = {"attention": 500.0, "nst": 50.0, "jacobian": 1.0, "fsp": 1.0, "dtl": 10.0}
+# The best of each grid, times where it began: `experiments/records/search`.
+_SEARCHED = {
+    "attention": 0.1 * 500.0,
+    "nst": 0.1 * 50.0,
+    "jacobian": 1.0 * 1.0,
+}
 
 _PAPER_SGD = Optimiser(drops=(0.3, 0.6, 0.8), of_run=True)
 _OFFICIAL_SGD = Optimiser(drops=(0.3, 0.6, 0.8), resets=(0.3, 0.6, 0.8), whole_epochs=True)
@@ -142,7 +148,7 @@ PROTOCOLS: Mapping[str, Mapping[str, Protocol]] = {
             joint=_OFFICIAL_SGD,
             temperature=3.0,
             layer_ratio=0.5,
-            transfer_scale={**dict.fromkeys(_SUMS, 3 / 1000), **_START},
+            transfer_scale={**dict.fromkeys(_SUMS, 3 / 1000), **_START, **_SEARCHED},
             teacher_batch_statistics=True,
         ),
         "transfer": _transfer(_CONSTANT_SGD, _TENTH_SGD, layer_ratio=0.5, scale=1 / 1000),

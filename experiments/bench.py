@@ -35,12 +35,14 @@ from abflax.losses.nst import channel_patterns
 from abflax.methods import METHODS
 from abflax.record import environment
 from experiments import cli
-from experiments.benchmark import depthwise_work
+from experiments.benchmark import depthwise_work, scaling
 from experiments.benchmark.jax_work import Bench
 from experiments.benchmark.report import PUBLISHED, page, section
 from experiments.benchmark.timing import Work, alternate, compiled, median_ratio, peak_flops
 
 Rows = list[dict[str, Any]]
+
+STUDENTS = (1, 2, 4, 8)
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -156,14 +158,20 @@ def seeds(bench: Bench, repetitions: int) -> Rows:
     initialise = bench.phases[0]
     one = bench.train(initialise)
     rows: Rows = []
-    for count in (1, 2, 4, 8):
+    for count in STUDENTS:
         work = bench.train(initialise, students=count)
         seconds = alternate({"own": work.run, "one": one.run}, repetitions)
         times = median_ratio(seconds["one"], seconds["own"])
+        own = dataclasses.replace(work, images=count * work.images)
         rows.append(
-            _described(f"{count} abreast", work, seconds["own"])
+            _described(f"{count} abreast", own, seconds["own"])
             | {"times_one": times, "share_each": times / count}
         )
+    slope, shared, away = scaling.line(STUDENTS, [row["times_one"] for row in rows])
+    rows.append({
+        "name": f"a line: {shared:.2f} shared and {slope:.2f} for each student; at most {away:.0%} "
+        "away from it"
+    })  # fmt: skip
     return rows
 
 
@@ -247,6 +255,9 @@ SECTIONS: Mapping[str, Callable[[Bench, int], Rows]] = {
     "parts": parts,
     "methods": methods,
     "seeds": seeds,
+    "epochs": scaling.epochs,
+    "cache": scaling.cache,
+    "precision": scaling.precision,
     "nst": nst,
     "depthwise": depthwise,
 }

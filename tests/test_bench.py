@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import pytest
 
 from abflax.errors import InputError
-from experiments import bench
+from experiments import bench, quickstart
+from experiments.benchmark import scaling
 from experiments.benchmark.report import page, section
 from experiments.benchmark.timing import alternate, compiled, count_flops, median_ratio
 
@@ -27,6 +28,12 @@ def test_things_run_in_turn_and_the_first_round_is_not_counted():
 def test_a_ratio_is_of_pairs():
     # 2, 4 and 0.5 times as long; the ratio of the medians would be 1.
     assert median_ratio([1.0, 2.0, 4.0], [2.0, 8.0, 2.0]) == 2.0
+
+
+def test_a_line_is_by_least_squares():
+    assert scaling.line((1, 2, 4), (5.0, 7.0, 11.0)) == pytest.approx((2.0, 3.0, 0.0))
+    slope, intercept, away = scaling.line((0, 1, 2), (1.0, 4.0, 1.0))
+    assert (slope, intercept, away) == pytest.approx((0.0, 2.0, 1.0))
 
 
 def test_held_bytes_are_arguments_results_and_temporaries():
@@ -91,11 +98,18 @@ def test_every_section_runs(monkeypatch, tmp_path, capsys):
     arguments = ["--teacher", "wrn10-1", "--student", "wrn10-1", "--batch", "8"]
     arguments += ["--repetitions", "1", "--workdir", str(tmp_path)]
     monkeypatch.setattr("sys.argv", ["bench", *arguments])
+    monkeypatch.setattr(scaling, "IMAGES", (64, 128, 512))
+    monkeypatch.setattr(scaling, "SEEDS", 2)
+    monkeypatch.setattr(quickstart, "TEACHER_EPOCHS", 1)
+    monkeypatch.setattr(quickstart, "EPOCHS", (1, 1))
     bench.main(Console())
     found = json.loads((tmp_path / "bench.json").read_text())
-    assert list(found["sections"]) == ["steps", "parts", "methods", "seeds", "nst", "depthwise"]
+    assert list(found["sections"]) == list(bench.SECTIONS)
     names = [row["name"] for row in found["sections"]["methods"]]
     assert names[0] == "cross-entropy: joint" and "nst: initialise" in names
+    *kept, fitted = found["sections"]["cache"]
+    assert [row["bytes"] / kept[0]["bytes"] for row in kept] == list(scaling.VIEWS)
+    assert "at most 0% away" in fitted["name"]
     gram, full = found["sections"]["nst"]
     assert gram["bytes"] < full["bytes"] / 5
     assert "### Where an initialise step goes" in capsys.readouterr().out

@@ -24,7 +24,7 @@ from abflax.taps import Model, run_model
 from experiments.benchmark.timing import Work, compiled, count_flops
 
 SHAPE = (32, 32, 3)
-_PREPROCESSING = Preprocessing((125.3, 123.0, 113.9), (63.0, 62.1, 66.7), 4, True)
+PREPROCESSING = Preprocessing((125.3, 123.0, 113.9), (63.0, 62.1, 66.7), 4, True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +78,7 @@ class Bench:
 
     def program(self, phase: Phase, steps: int = 1, views: int | None = None) -> parallel.Program:
         student, teacher = self.networks
-        preprocessing = dataclasses.replace(_PREPROCESSING, views=views)
+        preprocessing = dataclasses.replace(PREPROCESSING, views=views)
         return parallel.compile_phase(
             student, teacher, phase, Span(0, 10**6, 0, 10, 20, Fraction(10**5)), preprocessing,
             SHAPE, self.devices, steps, jnp.result_type(float),
@@ -187,7 +187,7 @@ class Bench:
 
     def _without_teacher(self, phase: Phase) -> parallel.Program:
         return parallel.compile_phase(
-            self.networks[0], None, phase, Span(0, 1, 0, 1, 1, Fraction(1)), _PREPROCESSING, SHAPE,
+            self.networks[0], None, phase, Span(0, 1, 0, 1, 1, Fraction(1)), PREPROCESSING, SHAPE,
             self.devices, 1, jnp.result_type(float),
         )  # fmt: skip
 

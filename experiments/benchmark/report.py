@@ -14,7 +14,12 @@ _TITLES = {
     "steps": "What a run is made of",
     "parts": "Where an initialise step goes (each line holds the work of those it names)",
     "methods": "One step of every method, each phase in turn with a step of cross-entropy",
-    "seeds": "Initialise steps of several students in one program, in turn with that of one",
+    "seeds": "Initialise steps of several students in one program, in turn with that of one; an "
+    "image counts once for each student",
+    "epochs": "A run of one initialise epoch, from its start to its end",
+    "cache": "Memory of kept targets, initialise phase",
+    "precision": "The effect of half precision: the quickstart's digits, activation boundaries, "
+    "protocol `official`, 5 seeds",
     "nst": "NST at [32, 8, 8, 256], value and gradient",
     "depthwise": "MobileNets, 8 images of 112×112, a step of cross-entropy: depthwise convolutions "
     "as they are here, in turn with XLA's own",
@@ -82,6 +87,10 @@ def _number(key: str, scale: float, digits: int) -> Callable[[dict[str, Any], Fo
     return show
 
 
+def _text(key: str) -> Callable[[dict[str, Any], Found], str]:
+    return lambda row, found: row.get(key, "–")
+
+
 def _share(row: dict[str, Any], found: Found) -> str:
     if row.get("flops_per_second") is None:
         return "–"
@@ -97,6 +106,9 @@ _COLUMNS: Mapping[str, tuple[str, Callable[[dict[str, Any], Found], str]]] = {
     "× cross-entropy": ("times_cross_entropy", _number("times_cross_entropy", 1, 2)),
     "× one student": ("times_one", _number("times_one", 1, 2)),
     "of it, each": ("share_each", _number("share_each", 1, 2)),
+    "s": ("epoch_seconds", _number("epoch_seconds", 1, 1)),
+    "test error %": ("test_error", _text("test_error")),
+    "agreement %": ("agreement", _text("agreement")),
     "images/s": ("images_per_second", _number("images_per_second", 1, 0)),
     "GFLOP a step": ("flops", _number("flops", 1e-9, 1)),
     "GFLOP/s": ("flops_per_second", _number("flops_per_second", 1e-9, 0)),

@@ -1,0 +1,107 @@
+"""What grows with what: seconds with images, bytes with views; and what half precision costs."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from abflax import Network, distill, load
+from abflax.data import Dataset
+from abflax.kept import keep_targets
+from abflax.models import MODELS
+from experiments.benchmark.jax_work import PREPROCESSING, SHAPE, Bench
+from experiments.statistics import mean_and_std
+
+Rows = list[dict[str, Any]]
+
+IMAGES = (5_000, 10_000, 50_000)
+VIEWS = (1, 2, 4, 8)
+PRECISIONS = ("float32", "bfloat16")
+SEEDS = 5
+
+
+def epochs(bench: Bench, repetitions: int) -> Rows:
+    """One initialise epoch of a whole run on 5, 10 and 50 thousand images; once each."""
+    del repetitions
+    teacher = Network(MODELS[bench.teacher](), jax.device_get(bench.teacher_variables))
+    draw = np.random.default_rng(0)
+    rows: Rows = []
+    for count in IMAGES:
+        images = draw.integers(0, 256, (count, *SHAPE), dtype=np.uint8)
+        data = Dataset(images, np.arange(count) % 10, 10, PREPROCESSING)
+        result = distill(
+            MODELS[bench.student](), teacher, data, method=bench.method, epochs=(1, 0),
+            batch_size=bench.batch, precision=bench.precision,
+        )  # fmt: skip
+        rows.append({"name": f"{count:,} images", "epoch_seconds": result.record["seconds"]})
+    slope, intercept, away = line(IMAGES, [row["epoch_seconds"] for row in rows])
+    rows.append({
+        "name": f"a line: {1000 * slope:.2f} s per 1,000 images and {intercept:.0f} s to compile "
+        f"and start; at most {away:.0%} away from it"
+    })  # fmt: skip
+    return rows
+
+
+def cache(bench: Bench, repetitions: int) -> Rows:
+    """The kept targets of the initialise phase, in 1, 2, 4 and 8 views of each image; once each."""
+    del repetitions
+    teacher = bench.teacher_variables
+    rows: Rows = []
+    for views in VIEWS:
+        program = bench.program(bench.phases[0], 1, views)
+        kept = keep_targets(
+            program, teacher["params"], teacher["batch_stats"], bench.data, views, bench.batch,
+            bench.devices,
+        )  # fmt: skip
+        held = sum(leaf.nbytes for leaf in jax.tree.leaves(kept))
+        rows.append({"name": f"{bench.examples:,} images in {views} views", "bytes": held})
+    slope, intercept, away = line(VIEWS, [row["bytes"] for row in rows])
+    rows.append({
+        "name": f"a line: {slope / bench.examples / 1000:.2f} KB an image and view and "
+        f"{intercept / 1e6:.2f} MB; at most {away:.0%} away from it"
+    })  # fmt: skip
+    return rows
+
+
+def precision(bench: Bench, repetitions: int) -> Rows:
+    """Test error on scikit-learn's digits, by the quickstart's recipe, in either precision."""
+    del bench, repetitions
+    from experiments import quickstart
+
+    train, test = load("digits", "train"), load("digits", "test")
+    common: dict[str, Any] = {"test": test, "protocol": "official"}
+    taught = distill(
+        MODELS[quickstart.TEACHER](), None, train, method="cross-entropy",
+        epochs=(0, quickstart.TEACHER_EPOCHS), batch_size=64, evaluate_every=4,
+        seeds=quickstart.TEACHER_SEED, **common,
+    )  # fmt: skip
+    teacher = Network(MODELS[quickstart.TEACHER](), taught.variables)
+    rows: Rows = []
+    for name in PRECISIONS:
+        results = [
+            distill(
+                MODELS[quickstart.STUDENT](), teacher, train, method="activation-boundary",
+                epochs=quickstart.EPOCHS, batch_size=32, fraction=quickstart.FRACTION,
+                evaluate_every=sum(quickstart.EPOCHS), precision=name, seeds=seed,
+                **quickstart.OPTIONS["activation-boundary"], **common,
+            ).record["result"]
+            for seed in range(SEEDS)
+        ]  # fmt: skip
+        agreement = [statistics.mean(each["agreement"].values()) for each in results]
+        rows.append({
+            "name": name,
+            "test_error": mean_and_std([each["test_error"] for each in results]),
+            "agreement": mean_and_std(agreement, 1),
+        })  # fmt: skip
+    return rows
+
+
+def line(at: Sequence[float], values: Sequence[float]) -> tuple[float, float, float]:
+    """Least squares: slope, intercept, and the largest departure as a share of the value."""
+    slope, intercept = statistics.linear_regression(at, values)
+    away = max(abs(slope * x + intercept - y) / y for x, y in zip(at, values, strict=True))
+    return slope, intercept, away
