@@ -104,6 +104,10 @@ _SEARCHED = {
     "attention": 0.1 * 500.0,
     "nst": 0.1 * 50.0,
     "jacobian": 1.0 * 1.0,
+    "fsp": 0.01 * 1.0,
+    "l2": 10.0 * 3 / 1000,
+    "l1": 0.001 * 3 / 1000,
+    "l0.5": 0.001 * 3 / 1000,
 }
 
 _PAPER_SGD = Optimiser(drops=(0.3, 0.6, 0.8), of_run=True)
