@@ -2,14 +2,18 @@
 
 import json
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from abflax import NonFiniteError, Result
 from abflax.data import holdout, load
+from abflax.methods import METHODS
 from experiments import cli, search
 from tests.conftest import save_random_network
+
+SEARCHES = Path(search.__file__).parent / "records" / "search"
 
 
 def _point(weight, errors, failure=None):
@@ -89,3 +93,16 @@ def test_a_point_that_diverges_does_not_end_the_search(monkeypatch, capsys, tmp_
     points = json.loads((tmp_path / "search" / "l2-paper.json").read_text())
     assert [bool(point["failure"]) for point in points] == [False, True, False]
     assert "diverged: the loss from 1" in points[1]["failure"] and not points[1]["records"]
+
+
+@pytest.mark.parametrize("path", sorted(SEARCHES.glob("*.json")), ids=lambda path: path.stem)
+def test_the_weight_in_use_is_the_best_of_the_committed_search(path):
+    """By validation error, whatever the unit of the grid was when the search was made."""
+    points = [record for point in json.loads(path.read_text()) for record in point["records"]]
+    best = min(points, key=lambda record: record["result"]["test_error"])
+    config = best["config"]
+    assert config["test"].startswith("validation of ")
+    found = [term for phase in best["phases"] for term in phase["objective"]["terms"]]
+    used = METHODS[config["method"]](protocol=config["protocol"], setting=config["setting"])
+    weighted = [(weight, type(term).__name__) for phase in used for weight, term in phase.terms]
+    assert weighted == [(pytest.approx(weight), kind) for weight, kind, _ in found]
