@@ -6,6 +6,8 @@ that asks the teacher at every step (bits may differ for neurons within rounding
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import hashlib
 from collections.abc import Sequence
 from typing import Any
@@ -114,6 +116,8 @@ def _require_room(shapes: Any, examples: int, views: int, device: jax.Device) ->
 def _free_bytes(device: jax.Device) -> float:
     """Of the device; of the host, where that is the device (it holds a copy while they move)."""
     if device.platform == "cpu":
+        with contextlib.suppress(OSError, AttributeError):
+            ctypes.CDLL(None).malloc_trim(0)  # what glibc holds though it was freed is free too
         return psutil.virtual_memory().available / 2
     statistics = device.memory_stats() or {}
     return 0.9 * statistics.get("bytes_limit", 0) - statistics.get("bytes_in_use", 0)

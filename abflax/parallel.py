@@ -2,7 +2,7 @@
 
 The state is one logical copy on all devices (`in_axes=None`, `out_axes=None`), batches are split
 over them, gradients and statistics are averaged. `pmap` is `jit` + `shard_map` since JAX 0.8, so
-a move to `shard_map` is a change to this file alone.
+a move to `shard_map` (with `check_vma=False`) is a change to this file alone.
 """
 
 from __future__ import annotations

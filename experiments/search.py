@@ -1,9 +1,9 @@
 """Search a method's transfer weight on a logarithmic grid, by validation error.
 
 The test set is never looked at: a class-balanced tenth of the training data is held out, and the
-student learns from a fifth of the rest. The grid is in units of the protocol's own factor, so 1 is
-where the method starts. The result is a table, and `search/METHOD-PROTOCOL.json` in the workdir
-with every point's record.
+student learns from a fifth of the rest. The grid is in units of the factor that the protocol has
+today, which the record of every point states. The result is a table, and
+`search/METHOD-PROTOCOL.json` in the workdir with every point's record.
 
 examples:
   python -m experiments.search --method attention --protocol official

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -150,3 +151,17 @@ def test_numbers_that_are_none_leave_with_1(command, tmp_path):
     )  # fmt: skip
     assert code == 1 and err.count("\n") == 1
     assert err.startswith("error: the loss is not finite at step 0 of phase joint")
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_freed_memory_is_kept_where_glibc_allocates(monkeypatch, there):
+    told = []
+    library = SimpleNamespace(**({"mallopt": lambda *pair: told.append(pair)} if there else {}))
+    monkeypatch.setattr(cli.ctypes, "CDLL", lambda name: library)
+    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
+    cli.keep_freed_memory()
+    assert told == ([(-1, -1), (-4, 0), (-8, 1)] if there else [])
+    told.clear()
+    monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")
+    cli.keep_freed_memory()
+    assert told == []

@@ -183,7 +183,7 @@ def test_taps_by_path():
 
 SHAPES = [  # batch, size, channels, features, kernel, stride
     (32, 8, 3, 5, 3, 1), (6, 7, 4, 2, 3, 2), (1, 5, 2, 3, 3, 1), (4, 6, 3, 2, 1, 2),
-    (4, 6, 3, 2, 1, 1),
+    (4, 6, 3, 2, 1, 1), (0, 4, 3, 2, 1, 1),
 ]  # fmt: skip
 
 

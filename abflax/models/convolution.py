@@ -46,9 +46,11 @@ def convolve(
     static = (tuple(strides), tuple(map(tuple, padding)), others.get("precision"))
     if kernel.shape[:2] == (1, 1) and not any(map(any, static[1])):
         images = images[:, :: strides[0], :: strides[1]]
-        flat = images.reshape(-1, images.shape[-1])  # else the gradient copies its arguments
+        flat = images.reshape(
+            math.prod(images.shape[:-1]), images.shape[-1]
+        )  # else the gradient copies its arguments
         out = jnp.dot(flat, kernel[0, 0], precision=static[2])
-        return out.reshape(*images.shape[:-1], -1)
+        return out.reshape(*images.shape[:-1], kernel.shape[-1])
     return _convolve(images, kernel, static)
 
 
