@@ -99,6 +99,7 @@ class Protocol:
 # taken here: attention β/2 = 500, NST 50, DTL 10. The search (`experiments.search`) replaces them.
 _SUMS = ("activation-boundary", "fitnet", "l2", "l1", "l0.5")
 _START = {"attention": 500.0, "nst": 50.0, "jacobian": 1.0, "fsp": 1.0, "dtl": 10.0}
+
 # The best of each grid, in units of where it began, on CIFAR-10: `experiments/records/search`.
 _SEARCHED = {
     "attention": 0.1 * 500.0,

@@ -131,7 +131,8 @@ class Bench:
         program = dataclasses.replace(self, method="cross-entropy")._without_teacher(phase)
         state = self._state(program)
         batch = BATCH * len(self.devices)
-        index = np.arange(batch * (self.examples // batch), dtype=np.int32).reshape(-1, batch)
+        index = np.arange(batch * max(1, self.examples // batch), dtype=np.int32)
+        index = index.reshape(-1, batch) % self.examples
         examples = parallel.split(index, self.devices)
         arguments: tuple[Any, ...] = (
             state.params, state.batch_stats, {}, self.data, examples, np.ones_like(examples, bool)
