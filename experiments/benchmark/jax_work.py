@@ -131,9 +131,9 @@ class Bench:
         program = dataclasses.replace(self, method="cross-entropy")._without_teacher(phase)
         state = self._state(program)
         batch = BATCH * len(self.devices)
-        index = np.arange(batch * max(1, self.examples // batch), dtype=np.int32)
-        index = index.reshape(-1, batch) % self.examples
-        examples = parallel.split(index, self.devices)
+        batches = max(1, self.examples // batch)
+        index = np.arange(batches * batch, dtype=np.int32).reshape(batches, batch)
+        examples = parallel.split(index % self.examples, self.devices)
         arguments: tuple[Any, ...] = (
             state.params, state.batch_stats, {}, self.data, examples, np.ones_like(examples, bool)
         )  # fmt: skip

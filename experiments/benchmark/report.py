@@ -14,10 +14,9 @@ _TITLES = {
     "steps": "What a run is made of",
     "parts": "Where an initialise step goes (each line holds the work of those it names)",
     "methods": "One step of every method, each phase in turn with a step of cross-entropy",
-    "seeds": "Initialise steps of several students in one program, in turn with that of one; an "
-    "image counts once for each student",
-    "epochs": "A run of one initialise epoch, from its start to its end",
-    "cache": "Memory of kept targets, initialise phase",
+    "seeds": "Initialise steps of several students in one program, in turn with that of one",
+    "epochs": "A run of one initialise epoch, its compilation included; measured once",
+    "cache": "Memory of kept targets, initialise phase; measured once",
     "precision": "The effect of half precision: the quickstart's digits, activation boundaries, "
     "protocol `official`, 5 seeds",
     "nst": "NST at [32, 8, 8, 256], value and gradient",
