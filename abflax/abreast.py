@@ -1,13 +1,14 @@
-"""Runs side by side: students that differ in their initial weights alone share every dispatch."""
+"""Runs side by side: students that see the same batches of one teacher share every dispatch."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any, TypeVar
 
 from abflax.interrupt import Interrupted, StopRequest
+from abflax.parallel import Program
 from abflax.processes import highest
 from abflax.step import TrainState
 
@@ -19,23 +20,33 @@ class Dispatch:
     """What a run wants done next.
 
     Attributes:
-      step: of the run, the first that is to be made.
-      state: before it.
-      make: (states of the runs that stand there) -> (new states, metrics of each).
+      step, count: of the run, the first that is to be made, and how many.
+      program: of their phase.
+      state: before them.
+      kept: the phase's targets, where they are kept.
     """
 
     step: int
+    count: int
+    program: Program
     state: TrainState
-    make: Callable[[tuple[TrainState, ...]], tuple[tuple[TrainState, ...], tuple[Any, ...]]]
+    kept: Any = None
 
 
-Steps = Generator[Dispatch, tuple[TrainState, Any], _T]
-"""A run: it yields dispatches, is sent (state, metrics), and returns what it has made. It is thrown
-`Interrupted` instead where it shall stop; it saves itself then, and raises that."""
+Made = tuple[TrainState, dict[str, Any]]
+"""The state after a dispatch, and its metrics, `[steps]` each."""
+
+Steps = Generator[Dispatch, Made, _T]
+"""A run: it yields dispatches, is sent what they made, and returns what it has made of them all. It
+is thrown `Interrupted` instead where it shall stop; it saves itself then, and raises that."""
 
 
-def drive(runs: Mapping[str, Steps[_T]], stop: StopRequest) -> dict[str, _T]:
-    """Takes runs to their ends: one dispatch for all that stand at one step, those behind first.
+def drive(
+    runs: Mapping[str, Steps[_T]],
+    make: Callable[[Sequence[Dispatch]], Sequence[Made]],
+    stop: StopRequest,
+) -> dict[str, _T]:
+    """Takes runs to their ends: all that want the same steps get them at once, those behind first.
 
     Runs that begin at different steps meet at the next evaluation. Where one fails, the others go
     on, and its error is raised at the end.
@@ -62,12 +73,11 @@ def drive(runs: Mapping[str, Steps[_T]], stop: StopRequest) -> dict[str, _T]:
                     del waiting[name]
                     resume(name, runs[name].throw, Interrupted("stopped", signal))
                 break
-            step = min(each.step for each in waiting.values())
-            here = {name: each for name, each in waiting.items() if each.step == step}
-            made = next(iter(here.values())).make(tuple(each.state for each in here.values()))
-            for name, *result in zip(here, *made, strict=True):
+            wanted = min((each.step, each.count) for each in waiting.values())
+            here = {k: each for k, each in waiting.items() if (each.step, each.count) == wanted}
+            for name, made in zip(here, make([*here.values()]), strict=True):
                 del waiting[name]
-                resume(name, runs[name].send, tuple(result))
+                resume(name, runs[name].send, made)
     if errors:
         raise errors[0]
     return done

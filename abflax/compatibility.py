@@ -108,12 +108,15 @@ def require_classes(what: str, model: Model, image_shape: tuple[int, ...], class
 
 def require_compatible(
     config: RunConfig,
-    student: Model,
+    student: Model | Network,
     teacher: Network | None,
     data: Dataset | Photographs,
     test: Dataset | Photographs | None,
 ) -> None:
     """Raises where method, networks and data cannot go together."""
+    if isinstance(student, Network):
+        given, student = student.variables, student.model
+        require_part("the student's weights", student, given, data.image_shape)
     if isinstance(data, Photographs) and config.views is not None:
         raise InputError(
             "photographs show another crop in each epoch, so their views cannot be counted"

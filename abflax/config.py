@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import json
 from typing import Any
 
@@ -110,6 +111,29 @@ class RunConfig:
         """The method's phases. Raises `ValueError` for an unknown method, protocol or option."""
         make = METHODS[self.method]
         return make(protocol=self.protocol, setting=self.setting, **dict(self.options))
+
+    @property
+    def lengths(self) -> dict[str, int]:
+        """The epochs of a phase, by its name."""
+        initialise, classify = self.epochs
+        return {"initialise": initialise, "classify": classify, "joint": initialise + classify}
+
+    @property
+    def lesson(self) -> dict[str, Any]:
+        """What runs have in common that are taught together (`distill`'s `abreast`): the batches,
+        the teacher, and the epochs while it drifts, so that it says the same to all."""
+        names = ("dataset", "fraction", "per_class", "views", "batch_size", "test", "teacher",
+                 "precision")  # fmt: skip
+        lesson: dict[str, Any] = {name: getattr(self, name) for name in names}
+        for name in ("order", "augmentation", "subset"):
+            lesson[f"the seed of {name}"] = getattr(self.seeds, name)
+        ends = itertools.accumulate(self.lengths[phase.name] for phase in self.phases())
+        lesson["the epochs on the teacher's batch statistics"] = tuple(
+            (end - self.lengths[phase.name], end)
+            for phase, end in zip(self.phases(), ends, strict=True)
+            if phase.teacher_batch_statistics
+        )
+        return lesson
 
     @property
     def arguments(self) -> dict[str, Any]:

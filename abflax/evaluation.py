@@ -37,7 +37,7 @@ def evaluate(
     (phase,) = METHODS["cross-entropy"]()
     program = parallel.compile_phase(
         model, None, phase, Span(0, 1, 0, 1, 1, Fraction(1)), test.preprocessing,
-        test.image_shape, used, 1, jnp.result_type(float), False, isinstance(test, Photographs),
+        test.image_shape, used, jnp.result_type(float), False, isinstance(test, Photographs),
     )  # fmt: skip
     params = {"student": network.variables["params"], "connectors": {}}
     stats = {

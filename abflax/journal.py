@@ -60,11 +60,9 @@ class Journal:
 def phases_and_spans(config: RunConfig, examples: int) -> tuple[list[Phase], list[Span]]:
     """The phases that have steps, and where each lies in the run."""
     per_epoch = Fraction(examples, config.batch_size)
-    lengths = {"initialise": config.epochs[0], "classify": config.epochs[1]}
-    lengths["joint"] = sum(config.epochs)
     phases, spans, before = [], [], 0
     for phase in config.phases():
-        after = before + lengths[phase.name]
+        after = before + config.lengths[phase.name]
         start, end = int(before * per_epoch), int(after * per_epoch)
         if after > before and end == start:
             raise InputError(

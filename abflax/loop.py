@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import os
 import re
 import shutil
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,8 @@ import jax
 
 from abflax.abreast import Steps, drive
 from abflax.checkpoint import Checkpoints
+from abflax.classroom import Classroom
+from abflax.compatibility import require_compatible
 from abflax.config import Resources, RunConfig, Seeds
 from abflax.data import Dataset, Photographs
 from abflax.errors import InputError
@@ -62,7 +66,7 @@ def distill(
     fraction: float = 1.0,
     evaluate_every: int = 1,
     seeds: Seeds | int = 0,
-    abreast: tuple[int, ...] = (),
+    abreast: tuple[Mapping[str, Any], ...] = (),
     precision: str = "float32",
     views: int | None = None,
     per_class: int | None = None,
@@ -92,9 +96,10 @@ def distill(
       epochs: of initialise and classify; a joint phase has their sum.
       batch_size, fraction, evaluate_every, seeds, precision, views, per_class: see
         `abflax.RunConfig`; an integer seed stands for all four.
-      abreast: seeds of the initial weights of further students, trained in the same program: all
-        see the same batches, and the teacher is asked once for all of them. Each is a run of its
-        own, whose `seeds.weights` alone differs, with its own directory, checkpoints and record
+      abreast: further runs in the same program: all see the same batches, and the teacher is asked
+        once for all of them. Each is told by the keywords that it changes (`{"margin": 2.0}`,
+        `{"student": other}`, `{"seeds": Seeds(weights=4)}`; one that names a method has its own
+        options alone), and is a run of its own, with its own directory, checkpoints and record
         (which says how many were trained together); it may be gone on with alone.
       workdir: where `runs/HASH/` with checkpoints, record and weights goes; None: nothing is
         written. The same call again goes on where it stopped, or returns the finished record.
@@ -132,73 +137,108 @@ def distill(
       {'bias': (10,), 'kernel': (4, 10)}
     """
     for name, value, kind in (
-        ("student", student, Model | Network),
         ("teacher", teacher, Network | None),
         ("data", data, Dataset | Photographs),
         ("test", test, Dataset | Photographs | None),
-        ("seeds", seeds, Seeds | int),
-        ("abreast", abreast, tuple[int, ...]),
+        ("abreast", abreast, tuple[Mapping[str, Any], ...]),
         ("workdir", workdir, str | Path | None),
     ):
-        if not is_of(value, kind):
-            raise InputError(f"{name} must be {described(kind)}, not {value!r}")
-    config = RunConfig(
-        dataset=data.name,
-        student=str(student.name) if isinstance(student, Network) else model_name(student),
-        teacher=teacher.name if teacher is not None else None,
-        method=method,
-        protocol=protocol,
-        setting=setting,
-        options=tuple(sorted(options.items())),
-        epochs=epochs,
-        batch_size=batch_size,
-        fraction=fraction,
-        evaluate_every=evaluate_every,
-        seeds=seeds if isinstance(seeds, Seeds) else Seeds.all(seeds),
-        precision=precision,
-        views=views,
-        per_class=per_class,
-        test=test.name if test is not None and test.name != data.name else None,
-    )
-    members = _members(config, abreast)
-    if workdir is not None and re.search(r"<lambda>| at 0x", config.student):
-        raise InputError(
-            f"the student {config.student} has a field without a name, so its run could not be "
-            "found again: use named functions, or no workdir"
-        )
+        _require(name, value, kind)
+    own: dict[str, Any] = {
+        "student": student, "method": method, "protocol": protocol, "setting": setting,
+        "epochs": epochs, "batch_size": batch_size, "fraction": fraction, "seeds": seeds,
+        "evaluate_every": evaluate_every, "precision": precision, "views": views,
+        "per_class": per_class,
+    }  # fmt: skip
+    common = {
+        "dataset": data.name,
+        "teacher": teacher.name if teacher is not None else None,
+        "test": test.name if test is not None and test.name != data.name else None,
+    }
+    changed = (each if "method" in each else options | dict(each) for each in abreast)
+    members = [_member(common, own, each) for each in (options, *changed)]
+    _require_together([config for config, _ in members])
+    for config, _ in members:
+        if workdir is not None and re.search(r"<lambda>| at 0x", config.student):
+            raise InputError(
+                f"the student {config.student} has a field without a name, so its run could not "
+                "be found again: use named functions, or no workdir"
+            )
     reporter, resources = reporter or Silent(), resources or Resources()
     directories = {
-        name: None if workdir is None else Path(workdir) / "runs" / name for name in members
+        config.hash: None if workdir is None else Path(workdir) / "runs" / config.hash
+        for config, _ in members
     }
     with together(), jax.enable_x64(precision == "float64"), StopRequest() as stop:
-        require_same("what it was asked for", repr((members, resources, force, workdir is None)))
+        asked = [config for config, _ in members]
+        require_same("what it was asked for", repr((asked, resources, force, workdir is None)))
         results: dict[str, Result] = {}
         for name, directory in directories.items():
             if directory is not None and not force and (done := _finished(directory)):
                 reporter.finished(f"{name} is finished already: {directory}")
                 results[name] = Result(done, None, directory)
-        left = {name: each for name, each in members.items() if name not in results}
+        left = {each.hash: (each, its) for each, its in members if each.hash not in results}
+        for each, its in left.values():
+            require_compatible(each, its, teacher, data, test)
         if left:
-            first = Run([*left.values()][0], student, teacher, data, test, resources, reporter)
-            with contextlib.closing(first):
-                runs = first.abreast([*left.values()])
-                sittings = (_sitting(run, directories[run.config.hash], force) for run in runs)
-                results |= drive(dict(zip(left, sittings, strict=True)), stop)
+            classroom = Classroom(asked[0], teacher, data, test, resources, len(left))
+            with contextlib.closing(classroom):
+                reporters = itertools.chain([reporter], itertools.repeat(Silent()))
+                runs = [
+                    Run(each, its, classroom, told)
+                    for (each, its), told in zip(left.values(), reporters, strict=False)
+                ]
+                sittings = {
+                    run.config.hash: _sitting(run, directories[run.config.hash], force)
+                    for run in runs
+                }
+                results |= drive(sittings, classroom.make, stop)
         late = highest(stop.signal)
     if left and late:  # it came too late to stop this run
-        raise Interrupted(f"{config.hash} is finished", late)
-    own, *others = (results[name] for name in members)
-    return dataclasses.replace(own, abreast=tuple(others))
+        raise Interrupted(f"{asked[0].hash} is finished", late)
+    own_result, *others = (results[name] for name in directories)
+    return dataclasses.replace(own_result, abreast=tuple(others))
 
 
-def _members(config: RunConfig, abreast: tuple[int, ...]) -> dict[str, RunConfig]:
-    """A run and those beside it, by their hashes."""
-    weights = [config.seeds.weights, *abreast]
-    if len({*weights}) < len(weights):
-        raise InputError(f"the seeds of initial weights must differ abreast, not be {weights}")
-    seeds = [dataclasses.replace(config.seeds, weights=each) for each in weights]
-    members = [dataclasses.replace(config, seeds=each) for each in seeds]
-    return {each.hash: each for each in members}
+def _member(
+    common: Mapping[str, Any], own: Mapping[str, Any], changed: Mapping[str, Any]
+) -> tuple[RunConfig, Model | Network]:
+    """A run's configuration and student, of `distill`'s own keywords and those that it changes."""
+    settings = {**own, **changed}
+    student, seeds = settings.pop("student"), settings.pop("seeds")
+    for name, value, kind in (("student", student, Model | Network), ("seeds", seeds, Seeds | int)):
+        _require(name, value, kind)
+    options = {name: settings.pop(name) for name in changed.keys() - own.keys()}
+    config = RunConfig(
+        student=str(student.name) if isinstance(student, Network) else model_name(student),
+        seeds=seeds if isinstance(seeds, Seeds) else Seeds.all(seeds),
+        options=tuple(sorted(options.items())),
+        **common,
+        **settings,
+    )
+    return config, student
+
+
+def _require(name: str, value: Any, kind: Any) -> None:
+    if not is_of(value, kind):
+        raise InputError(f"{name} must be {described(kind)}, not {value!r}")
+
+
+def _require_together(configs: Sequence[RunConfig]) -> None:
+    """Raises `InputError` for runs that are the same, or cannot be taught together."""
+    first, *others = configs
+    for other in others:
+        for name, value in first.lesson.items():
+            if other.lesson[name] != value:
+                raise InputError(
+                    f"runs abreast see the same batches of the same teacher, but {name} is "
+                    f"{value!r} in one and {other.lesson[name]!r} in another"
+                )
+    hashes = [config.hash for config in configs]
+    for config in configs:
+        if hashes.count(config.hash) > 1:
+            seed = config.seeds.weights
+            raise InputError(f"{config.method}, seed {seed}, is asked for twice abreast")
 
 
 def _sitting(run: Run, directory: Path | None, force: bool) -> Steps[Result]:
@@ -225,7 +265,9 @@ def _train_in(directory: Path, run: Run, force: bool) -> Steps[Result]:
     if done := _begin(directory, run.config, force):
         return Result(done, None, directory)
     with Checkpoints(directory / "checkpoints") as kept:
-        events = directory / "events" if run.resources.tensorboard and is_first() else None
+        events = (
+            directory / "events" if run.classroom.resources.tensorboard and is_first() else None
+        )
         record, variables = yield from run.train(kept, events)
     _finish(directory, record, variables)
     return Result(record, variables, directory)

@@ -26,16 +26,16 @@ from abflax.optim import Span
 from abflax.step import (
     Objective,
     TrainState,
-    abstract_variables,
     begin_phase,
     bind,
     eval_step,
     init_variables,
+    make_all_targets,
     make_targets,
     train_step,
-    trained_parameters,
 )
 from abflax.taps import Model
+from abflax.trained import trained_parameters
 
 AXIS = "devices"
 """The mapped axis over which gradients, statistics and batch norms are averaged."""
@@ -43,32 +43,29 @@ AXIS = "devices"
 _DROPOUT = 1  # which of an example's keys; the augmentation has the one before this fold
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Program:
-    """The compiled functions of one phase on some devices.
+    """The compiled functions of one phase on some devices; `compile_steps` makes its steps.
 
     Attributes:
+      objective, optimiser: what a step is made of.
       init: key -> variables of a fresh student.
       begin: (student variables, teacher statistics, key) -> `abflax.step.TrainState`.
-      train: (states, teacher params, data, key, examples, epochs, count, kept) -> (states,
-        metrics), of one student or of several, which share the batch and what the teacher says of
-        it; `data`: what an `abflax.feed.Feed` gives; `examples` and `epochs` are `[devices,
-        steps, share]`, of which the first `count` steps are made; `kept`: None, or the targets of
-        all views; the metrics are `[steps]`. The states are donated.
       targets: (teacher params, teacher statistics, data, examples, views) -> the targets of
         those views of those examples, booleans packed into bytes; all `[devices, share, ...]`.
         Each process computes its own, on its own devices.
       evaluate: (params, batch_stats, teacher params, data, examples, mask) -> sums, `[batches]`
         each, and "fired": layer -> whether each neuron fired on one of the examples; `examples`
         and `mask` are `[devices, batches, share]`.
-      look: as `train` without the count -> what is not finite in the first step (see
-        `abflax.diagnosis.look`); compiled where it is first called.
+      look: (state, teacher params, data, key, examples, epochs) -> what is not finite in the first
+        step (see `abflax.diagnosis.look`); compiled where it is first called.
       schedule: the phase's own step -> learning rate.
     """
 
+    objective: Objective
+    optimiser: optax.GradientTransformation
     init: Callable[[jax.Array], Any]
     begin: Callable[..., TrainState]
-    train: Callable[..., tuple[tuple[TrainState, ...], tuple[dict[str, Any], ...]]]
     targets: jax.stages.Wrapped
     evaluate: Callable[..., dict[str, Any]]
     look: Callable[..., dict[str, Any]]
@@ -133,7 +130,6 @@ def compile_phase(
     preprocessing: Preprocessing,
     image_shape: tuple[int, ...],
     devices: tuple[jax.Device, ...],
-    steps_per_dispatch: int,
     dtype: np.dtype,
     sent: bool = False,
     sent_to_evaluate: bool = False,
@@ -151,24 +147,21 @@ def compile_phase(
     del dtype
     objective = bind(student, teacher, phase, image_shape, axis_name=AXIS)
     optimiser = phase.optimiser
-    transformation = optimiser.transformation(span, _trained(objective, image_shape))
+    trained = trained_parameters(objective, image_shape)
+    transformation = optimiser.transformation(span, trained)
 
     def begin(variables: Any, teacher_stats: Any, key: jax.Array) -> TrainState:
         return begin_phase(objective, transformation, variables, teacher_stats, key, image_shape)
 
-    train = functools.partial(_train_many, objective, transformation, preprocessing)
     evaluate = functools.partial(_evaluate, objective, preprocessing)
     mapped = functools.partial(jax.pmap, axis_name=AXIS, out_axes=None, devices=devices)
     data = {"images": 0 if sent else None, "labels": None}
     held_out = {"images": 0 if sent_to_evaluate else None, "labels": None}
     return Program(
+        objective=objective,
+        optimiser=transformation,
         init=jax.jit(lambda key: init_variables(student, key, image_shape)),
         begin=jax.jit(begin),
-        train=mapped(
-            functools.partial(train, steps_per_dispatch),
-            in_axes=(None, None, data, None, 0, 0, None, None),
-            donate_argnums=(0,),
-        ),
         targets=jax.pmap(
             functools.partial(_targets, objective, preprocessing),
             axis_name=AXIS,
@@ -184,26 +177,40 @@ def compile_phase(
     )
 
 
-def _trained(objective: Objective, image_shape: tuple[int, ...]) -> Any:
-    """Which parameters the phase trains."""
-    student = abstract_variables(objective.student, image_shape)
-    stats = {}
-    if objective.teacher is not None:
-        stats = abstract_variables(objective.teacher, image_shape)["batch_stats"]
-    state = jax.eval_shape(
-        lambda student, stats, key: begin_phase(
-            objective, optax.identity(), student, stats, key, image_shape
-        ),
-        student,
-        stats,
-        jax.random.key(0),
+@functools.lru_cache(maxsize=64)
+def compile_steps(
+    programs: tuple[Program, ...],
+    preprocessing: Preprocessing,
+    devices: tuple[jax.Device, ...],
+    steps_per_dispatch: int,
+    sent: bool = False,
+) -> Callable[..., tuple[tuple[TrainState, ...], tuple[dict[str, Any], ...]]]:
+    """The steps of one student, or of several that see the same batches and ask one teacher.
+
+    Args:
+      programs: of each student, compiled for these devices.
+      steps_per_dispatch: how many there is room for.
+      sent: see `compile_phase`.
+
+    Returns:
+      (states, teacher params, data, key, examples, epochs, count, kept) -> (states, metrics);
+      `data`: what an `abflax.feed.Feed` gives; `examples` and `epochs` are `[devices, steps,
+      share]`, of which the first `count` steps are made; `kept`: None, or the targets of all views
+      for each student; the metrics are `[steps]`. The states are donated.
+    """
+    data = {"images": 0 if sent else None, "labels": None}
+    return jax.pmap(
+        functools.partial(_train_many, programs, preprocessing, steps_per_dispatch),
+        axis_name=AXIS,
+        in_axes=(None, None, data, None, 0, 0, None, None),
+        out_axes=None,
+        devices=devices,
+        donate_argnums=(0,),
     )
-    return trained_parameters(objective, state.params, state.batch_stats, image_shape)
 
 
 def _train_many(
-    objective: Objective,
-    optimiser: optax.GradientTransformation,
+    programs: tuple[Program, ...],
     preprocessing: Preprocessing,
     steps: int,
     states: tuple[TrainState, ...],
@@ -213,29 +220,34 @@ def _train_many(
     examples: jax.Array,
     epochs: jax.Array,
     count: jax.Array,
-    kept: Any,
+    kept: tuple[Any, ...] | None,
 ) -> tuple[tuple[TrainState, ...], tuple[dict[str, Any], ...]]:
     """Up to `steps` optimisation steps, from indices to new states, without the host."""
+    objectives = tuple(program.objective for program in programs)
+
+    def ask(
+        stats: Any, images: jax.Array, chosen: jax.Array, epochs: jax.Array
+    ) -> tuple[tuple[Any, ...], Any]:
+        ask = functools.partial(make_all_targets, objectives, teacher_params, stats)
+        if kept is None or (views := preprocessing.views) is None:
+            return ask(images)
+        rows = chosen * views + draw_views(chosen, epochs, key, views)
+        packed = jax.tree.map(lambda leaf: leaf[rows], kept)
+        return _unpacked(packed, jax.eval_shape(ask, images)[0]), stats
 
     def one(index: Any, states: Any) -> Any:
-        chosen = examples[index]
-        images, labels = _batch(data, index, chosen, epochs[index], key, preprocessing)
-        dropout = _dropout_key(chosen, epochs[index], key)
-        stats = states[0].batch_stats["teacher"]  # it saw the same batches in all
-        if kept is not None and (views := preprocessing.views) is not None:
-            row = chosen * views + draw_views(chosen, epochs[index], key, views)
-            packed = jax.tree.map(lambda leaf: leaf[row], kept)
-            like = jax.eval_shape(
-                lambda *arguments: make_targets(objective, *arguments)[0],
-                teacher_params, stats, images,
-            )  # fmt: skip
-            asked = _unpacked(packed, like), stats
-        else:
-            asked = make_targets(objective, teacher_params, stats, images)
+        chosen, now = examples[index], epochs[index]
+        images, labels = _batch(data, index, chosen, now, key, preprocessing)
+        dropout = _dropout_key(chosen, now, key)
+        # Its statistics are the same in all states: it saw the same batches.
+        asked, stats = ask(states[0].batch_stats["teacher"], images, chosen, now)
         made = (
-            train_step(objective, optimiser, state, teacher_params, images, labels, dropout, asked)
-            for state in states
-        )
+            train_step(
+                program.objective, program.optimiser, state, teacher_params, images, labels,
+                dropout, (targets, stats),
+            )
+            for program, state, targets in zip(programs, states, asked, strict=True)
+        )  # fmt: skip
         return tuple(zip(*made, strict=True))
 
     if steps == 1:

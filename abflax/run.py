@@ -1,13 +1,10 @@
-"""One student trained once: what is fixed before the first step, and the loop over the steps."""
+"""One student trained once: its phases, and the loop over its steps."""
 
 from __future__ import annotations
 
 import contextlib
-import copy
 import dataclasses
-import functools
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,100 +16,49 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from abflax import parallel, processes
 from abflax.abreast import Dispatch, Steps
 from abflax.checkpoint import Checkpoints
-from abflax.compatibility import require_compatible, require_part, uses_dropout
-from abflax.config import Resources, RunConfig
-from abflax.data import Dataset, Photographs, Stream, shots, subset
+from abflax.classroom import Classroom
+from abflax.compatibility import uses_dropout
+from abflax.config import RunConfig
 from abflax.diagnosis import Trend, first_not_finite, norm_of
 from abflax.errors import InputError, NonFiniteError
-from abflax.evaluation import Evaluation
 from abflax.events import EventLog
-from abflax.feed import Feed
 from abflax.interrupt import Interrupted
 from abflax.journal import Journal, evaluation_steps, phases_and_spans
 from abflax.kept import keep_targets, require_keepable
 from abflax.methods import Phase
 from abflax.networks import Network, prepared
 from abflax.optim import Span
-from abflax.progress import Reporter, Silent
-from abflax.record import environment, make_record
+from abflax.progress import Reporter
+from abflax.record import make_record
 from abflax.step import TrainState, abstract_variables
 from abflax.taps import Model, module_of
 
 
 class Run:
-    """One run: everything that is fixed before the first step, and the loop over the steps."""
+    """One student in a classroom, and the loop over its steps."""
 
     def __init__(
         self,
         config: RunConfig,
         student: Model | Network,
-        teacher: Network | None,
-        data: Dataset | Photographs,
-        test: Dataset | Photographs | None,
-        resources: Resources,
+        classroom: Classroom,
         reporter: Reporter,
     ) -> None:
-        self.config, self.reporter, self.resources = config, reporter, resources
-        self.devices = parallel.usable_devices(resources.devices)
-        self.environment = environment(self.devices)
-        data = subset(data, config.fraction, config.seeds.subset)
-        if config.per_class is not None:
-            data = shots(data, config.per_class, config.seeds.subset)
-        self.per_dispatch = resources.steps_per_dispatch or parallel.default_steps_per_dispatch(
-            self.devices, isinstance(data, Photographs)
-        )
+        self.config, self.classroom, self.reporter = config, classroom, reporter
         self.given: Any = {}
         if isinstance(student, Network):
             self.given = student.variables
             student = student.model
-            require_part("the student's weights", student, self.given, data.image_shape)
-        require_compatible(config, student, teacher, data, test)
-        self.shape = data.image_shape
-        self.preprocessing = dataclasses.replace(data.preprocessing, views=config.views)
         self.student = prepared(student, config.precision, parallel.AXIS)
-        self.teacher = None
-        self.teacher_params, self.teacher_stats = {}, {}
-        if teacher is not None:
-            self.teacher = prepared(teacher.model, config.precision, parallel.AXIS)
-            dtype = jnp.result_type(float)
-            # Copies: the statistics are donated with the state.
-            variables = jax.tree.map(lambda leaf: np.array(leaf, dtype), dict(teacher.variables))
-            self.teacher_stats = variables.get("batch_stats", {})
-            self.teacher_params = parallel.replicate(variables["params"], self.devices)
-        self.stream = Stream(len(data), config.batch_size, config.seeds.order)
-        self.phases, self.spans = phases_and_spans(config, len(data))
-        self.stops = evaluation_steps(config, self.spans, len(data))
-        parallel.split(np.zeros((1, config.batch_size)), self.devices)
-        self.sent = (isinstance(data, Photographs), isinstance(test, Photographs))
+        examples = len(classroom.data)
+        self.phases, self.spans = phases_and_spans(config, examples)
+        self.stops = evaluation_steps(config, self.spans, examples)
         self.programs = [
             self._program(phase, span) for phase, span in zip(self.phases, self.spans, strict=True)
         ]
         self._require_synchronised()
-        if resources.keep_targets:
+        if classroom.resources.keep_targets:
             require_keepable(self.phases, config.views)
-        self.feed = Feed(
-            data, self.stream, self.per_dispatch, self.devices, config.seeds.augmentation,
-            resources.workers,
-        )  # fmt: skip
-        self.evaluation = None
-        if test is not None:
-            self.evaluation = Evaluation(test, self.devices, resources.workers)
-
-    def abreast(self, configs: Sequence[RunConfig]) -> list[Run]:
-        """Runs that share all that is fixed, this one first: of students that differ in the seed
-        of their initial weights alone."""
-        if len(configs) > 1:
-            self.environment |= {"abreast": len(configs)}
-        others = [copy.copy(self) for _ in configs[1:]]
-        for other, config in zip(others, configs[1:], strict=True):
-            other.config, other.reporter = config, Silent()
-        return [self, *others]
-
-    def close(self) -> None:
-        """Ends what feeds this run, and those beside it."""
-        for each in (self.feed, self.evaluation):
-            if each is not None:
-                each.close()
 
     def train(
         self, checkpoints: Checkpoints | None, events: Path | None = None
@@ -153,13 +99,15 @@ class Run:
             for phase, span in zip(self.phases, self.spans, strict=True)
         ]
         seconds = sum(journal.seconds.values())
-        return make_record(self.config, phases, journal.history, seconds, self.environment)
+        made_by = self.classroom.environment
+        return make_record(self.config, phases, journal.history, seconds, made_by)
 
     def _train_phase(self, journal: Journal, state: TrainState) -> Steps[TrainState]:
         """Dispatches the steps of one phase, evaluating and saving between them."""
         span, phase = self.spans[journal.phase], self.phases[journal.phase]
         program = self.programs[journal.phase]
-        self.targets = self._ask_once(program, state) if self.resources.keep_targets else None
+        keeps = self.classroom.resources.keep_targets
+        self.kept_targets = self._ask_once(program, state) if keeps else None
         done = journal.step - span.start
         self.trend = Trend(norm_of(self.kept[1].params["student"]))
         self.reporter.phase(self._label(), phase.name, span.steps, done, span.epochs)
@@ -167,10 +115,11 @@ class Run:
         waiting: list[tuple[int, dict[str, Any], int]] = []
         while journal.step < span.start + span.steps:
             target = min(stop for stop in self.stops if stop > journal.step)
-            count = min(self.per_dispatch, target - journal.step)
-            make = functools.partial(self._make, program, journal.step, count)
+            count = min(self.classroom.per_dispatch, target - journal.step)
             try:
-                state, metrics = yield Dispatch(journal.step, state, make)
+                state, metrics = yield Dispatch(
+                    journal.step, count, program, state, self.kept_targets
+                )
             except Interrupted as stop:
                 self._collect(journal, waiting, keep=0)
                 journal.clock(phase.name, began)
@@ -181,7 +130,7 @@ class Run:
             loss = self._collect(journal, waiting, keep=1)  # never wait for what just started
             epoch = float((journal.step - span.start) / span.steps_per_epoch)
             self.reporter.steps(count, count * self.config.batch_size, epoch, loss)
-            late = time.perf_counter() - saved > self.resources.checkpoint_seconds
+            late = time.perf_counter() - saved > self.classroom.resources.checkpoint_seconds
             if processes.highest(late) or journal.step == target:
                 self._collect(journal, waiting, keep=0)
                 if journal.step == target:
@@ -192,22 +141,13 @@ class Run:
         self.reporter.finished()
         return state
 
-    def _make(
-        self, program: parallel.Program, step: int, count: int, states: tuple[TrainState, ...]
-    ) -> tuple[tuple[TrainState, ...], tuple[dict[str, Any], ...]]:
-        """`count` steps from `step` on, of this student and those beside it."""
-        key = jax.random.key(self.config.seeds.augmentation)
-        data, examples, epochs = self.feed(step, count)
-        return program.train(
-            states, self.teacher_params, data, key, examples, epochs, count, self.targets
-        )
-
     def _ask_once(self, program: parallel.Program, state: TrainState) -> Any:
         """The phase's targets, from the teacher or from a run before."""
-        assert self.config.views is not None
+        room, views = self.classroom, self.config.views
+        assert views is not None
         return keep_targets(
-            program, self.teacher_params, state.batch_stats["teacher"], self.feed(0, 0)[0],
-            self.config.views, self.config.batch_size, parallel.own(self.devices),
+            program, room.teacher_params, state.batch_stats["teacher"], room.feed(0, 0)[0], views,
+            self.config.batch_size, parallel.own(room.devices),
         )  # fmt: skip
 
     def _collect(
@@ -241,15 +181,15 @@ class Run:
         """Makes the steps since the newest kept state again, which have the same bits, and looks
         into the one that went wrong."""
         program, span = self.programs[index], self.spans[index]
-        key = jax.random.key(self.config.seeds.augmentation)
+        room = self.classroom
         made, state = self.kept
-        state = parallel.replicate(state, self.devices)
+        state = parallel.replicate(state, room.devices)
         while made < step:
-            count = min(self.per_dispatch, step - made)
-            (state,), _ = self._make(program, made, count, (state,))
+            count = min(room.per_dispatch, step - made)
+            again = Dispatch(made, count, program, state, self.kept_targets)
+            ((state, _),) = room.make([again])
             made += count
-        data, examples, epochs = self.feed(step, 1)
-        found = program.look(state, self.teacher_params, data, key, examples, epochs)
+        found = room.look(program, state, step)
         norm = norm_of(jax.tree.map(np.asarray, state.params["student"]))
         rate = float(program.schedule(step - span.start))
         parts = [first_not_finite(found), self.trend.divergence(norm, rate)]
@@ -280,9 +220,10 @@ class Run:
             "learning_rate": float(program.schedule(journal.step - span.start - 1)),
             **journal.means(),
         }
-        if self.evaluation is not None:
-            measured = self.evaluation(
-                program, state.params, state.batch_stats, self.teacher_params
+        room = self.classroom
+        if room.evaluation is not None:
+            measured = room.evaluation(
+                program, state.params, state.batch_stats, room.teacher_params
             )
             told = ("test_error", "test_cross_entropy", "agreement", "silent")
             entry |= {name: measured[name] for name in told}
@@ -308,7 +249,7 @@ class Run:
                 fresh, given = flatten_dict(student), flatten_dict(dict(self.given))
                 cast = {path: np.asarray(leaf, fresh[path].dtype) for path, leaf in given.items()}
                 student = {"batch_stats": {}, **unflatten_dict(fresh | cast)}
-            teacher_stats = self.teacher_stats
+            teacher_stats = self.classroom.teacher_stats
         else:
             student = {
                 "params": before.params["student"],
@@ -317,7 +258,7 @@ class Run:
             teacher_stats = before.batch_stats["teacher"]
         connectors_key = jax.random.fold_in(key, 1 + index)
         state = self.programs[index].begin(student, teacher_stats, connectors_key)
-        return parallel.replicate(jax.tree.map(np.array, state), self.devices)
+        return parallel.replicate(jax.tree.map(np.array, state), self.classroom.devices)
 
     def _resume(self, journal: Journal) -> tuple[Journal, TrainState | None]:
         """Journal and state of the newest checkpoint, if there is one."""
@@ -335,12 +276,12 @@ class Run:
         )
         journal = Journal(**meta["journal"])
         self._keep(journal.step, state)
-        return journal, parallel.replicate(state, self.devices)
+        return journal, parallel.replicate(state, self.classroom.devices)
 
     def _abstract_state(self, index: int) -> TrainState:
         key = jax.random.key(0)
         student = self.programs[index].init(key)
-        return self.programs[index].begin(student, self.teacher_stats, key)
+        return self.programs[index].begin(student, self.classroom.teacher_stats, key)
 
     def _save(self, journal: Journal, state: TrainState) -> None:
         self._keep(journal.step, state)
@@ -361,28 +302,32 @@ class Run:
         return Interrupted(f"stopped in phase {name} of {self.config.hash}; {kept}", signal)
 
     def _program(self, phase: Phase, span: Span) -> parallel.Program:
+        room = self.classroom
         return parallel.compile_phase(
-            self.student, self.teacher, phase, span, self.preprocessing, self.shape, self.devices,
-            self.per_dispatch, jnp.result_type(float), *self.sent,
+            self.student, room.teacher, phase, span, room.preprocessing, room.data.image_shape,
+            room.devices, jnp.result_type(float), *room.sent,
         )  # fmt: skip
 
     def _require_synchronised(self) -> None:
         """On several devices the numbers must be those of one."""
-        for model in (self.student, self.teacher):
-            if model is None or len(self.devices) == 1:
+        devices, shape = self.classroom.devices, self.classroom.data.image_shape
+        for model in (self.student, self.classroom.teacher):
+            if model is None or len(devices) == 1:
                 continue
-            module, many = module_of(model), f"{len(self.devices)} devices: use one device"
-            normed = abstract_variables(model, self.shape)["batch_stats"]
+            module, many = module_of(model), f"{len(devices)} devices: use one device"
+            normed = abstract_variables(model, shape)["batch_stats"]
             if normed and not hasattr(module, "axis_name"):
                 raise InputError(
                     f"{type(module).__name__} has no field axis_name, so its batch norms cannot "
                     f"be averaged over {many}"
                 )
             alone = prepared(model, self.config.precision, None)
-            if model is self.student and uses_dropout(alone, self.shape):
+            if model is self.student and uses_dropout(alone, shape):
                 raise InputError(
                     f"{type(module).__name__} has dropout, which would drop other neurons on {many}"
                 )
 
     def _label(self) -> str:
-        return f"{self.config.method} seed {self.config.seeds.weights}"
+        beside = self.classroom.environment.get("abreast", 1) - 1
+        name = f"{self.config.method} seed {self.config.seeds.weights}"
+        return f"{name}, and {beside} beside it" if beside else name

@@ -6,6 +6,7 @@ import dataclasses
 import math
 import types
 import typing
+from collections.abc import Mapping
 from typing import Any
 
 from abflax.errors import InputError
@@ -41,16 +42,19 @@ def is_of(value: Any, hint: Any) -> bool:
         if len(kinds) == 2 and kinds[1] is Ellipsis:
             return all(is_of(each, kinds[0]) for each in value)
         return len(value) == len(kinds) and all(map(is_of, value, kinds))
-    return isinstance(value, types.NoneType if hint is None else hint)
+    if hint is None:
+        return value is None
+    return isinstance(value, typing.get_origin(hint) or hint)
 
 
 def described(hint: Any) -> str:
     """The type in words."""
-    words = {
+    words: dict[Any, str] = {
         float: "a finite number",
         int: "a whole number",
         str: "a name",
         bool: "True or False",
+        Mapping[str, Any]: "keywords by name",
         types.NoneType: "None",
     }
     if isinstance(hint, types.UnionType):

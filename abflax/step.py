@@ -6,13 +6,13 @@ Left of `make_targets` nothing is trained; right of it nothing knows where targe
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 from flax import struct
-from jax.interpreters.partial_eval import dce_jaxpr
 
 from abflax.connectors import (
     Connectors,
@@ -70,6 +70,11 @@ class Objective:
     pooled: tuple[tuple[tuple[str, tuple[int, int]], ...], ...]
     measured: tuple[str, ...]
     axis_name: str | None = None
+
+    @property
+    def asks(self) -> bool:
+        """Whether a term needs the teacher."""
+        return self.teacher is not None and any(term.needs_teacher for _, term in self.phase.terms)
 
 
 def bind(
@@ -167,21 +172,34 @@ def make_targets(
     objective: Objective, teacher_params: Any, teacher_stats: Any, images: jax.Array
 ) -> tuple[tuple[Any, ...], Any]:
     """What a batch needs of the teacher, term by term, and its running statistics afterwards."""
-    phase = objective.phase
-    if objective.teacher is None or not any(term.needs_teacher for _, term in phase.terms):
-        return tuple(None for _ in phase.terms), teacher_stats
+    (targets,), stats = make_all_targets((objective,), teacher_params, teacher_stats, images)
+    return targets, stats
+
+
+def make_all_targets(
+    objectives: Sequence[Objective], teacher_params: Any, teacher_stats: Any, images: jax.Array
+) -> tuple[tuple[tuple[Any, ...], ...], Any]:
+    """`make_targets` of several objectives that ask one teacher in one mode: one forward pass."""
+    teacher = next((each.teacher for each in objectives if each.asks), None)
+    if teacher is None:
+        return tuple(tuple(None for _ in each.phase.terms) for each in objectives), teacher_stats
     forward = run_model(
-        objective.teacher,
+        teacher,
         {"params": teacher_params, "batch_stats": teacher_stats},
         images,
-        train=phase.teacher_batch_statistics,
-        pullback=_needs_pullback(phase),
+        train=any(each.phase.teacher_batch_statistics for each in objectives),
+        pullback=any(_needs_pullback(each.phase) for each in objectives),
     )
-    targets = tuple(
-        term.targets(pool_positions(forward, pooled)) if term.needs_teacher else None
-        for (_, term), pooled in zip(phase.terms, objective.pooled, strict=True)
-    )
+    found = {each: _targets(each, forward) for each in {*objectives}}
+    targets = tuple(found[each] for each in objectives)
     return jax.lax.stop_gradient((targets, forward.batch_stats))
+
+
+def _targets(objective: Objective, teacher: Forward) -> tuple[Any, ...]:
+    return tuple(
+        term.targets(pool_positions(teacher, pooled)) if term.needs_teacher else None
+        for (_, term), pooled in zip(objective.phase.terms, objective.pooled, strict=True)
+    )
 
 
 def student_loss(
@@ -227,38 +245,6 @@ def student_loss(
         total += weight * jnp.mean(term.loss(forward, targets[index], labels))
         measures |= term.measures(forward, targets[index])
     return total, (stats, measures)
-
-
-def trained_parameters(
-    objective: Objective, params: Any, batch_stats: Any, image_shape: tuple[int, ...]
-) -> Any:
-    """Which parameters the objective depends on, as a tree of booleans.
-
-    The others get no gradient, so they get no decay either (the classifier while initialising,
-    or all that lies behind the one layer that a term was given).
-
-    Args:
-      params, batch_stats: of a `TrainState`; abstract ones will do, and so does the teacher's
-        entry of the statistics.
-    """
-    dtype = jnp.result_type(float)
-    images = jax.ShapeDtypeStruct((2, *image_shape), dtype)
-    labels = jax.ShapeDtypeStruct((2,), jnp.int32)
-    teacher_params = {}
-    if objective.teacher is not None:
-        teacher_params = abstract_variables(objective.teacher, image_shape)["params"]
-
-    def loss(params: Any, teacher_params: Any, images: jax.Array, labels: jax.Array) -> jax.Array:
-        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), batch_stats)
-        targets, _ = make_targets(objective, teacher_params, zeros["teacher"], images)
-        key = jax.random.key(0)
-        return student_loss(objective, params, zeros, targets, images, labels, key)[0]
-
-    axes = [(objective.axis_name, 1)] if objective.axis_name else None
-    jaxpr = jax.make_jaxpr(loss, axis_env=axes)(params, teacher_params, images, labels).jaxpr
-    _, used = dce_jaxpr(jaxpr, [True])
-    leaves, tree = jax.tree.flatten(params)
-    return jax.tree.unflatten(tree, used[: len(leaves)])
 
 
 def train_step(

@@ -84,7 +84,10 @@ def _after_initialising(field: str, layer: str) -> Callable[[Record], float | No
     return read
 
 
-def _seconds_per_epoch(record: Record) -> float:
+def _seconds_per_epoch(record: Record) -> float | None:
+    """None where other runs were in the same program."""
+    if "abreast" in record["environment"]:
+        return None
     phases = record["phases"]
     return sum(phase["seconds"] for phase in phases) / sum(record["config"]["epochs"])
 

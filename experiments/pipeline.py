@@ -157,16 +157,15 @@ def _step(name: str, data: Photographs, devices: tuple[jax.Device, ...]) -> Call
     (phase,) = METHODS["cross-entropy"](setting="transfer")
     program = parallel.compile_phase(
         model, None, phase, Span(0, 10**6, 0, 100, 100, Fraction(10**4)), data.preprocessing,
-        data.image_shape, devices, 1, jnp.result_type(float), True,
+        data.image_shape, devices, jnp.result_type(float), True,
     )  # fmt: skip
     state = program.begin(program.init(jax.random.key(0)), {}, jax.random.key(1))
     state = parallel.replicate(state, devices)
+    train = parallel.compile_steps((program,), data.preprocessing, devices, 1, True)
 
     def step(given: Any) -> None:
         nonlocal state
-        (state,), metrics = program.train(
-            (state,), {}, given[0], jax.random.key(2), *given[1:], 1, None
-        )
+        (state,), metrics = train((state,), {}, given[0], jax.random.key(2), *given[1:], 1, None)
         jax.block_until_ready(metrics)
 
     return step

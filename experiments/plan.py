@@ -6,8 +6,9 @@ import dataclasses
 import statistics
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
-from abflax.config import RunConfig
+from abflax.config import RunConfig, Seeds
 from abflax.journal import phases_and_spans
 from experiments.cells import seeded
 from experiments.layout import Record, Table
@@ -39,6 +40,12 @@ class Job:
           teachers: architecture -> identity.
         """
         return seeded(self.run, teachers, self.seed)
+
+    @property
+    def lesson(self) -> tuple[Any, ...]:
+        """What jobs have in common whose runs can be trained in one program."""
+        seeded = dataclasses.replace(self.run, seeds=Seeds.all(self.seed))
+        return (self.teaches, *seeded.lesson.values())
 
     @property
     def steps(self) -> dict[str, int]:
@@ -120,14 +127,27 @@ def share(everything: Sequence[Job], index: int, count: int) -> tuple[Job, ...]:
     return tuple(everything[index - 1 :: count])
 
 
+def sittings(plan: Sequence[Job], most: int) -> tuple[tuple[Job, ...], ...]:
+    """The jobs in their order, but that a job brings forward those which see the same batches of
+    the same teacher, to be trained in one program with it: `most` at a time."""
+    left, found = [(job.lesson, job) for job in plan], []
+    while left:
+        lesson = left[0][0]
+        chosen = [each for each in left if each[0] == lesson][:most]
+        left = [each for each in left if each not in chosen]
+        found.append(tuple(job for _, job in chosen))
+    return tuple(found)
+
+
 def rates(records: Mapping[str, Record], device: str) -> Rates:
     """(student, teacher's architecture, method, phase) -> seconds a step on that device.
 
-    Medians over the records, evaluation and compilation included.
+    Medians over the records, evaluation and compilation included; those of runs that were trained
+    in one program do not count.
     """
     found = defaultdict(list)
     for record in records.values():
-        if record["environment"]["device"] != device:
+        if record["environment"]["device"] != device or "abreast" in record["environment"]:
             continue
         config = record["config"]
         teacher = config["teacher"].split(":")[0] if config["teacher"] else None

@@ -29,7 +29,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from abflax import Resources, distill, evaluate, load
+from abflax import Resources, Seeds, distill, evaluate, load
 from abflax.config import PRECISIONS, RunConfig
 from abflax.data import DATASETS
 from abflax.errors import InputError, unknown
@@ -146,7 +146,8 @@ def train(arguments: argparse.Namespace, console: Console) -> None:
     )
     live = cli.progress(arguments, console)
     first, *others = arguments.seeds
-    sittings = {first: tuple(others)} if arguments.abreast else dict.fromkeys(arguments.seeds, ())
+    beside = tuple({"seeds": Seeds(seed, first, first, first)} for seed in others)
+    sittings = {first: beside} if arguments.abreast else dict.fromkeys(arguments.seeds, ())
     run = functools.partial(
         distill, student, teacher, data, test=test, workdir=arguments.workdir,
         force=arguments.force, resources=resources, reporter=live,

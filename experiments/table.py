@@ -9,6 +9,8 @@ examples:
       the second of eight shares of the runs, for a job array on one workdir
   python -m experiments.table all --scale paper --steps 2
       show that every cell starts: two steps of each phase, of which nothing is kept
+  python -m experiments.table 6,8 --scale small --abreast 4
+      up to four runs of a seed in one program: their teacher is asked once for all
   python -m experiments.table 6 --teacher-weights wrn22-4=teacher.safetensors
   python -m experiments.table 4,5 --teacher-weights resnet50=resnet50.pth
       transfer learning; --student-weights mobilenet-v1=FILE for the row of pre-trained students
@@ -27,6 +29,7 @@ import argparse
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -40,7 +43,7 @@ from abflax.weights import load_network
 from experiments import archive, cli, figures
 from experiments.cells import Filled, fill, identities, markdown
 from experiments.layout import Record, Table, architecture, pretrained
-from experiments.plan import Job, jobs, share
+from experiments.plan import Job, jobs, share, sittings
 from experiments.rehearsal import forecast, start_every_cell
 from experiments.tables import SCALES, TABLES
 from experiments.teachers import begun, find_teacher, is_shipped, read
@@ -61,6 +64,13 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--methods", type=cli.names_type, metavar="NAMES", help="some of the methods")
     add("--seeds", type=cli.seeds_type, metavar="N",
         help="how many, or a list such as 0,3 (default 5; 2 at scale small)")  # fmt: skip
+    add(
+        "--abreast",
+        type=int,
+        default=1,
+        metavar="N",
+        help="train up to N runs that see the same batches in one program (default 1)",
+    )
     add("--only", type=share_type, default=(1, 1), metavar="K/N", help="a share of the runs")
     add("--dry-run", action="store_true", help="tell what would run, and run nothing")
     add("--steps", type=int, metavar="K", help="make K steps of every cell, and keep nothing")
@@ -194,38 +204,75 @@ def run(
     Args:
       teachers: those that are there; those that are trained here come to them.
     """
-    notes, failures = [], []
-    for job in mine:
-        if job.configuration(_names(teachers)) is None:
-            teachers |= look_for_teachers(tables, given, arguments.workdir, teachers)
+    notes: list[str] = []
+    failures: list[str] = []
+    # A teacher's record is of no use without the weights, which a workdir has.
+    here = archive.finished(arguments.workdir)
+
+    def is_left(job: Job) -> bool:
         config = job.configuration(_names(teachers))
-        if config is None:
-            notes.append(f"{job.label}, seed {job.seed}: {_lacking(job, tables, teachers)}")
-            continue
-        # A teacher's record is of no use without the weights, which a workdir has.
-        if config.hash in (archive.finished(arguments.workdir) if job.teaches else records):
-            continue
-        data = read(config.dataset, "train", arguments.data_dir)
-        model = MODELS[architecture(job.run.student)](num_classes=data.num_classes)
-        student: Model | Network = model
-        if job.run.student in teachers and job.run.student != config.student:
-            student = dataclasses.replace(teachers[job.run.student], model=model)
+        return config is None or config.hash not in (here if job.teaches else records)
+
+    for sitting in sittings([job for job in mine if is_left(job)], arguments.abreast):
+        if None in (job.configuration(_names(teachers)) for job in sitting):
+            teachers |= look_for_teachers(tables, given, arguments.workdir, teachers)
+        ready = []
+        for job in filter(is_left, sitting):
+            if job.configuration(_names(teachers)) is not None:
+                ready.append(job)
+            else:
+                notes.append(f"{_named(job)}: {_lacking(job, tables, teachers)}")
         try:
-            distill(
-                student,
-                teachers[job.run.teacher] if job.run.teacher is not None else None,
-                data,
-                test=read(config.dataset, "test", arguments.data_dir),
-                workdir=arguments.workdir,
-                resources=_resources(arguments),
-                reporter=reporter,
-                **config.arguments,
-            )
-        except BusyError as error:  # the other cells meanwhile
-            notes.append(f"{job.label}, seed {job.seed}: {error}")
-        except NonFiniteError as error:  # the other cells may do well
-            failures.append(f"{job.label}, seed {job.seed}: {error}")
+            if ready:
+                train(ready, teachers, arguments, reporter)
+        except (BusyError, NonFiniteError) as error:  # the other cells meanwhile
+            found = archive.finished(arguments.workdir)
+            *names, last = [_named(job) for job in ready if _hash(job, teachers) not in found]
+            kind = notes if isinstance(error, BusyError) else failures
+            kind += [*names, f"{last}: {error}"]
     return notes, failures
+
+
+def train(
+    sitting: Sequence[Job],
+    teachers: Mapping[str, Network],
+    arguments: argparse.Namespace,
+    reporter: Reporter,
+) -> None:
+    """Trains the students of jobs that have their lesson in common, in one program."""
+    run = sitting[0].run
+    data, test = (read(run.dataset, split, arguments.data_dir) for split in ("train", "test"))
+    first, *others = (_keywords(job, teachers, data.num_classes) for job in sitting)
+    distill(
+        teacher=teachers[run.teacher] if run.teacher is not None else None,
+        data=data,
+        test=test,
+        abreast=tuple(others),
+        workdir=arguments.workdir,
+        resources=_resources(arguments),
+        reporter=reporter,
+        **first,
+    )
+
+
+def _keywords(job: Job, teachers: Mapping[str, Network], classes: int) -> dict[str, Any]:
+    """What a job's own student is trained with."""
+    config = job.configuration(_names(teachers))
+    assert config is not None  # its teacher is there
+    model = MODELS[architecture(job.run.student)](num_classes=classes)
+    student: Model | Network = model
+    if job.run.student in teachers and job.run.student != config.student:
+        student = dataclasses.replace(teachers[job.run.student], model=model)
+    return {"student": student, **config.arguments}
+
+
+def _named(job: Job) -> str:
+    return f"{job.label}, seed {job.seed}"
+
+
+def _hash(job: Job, teachers: Mapping[str, Network]) -> str | None:
+    config = job.configuration(_names(teachers))
+    return config.hash if config is not None else None
 
 
 def _lacking(job: Job, tables: Sequence[Table], there: Mapping[str, Network]) -> str:

@@ -1,6 +1,7 @@
 """Students that are trained in one program: the numbers, files and ends of students alone."""
 
 import dataclasses
+import functools
 import os
 import signal
 
@@ -12,8 +13,10 @@ from flax import linen as nn
 
 from abflax import InputError, Network, Resources, Seeds, Tapped, distill, load
 from abflax.interrupt import Interrupted
+from abflax.methods import METHODS
 from abflax.progress import Silent
 from abflax.record import read_record
+from abflax.step import bind, make_all_targets
 
 RESOURCES = Resources(devices=1, checkpoint_seconds=0.0)
 
@@ -28,48 +31,71 @@ class Net(nn.Module):
         return nn.Dense(10)(nn.relu(x).mean(axis=(1, 2)))
 
 
+STUDENT, TEACHER = (Tapped(Net(width), {"layer1": "BatchNorm_0"}) for width in (2, 4))
+
+
 @pytest.fixture(scope="module")
 def train():
     data = load("digits", "train").take(np.arange(64))
-    student, teacher = (Tapped(Net(width), {"layer1": "BatchNorm_0"}) for width in (2, 4))
-    variables = teacher.model.init(jax.random.key(0), data.images[:1], train=False)
-    known = Network(teacher, jax.tree.map(np.asarray, dict(variables)), "teacher")
+    known = Network(TEACHER, _drawn(TEACHER, data.images[:1]), "teacher")
 
     def call(**options):
-        settings = {"epochs": (1, 2), "batch_size": 16, "protocol": "official"} | options
-        return distill(student, known, data, test=data, resources=RESOURCES, **settings)
+        settings = {"student": STUDENT, "epochs": (1, 2), "batch_size": 16, "protocol": "official"}
+        settings |= {"data": data, "test": data, "teacher": known, "resources": RESOURCES}
+        return distill(**settings | options)
 
     return call
 
 
-@pytest.fixture(scope="module")
-def alone(train):
-    """weights seed -> a run of its own, in float64."""
-    return {
-        weights: train(seeds=Seeds(weights, 7, 7, 7), precision="float64", epochs=(2, 0))
-        for weights in (3, 4)
-    }
+def _drawn(model, images):
+    variables = model.model.init(jax.random.key(0), images, train=False)
+    return jax.tree.map(np.asarray, dict(variables))
 
 
-def test_the_numbers_of_runs_alone(train, alone, tmp_path):
+SEEDS = Seeds(3, 7, 7, 7)
+BESIDE = (
+    {"seeds": dataclasses.replace(SEEDS, weights=4)},
+    {"margin": 2.0, "student": Tapped(Net(3), {"layer1": "BatchNorm_0"})},
+    {"method": "l2"},
+)
+
+
+def test_the_numbers_of_runs_alone(train, tmp_path):
     """The teacher is on batch statistics while they initialise, which move for all alike."""
-    both = {"seeds": Seeds(3, 7, 7, 7), "abreast": (4,)}
-    first = train(**both, precision="float64", epochs=(2, 0), workdir=tmp_path)
-    (second,) = first.abreast
-    for together, weights in ((first, 3), (second, 4)):
-        chex.assert_trees_all_close(together.variables, alone[weights].variables, rtol=1e-9)
-        assert together.record["config"] == alone[weights].record["config"]
-        assert together.record["config"]["seeds"]["weights"] == weights
-        assert together.record["environment"]["abreast"] == 2
-        assert "abreast" not in alone[weights].record["environment"]
-        for one, other in zip(
-            together.record["history"], alone[weights].record["history"], strict=True
-        ):
+    common = {"seeds": SEEDS, "precision": "float64", "epochs": (1, 1)}
+    first = train(**common, abreast=BESIDE, workdir=tmp_path)
+    assert len({run.record["hash"] for run in (first, *first.abreast)}) == 4
+    for changed, together in zip(({}, *BESIDE), (first, *first.abreast), strict=True):
+        alone = train(**common | changed)
+        chex.assert_trees_all_close(together.variables, alone.variables, rtol=1e-9)
+        assert together.record["config"] == alone.record["config"]
+        assert together.record["environment"]["abreast"] == 4
+        assert "abreast" not in alone.record["environment"]
+        for one, other in zip(together.record["history"], alone.record["history"], strict=True):
             assert one["loss"] == pytest.approx(other["loss"], rel=1e-9)
             assert one["agreement"] == pytest.approx(other["agreement"], rel=1e-9)
         assert read_record(together.directory / "record.json") == together.record
-    kernels = [run.variables["params"]["Conv_0"]["kernel"] for run in (first, second)]
+    kernels = [run.variables["params"]["Conv_0"]["kernel"] for run in (first, first.abreast[0])]
     assert np.abs(kernels[0] - kernels[1]).max() > 0.01
+
+
+def test_the_teacher_passes_once():
+    """Whatever the objectives ask of it: also what they can be pulled back to."""
+    variables = _drawn(TEACHER, np.zeros((1, 8, 8, 1)))
+    objectives = [
+        bind(STUDENT, TEACHER, METHODS[name]()[0], (8, 8, 1))
+        for name in ("activation-boundary", "kd", "l2", "cross-entropy", "jacobian")
+    ]
+
+    def forward_passes(*objectives):
+        found = str(jax.make_jaxpr(functools.partial(make_all_targets, objectives))(
+            variables["params"], variables["batch_stats"], np.zeros((2, 8, 8, 1))
+        ))  # fmt: skip
+        return found.count("conv_general_dilated[")
+
+    alone = [forward_passes(objective) for objective in objectives]
+    assert alone == [1, 1, 1, 0, 2]  # one of Jacobian matching's goes backwards
+    assert forward_passes(*objectives[:4]) == 1 and forward_passes(*objectives) == 2
 
 
 class _StopAt(Silent):
@@ -85,15 +111,15 @@ class _StopAt(Silent):
 @pytest.mark.slow
 def test_both_are_saved_when_stopped_and_either_goes_on_alone(train, tmp_path):
     """From different steps as well: the one behind is alone until they meet."""
-    seeds = Seeds(3, 7, 7, 7)
-    whole = train(seeds=seeds, abreast=(4,))
+    beside = BESIDE[:1]
+    whole = train(seeds=SEEDS, abreast=beside)
     with pytest.raises(Interrupted, match="goes on from step 2"):
-        train(seeds=seeds, abreast=(4,), workdir=tmp_path, reporter=_StopAt(2))
+        train(seeds=SEEDS, abreast=beside, workdir=tmp_path, reporter=_StopAt(2))
     assert len([*(tmp_path / "runs").glob("*/checkpoints/2")]) == 2
     with pytest.raises(Interrupted, match="goes on from step 5"):
-        train(seeds=dataclasses.replace(seeds, weights=4), workdir=tmp_path, reporter=_StopAt(3))
-    resumed = train(seeds=seeds, abreast=(4,), workdir=tmp_path)
-    again = train(seeds=seeds, abreast=(4,), workdir=tmp_path)
+        train(**beside[0], workdir=tmp_path, reporter=_StopAt(3))
+    resumed = train(seeds=SEEDS, abreast=beside, workdir=tmp_path)
+    again = train(seeds=SEEDS, abreast=beside, workdir=tmp_path)
     for ours, theirs, found in zip(
         (resumed, *resumed.abreast), (whole, *whole.abreast), (again, *again.abreast), strict=True
     ):
@@ -107,18 +133,42 @@ def test_where_one_fails_the_others_go_on(train, tmp_path):
     from abflax import BusyError
     from abflax.lock import Lock
 
-    seeds = Seeds(3, 7, 7, 7)
-    name = train(seeds=seeds, workdir=tmp_path / "elsewhere").directory.name
+    name = train(seeds=SEEDS, workdir=tmp_path / "elsewhere").directory.name
     (tmp_path / "runs" / name).mkdir(parents=True)
     with (
         Lock(tmp_path / "runs" / name / "lock", "somebody's"),
         pytest.raises(BusyError),
     ):
-        train(seeds=seeds, abreast=(4,), workdir=tmp_path)
+        train(seeds=SEEDS, abreast=BESIDE[:1], workdir=tmp_path)
     records = [*(tmp_path / "runs").glob("*/record.json")]
     assert len(records) == 1 and records[0].parent.name != name
 
 
-def test_seeds_that_are_the_same(train):
-    with pytest.raises(InputError, match=r"must differ abreast, not be \[3, 4, 3\]"):
-        train(seeds=3, abreast=(4, 3))
+@pytest.mark.slow
+def test_what_is_kept_of_the_teacher_serves_each(train):
+    """Each has targets of its own, and methods that need none may be beside them."""
+    common = {"protocol": "paper", "views": 1, "seeds": SEEDS, "epochs": (2, 0)}
+    beside = ({"method": "kd"}, {"method": "cross-entropy"}, *BESIDE)
+    kept = dataclasses.replace(RESOURCES, keep_targets=True)
+    one = train(**common, abreast=beside)
+    other = train(**common, abreast=beside, resources=kept)
+    for ours, theirs in zip((one, *one.abreast), (other, *other.abreast), strict=True):
+        losses = [[entry["loss"] for entry in run.record["history"]] for run in (ours, theirs)]
+        assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"seeds": 4}, "the seed of order is 3 in one and 4 in another"),
+        ({"batch_size": 8}, "but batch_size is 16 in one and 8 in another"),
+        ({"method": "kd"}, r"statistics is \(\(0, 1\),\) in one and \(\) in another"),
+        ({"epochs": (2, 1)}, r"statistics is \(\(0, 1\),\) in one and \(\(0, 2\),\) in another"),
+        ({}, "activation-boundary, seed 3, is asked for twice"),
+        ({"teacher": None}, "unknown option of method activation-boundary 'teacher'"),
+        (4, "abreast must be a tuple of"),
+    ],
+)
+def test_runs_that_cannot_be_taught_together(train, changed, message):
+    with pytest.raises(InputError, match=message):
+        train(seeds=3, abreast=(changed,))

@@ -14,6 +14,7 @@ import pytest
 from flax import linen as nn
 
 from abflax import Network, Seeds, Tapped, load
+from abflax.classroom import Classroom
 from abflax.config import Resources, RunConfig
 from abflax.data import augment
 from abflax.journal import Journal
@@ -52,8 +53,8 @@ def drawn():
     def draw(seeds):
         config = RunConfig("digits", "net", "teacher", epochs=(1, 1), batch_size=20, fraction=0.5,
                            seeds=seeds)  # fmt: skip
-        run = Run(config, student, teacher, data, None, Resources(devices=1), Silent())
-        run.programs = [dataclasses.replace(each, train=see) for each in run.programs]
+        classroom = Classroom(config, teacher, data, None, Resources(devices=1))
+        run = Run(config, student, classroom, Silent())
         run.checkpoints = None
         found, state = {}, None
         for phase in range(2):
@@ -62,16 +63,18 @@ def drawn():
             journal = Journal(step=run.spans[phase].start, phase=phase)
             dispatch = next(run._train_phase(journal, state))
             with pytest.raises(_Seen) as seen:
-                dispatch.make((dispatch.state,))
+                classroom.make([dispatch])
             (params, data_), key, examples, epochs = seen.value.args
-            crops = augment(places, np.arange(20), epochs[0, 0], key, run.preprocessing)
+            crops = augment(places, np.arange(20), epochs[0, 0], key, classroom.preprocessing)
             found |= {
                 f"weights {phase}": params, f"order {phase}": (examples, epochs),
                 f"augmentation {phase}": np.asarray(crops)[:, 0, 0], f"subset {phase}": data_,
             }  # fmt: skip
         return found
 
-    return draw
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("abflax.parallel.compile_steps", lambda *_: see)
+        yield draw
 
 
 def _same(one, other):

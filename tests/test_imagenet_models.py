@@ -7,7 +7,6 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from flax import linen as nn
 
@@ -16,8 +15,9 @@ from abflax.errors import InputError
 from abflax.methods import METHODS
 from abflax.models import MobileNetV1, MobileNetV2, ResNet
 from abflax.models.resnet import _max_pool
-from abflax.step import abstract_variables, begin_phase, bind, trained_parameters
+from abflax.step import bind
 from abflax.taps import run_model
+from abflax.trained import trained_parameters
 from abflax.weights import from_torch, load_network, save_state_dict, to_torch
 from tests.conftest import draw_variables
 
@@ -185,14 +185,7 @@ def test_one_layer_trains_nothing_behind_it():
     make, _, _ = TINY["v1"]
     model = make()
     phase, _ = METHODS["activation-boundary"](layers=("layer1",))
-    objective = bind(model, model, phase, SHAPE)
-    variables = abstract_variables(model, SHAPE)
-    state = jax.eval_shape(
-        lambda student: begin_phase(objective, optax.identity(), student, student["batch_stats"],
-                                    jax.random.key(0), SHAPE),
-        variables,
-    )  # fmt: skip
-    trained = trained_parameters(objective, state.params, state.batch_stats, SHAPE)["student"]
+    trained = trained_parameters(bind(model, model, phase, SHAPE), SHAPE)["student"]
     groups = {name: set(jax.tree.leaves(tree)) for name, tree in trained.items()}
     assert groups["stem"] == groups["block1"] == groups["block2"] == {True}
     assert groups["block3"] == groups["classifier"] == {False}

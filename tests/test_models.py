@@ -139,18 +139,13 @@ class _Jitted(nn.Module):
 @pytest.mark.parametrize("model", [_Jitted(), MODELS["wrn10-1"]()], ids=["jitted", "wrn"])
 def test_what_a_phase_trains(model):
     """One layer alone trains nothing behind it, inside a jitted block too."""
-    import optax
-
     from abflax.methods import METHODS
-    from abflax.step import begin_phase, bind, init_variables, trained_parameters
+    from abflax.step import bind
+    from abflax.trained import trained_parameters
 
     shape = (8, 8, 1)
-    variables = init_variables(model, jax.random.key(0), shape)
     phase, _ = METHODS["activation-boundary"](layers=("layer1",))
-    objective = bind(model, model, phase, shape)
-    state = begin_phase(objective, optax.identity(), variables, variables["batch_stats"],
-                        jax.random.key(0), shape)  # fmt: skip
-    trained = trained_parameters(objective, state.params, state.batch_stats, shape)["student"]
+    trained = trained_parameters(bind(model, model, phase, shape), shape)["student"]
     groups = {name: set(jax.tree.leaves(tree)) for name, tree in trained.items()}
     if isinstance(model, _Jitted):
         assert groups == {"conv": {True}, "head": {False}}

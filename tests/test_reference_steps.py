@@ -14,7 +14,8 @@ from flax.traverse_util import flatten_dict
 from abflax.methods import METHODS
 from abflax.models import MODELS
 from abflax.optim import Span
-from abflax.step import begin_phase, bind, train_step, trained_parameters
+from abflax.step import begin_phase, bind, train_step
+from abflax.trained import trained_parameters
 from abflax.weights import from_torch, to_torch
 from tests.conftest import under
 
@@ -53,7 +54,7 @@ class Trajectory:
         objective = bind(*models, phase, (32, 32, 3))
         probe = begin_phase(objective, optax.identity(), student, teacher_stats,
                             jax.random.key(0), (32, 32, 3))  # fmt: skip
-        mask = trained_parameters(objective, probe.params, probe.batch_stats, (32, 32, 3))
+        mask = trained_parameters(objective, (32, 32, 3))
         optimiser = phase.optimiser.transformation(SPAN, mask)
         params, stats = dict(probe.params), dict(probe.batch_stats)
         if connectors:

@@ -6,10 +6,10 @@ import sys
 
 import pytest
 
-from abflax import BusyError, NonFiniteError
+from abflax import BusyError, Network, NonFiniteError
 from experiments import archive, cli, table
 from experiments.tables import TABLES
-from tests.tiny_tables import TABLE
+from tests.tiny_tables import GRID, TABLE
 
 
 @pytest.fixture
@@ -99,6 +99,33 @@ def test_a_run_of_another_process_is_left(command, monkeypatch):
     code, out, err = command(*TINY, "--methods", "cross-entropy", "--seeds", "4,5")
     assert seen == [4, 5] and out.count("left: cross-entropy") == 2
     assert code == os.EX_TEMPFAIL and "2 of 2 runs are left for another call" in err
+
+
+def test_runs_that_see_the_same_batches_are_trained_together(command, monkeypatch):
+    """All kd, attention and activation-boundary of a seed but those for whom the teacher drifts
+    at another time."""
+    seen = []
+
+    def distill(student, teacher, data, *, method, epochs, seeds, abreast, **_):
+        runs = ({"method": method, "epochs": epochs, "seeds": seeds}, *abreast)
+        seen.append([(run["method"], run["epochs"], run["seeds"].weights) for run in runs])
+        raise NonFiniteError("the loss is not finite")
+
+    monkeypatch.setitem(TABLES["small"], "1", GRID)
+    monkeypatch.setattr(table, "distill", distill)
+    teacher = Network(None, {"params": {}}, "wrn10-1:t")
+    monkeypatch.setattr(table, "look_for_teachers", lambda *_: {"wrn10-1": teacher})
+    code, _, err = command(
+        *TINY, "--seeds", "4,5", "--abreast", "3", "--teacher-weights", "wrn10-1=t.npz",
+        "--methods", "kd,attention,activation-boundary",
+    )  # fmt: skip
+    assert seen[:2] == [
+        [("kd", (1, 1), 4), ("kd", (1, 5), 4)],
+        [("attention", (1, 1), 4), ("activation-boundary", (1, 1), 4)],
+    ]
+    assert [[(*each, seed + 1) for *each, seed in run] for run in seen[:2]] == seen[2:]
+    assert code == 1 and "8 of 8 runs failed: kd, wrn10-1 → wrn10-1, 5 % of digits, 1+1" in err
+    assert "epochs, seed 4; kd, wrn10-1" in err
 
 
 @pytest.mark.slow

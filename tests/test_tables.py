@@ -1,6 +1,7 @@
 """Tables: what they hold, what they say of records, and how they are shared out."""
 
 import dataclasses
+import itertools
 import json
 
 import pytest
@@ -10,7 +11,7 @@ from abflax.config import RunConfig
 from experiments import archive, figures, plots
 from experiments.cells import best, fill, identities, markdown, missing, order
 from experiments.layout import Axis, Point, agreement, silent
-from experiments.plan import jobs, rates, share
+from experiments.plan import jobs, rates, share, sittings
 from experiments.statistics import beyond_error_bars
 from experiments.tables import EVERY_METHOD, TABLES
 from tests.tiny_tables import GRID, TABLE, record, run_of
@@ -216,6 +217,23 @@ def test_every_run_is_in_exactly_one_share(count):
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
 
+@pytest.mark.parametrize("scale", ["small", "paper"])
+def test_those_who_sit_together_have_their_lesson_in_common(scale):
+    plan = jobs([each for each in TABLES[scale].values() if each.teacher_run], range(2))
+    assert sittings(plan, 1) == tuple((job,) for job in plan)
+    found = sittings(plan, 4)
+    assert sorted(map(repr, itertools.chain(*found))) == sorted(map(repr, plan))
+    assert max(map(len, found)) == 4 and all(len({*map(_lesson, each)}) == 1 for each in found)
+    methods = {frozenset(job.run.method for job in each) for each in found}
+    # KD alone has no phase in which the teacher drifts; protocol paper has none at all.
+    mixed = any({"kd", "activation-boundary"} <= each for each in methods)
+    assert mixed == (scale == "paper")
+
+
+def _lesson(job):
+    return job.seed, job.teaches, job.run.teacher, job.run.fraction, job.run.batch_size
+
+
 def test_seconds_are_those_of_the_records():
     run = run_of(TABLE, "activation-boundary", "1+1")
     other = [
@@ -227,6 +245,9 @@ def test_seconds_are_those_of_the_records():
     key = ("wrn10-1", "wrn10-1", "activation-boundary")
     assert known == {(*key, "initialise"): 4.0, (*key, "classify"): 1.0}  # 3 and 5; 1 and 1
     assert rates(records, "quill") == {}
+    both = {name: each | {"environment": each["environment"] | {"abreast": 2}}
+            for name, each in records.items()}  # fmt: skip
+    assert rates(both, "abacus") == {}  # whose seconds they are is not known
     plain, taught = jobs([TABLE], [7], ("wrn10-1",))
     assert taught.steps == {"initialise": 5, "classify": 5} and taught.seconds(known) == 25.0
     assert plain.seconds(known) is None

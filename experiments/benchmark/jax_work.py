@@ -76,12 +76,12 @@ class Bench:
     def phases(self) -> tuple[Phase, ...]:
         return METHODS[self.method](protocol="paper")
 
-    def program(self, phase: Phase, steps: int = 1, views: int | None = None) -> parallel.Program:
+    def program(self, phase: Phase, views: int | None = None) -> parallel.Program:
         student, teacher = self.networks
-        preprocessing = dataclasses.replace(PREPROCESSING, views=views)
+        span, preprocessing = Span(0, 10**6, 0, 10, 20, Fraction(10**5)), _preprocessing(views)
         return parallel.compile_phase(
-            student, teacher, phase, Span(0, 10**6, 0, 10, 20, Fraction(10**5)), preprocessing,
-            SHAPE, self.devices, steps, jnp.result_type(float),
+            student, teacher, phase, span, preprocessing, SHAPE, self.devices,
+            jnp.result_type(float),
         )  # fmt: skip
 
     def train(self, phase: Phase, kept: bool = False, students: int = 1) -> Work:
@@ -93,22 +93,27 @@ class Bench:
           students: how many are trained in it.
         """
         steps = parallel.default_steps_per_dispatch(self.devices)
-        program, teacher = self.program(phase, steps, 1 if kept else None), self.teacher_variables
+        views = 1 if kept else None
+        program, teacher = self.program(phase, views), self.teacher_variables
         state = self._state(program)
         index = np.arange(steps * self.batch, dtype=np.int32).reshape(steps, self.batch)
         examples = parallel.split(index % self.examples, self.devices)
         targets = None
-        if kept:
-            targets = keep_targets(
-                program, teacher["params"], state.batch_stats["teacher"], self.data, 1,
-                self.batch, self.devices,
-            )  # fmt: skip
+        if views is not None:
+            stats = state.batch_stats["teacher"]
+            found = keep_targets(
+                program, teacher["params"], stats, self.data, views, self.batch, self.devices
+            )
+            targets = (found,) * students
         fixed = (
             teacher["params"], self.data, jax.random.key(0), examples,
             np.zeros_like(examples), np.int32(steps), targets,
         )  # fmt: skip
         states = tuple(jax.tree.map(jnp.copy, state) for _ in range(students))
-        run, seconds, held = compiled(program.train, states, *fixed)
+        train = parallel.compile_steps(
+            (program,) * students, _preprocessing(views), self.devices, steps
+        )
+        run, seconds, held = compiled(train, states, *fixed)
 
         def once() -> None:
             nonlocal states
@@ -189,7 +194,7 @@ class Bench:
     def _without_teacher(self, phase: Phase) -> parallel.Program:
         return parallel.compile_phase(
             self.networks[0], None, phase, Span(0, 1, 0, 1, 1, Fraction(1)), PREPROCESSING, SHAPE,
-            self.devices, 1, jnp.result_type(float),
+            self.devices, jnp.result_type(float),
         )  # fmt: skip
 
     def _step_flops(self, phase: Phase, kept: bool) -> float:
@@ -211,6 +216,10 @@ class Bench:
 
         asked = jax.eval_shape(ask, images) if kept else None
         return count_flops(step, state, images, asked)
+
+
+def _preprocessing(views: int | None) -> Preprocessing:
+    return dataclasses.replace(PREPROCESSING, views=views)
 
 
 def _seen(forward: Any) -> tuple[Any, Any, Any]:

@@ -52,7 +52,7 @@ def cache(bench: Bench, repetitions: int) -> Rows:
     teacher = bench.teacher_variables
     rows: Rows = []
     for views in VIEWS:
-        program = bench.program(bench.phases[0], 1, views)
+        program = bench.program(bench.phases[0], views)
         kept = keep_targets(
             program, teacher["params"], teacher["batch_stats"], bench.data, views, bench.batch,
             bench.devices,

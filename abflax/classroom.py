@@ -1,0 +1,101 @@
+"""What students that are taught together share: the teacher, the batches, the held-out data."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from abflax import parallel
+from abflax.abreast import Dispatch, Made
+from abflax.config import Resources, RunConfig
+from abflax.data import Dataset, Photographs, Stream, shots, subset
+from abflax.evaluation import Evaluation
+from abflax.feed import Feed
+from abflax.networks import Network, prepared
+from abflax.record import environment
+from abflax.step import TrainState
+from abflax.taps import Model
+
+
+class Classroom:
+    """A teacher with its training and held-out data on some devices.
+
+    Args:
+      config: of any of the students: they have its `lesson` in common.
+      teacher: None where there is none.
+      data, test: the training data, of which the configuration's share is used, and the held-out.
+      resources: see `abflax.Resources`.
+      students: how many there are; their records say so where they are several.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        teacher: Network | None,
+        data: Dataset | Photographs,
+        test: Dataset | Photographs | None,
+        resources: Resources,
+        students: int = 1,
+    ) -> None:
+        self.resources = resources
+        self.devices = parallel.usable_devices(resources.devices)
+        self.environment = environment(self.devices)
+        if students > 1:
+            self.environment["abreast"] = students
+        self.preprocessing = dataclasses.replace(data.preprocessing, views=config.views)
+        self.data, self.test = subset(data, config.fraction, config.seeds.subset), test
+        if config.per_class is not None:
+            self.data = shots(self.data, config.per_class, config.seeds.subset)
+        self.sent = (isinstance(data, Photographs), isinstance(test, Photographs))
+        self.per_dispatch = resources.steps_per_dispatch or parallel.default_steps_per_dispatch(
+            self.devices, self.sent[0]
+        )
+        self.teacher: Model | None = None
+        self.teacher_params: Any = {}
+        self.teacher_stats: Any = {}
+        if teacher is not None:
+            self.teacher = prepared(teacher.model, config.precision, parallel.AXIS)
+            dtype = jnp.result_type(float)
+            # Copies: the statistics are donated with the state.
+            variables = jax.tree.map(lambda leaf: np.array(leaf, dtype), dict(teacher.variables))
+            self.teacher_stats = variables.get("batch_stats", {})
+            self.teacher_params = parallel.replicate(variables["params"], self.devices)
+        self.key = jax.random.key(config.seeds.augmentation)
+        parallel.split(np.zeros((1, config.batch_size)), self.devices)
+        stream = Stream(len(self.data), config.batch_size, config.seeds.order)
+        self.feed = Feed(
+            self.data, stream, self.per_dispatch, self.devices, config.seeds.augmentation,
+            resources.workers,
+        )  # fmt: skip
+        self.evaluation = None
+        if test is not None:
+            self.evaluation = Evaluation(test, self.devices, resources.workers)
+
+    def close(self) -> None:
+        """Ends what feeds the students."""
+        for each in (self.feed, self.evaluation):
+            if each is not None:
+                each.close()
+
+    def make(self, dispatches: Sequence[Dispatch]) -> tuple[Made, ...]:
+        """The same steps of several students: all dispatches have one `step` and one `count`."""
+        step, count = dispatches[0].step, dispatches[0].count
+        train = parallel.compile_steps(
+            tuple(each.program for each in dispatches), self.preprocessing, self.devices,
+            self.per_dispatch, self.sent[0],
+        )  # fmt: skip
+        data, *order = self.feed(step, count)
+        kept = tuple(each.kept for each in dispatches) if self.resources.keep_targets else None
+        states = tuple(each.state for each in dispatches)
+        made = train(states, self.teacher_params, data, self.key, *order, count, kept)
+        return tuple(zip(*made, strict=True))
+
+    def look(self, program: parallel.Program, state: TrainState, step: int) -> dict[str, Any]:
+        """What is not finite in a student's next step; see `abflax.diagnosis.look`."""
+        data, *order = self.feed(step, 1)
+        return program.look(state, self.teacher_params, data, self.key, *order)
