@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from abflax.config import RunConfig
 from abflax.errors import InputError
 from abflax.record import read_record
 
@@ -35,9 +36,11 @@ def finished(workdir: Path) -> dict[str, Record]:
     return {record["hash"]: record for record in records if record is not None}
 
 
-def add(workdir: Path, folder: Path = RECORDS) -> int:
-    """Copies a workdir's finished CIFAR-10 runs into the records. Returns how many."""
-    chosen = [r["hash"] for r in finished(workdir).values() if r["config"]["dataset"] == "cifar10"]
-    for name in chosen:
+def add(workdir: Path, folder: Path = RECORDS) -> tuple[int, int]:
+    """Copies a workdir's finished CIFAR-10 runs into the records. Returns (how many, how many were
+    left because their names are not those of their configurations, as a constant has changed)."""
+    chosen = [r for r in finished(workdir).values() if r["config"]["dataset"] == "cifar10"]
+    current = [r["hash"] for r in chosen if RunConfig.from_json(r["config"]).hash == r["hash"]]
+    for name in current:
         shutil.copyfile(workdir / "runs" / name / "record.json", folder / f"{name}.json")
-    return len(chosen)
+    return len(current), len(chosen) - len(current)

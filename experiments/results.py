@@ -30,7 +30,8 @@ def main(console: Console) -> None:
     parser.add_argument("--add", type=Path, metavar="WORKDIR", help="copy its finished runs first")
     arguments = parser.parse_args()
     if arguments.add:
-        console.print(f"{archive.add(arguments.add)} records added")
+        added, outdated = archive.add(arguments.add)
+        console.print(f"{added} records added" + f", {outdated} outdated left" * (outdated > 0))
     records = archive.committed()
     RESULTS.write_text(page(records))
     README.write_text(with_table(README.read_text(), overview(records)))

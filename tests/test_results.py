@@ -1,7 +1,8 @@
 """README and RESULTS.md say what the committed records say."""
 
 from abflax.config import RunConfig
-from experiments.archive import RECORDS, committed
+from abflax.record import write_record
+from experiments.archive import RECORDS, add, committed
 from experiments.results import FIGURES, README, RESULTS, begun, overview, page, with_table
 
 
@@ -25,3 +26,17 @@ def test_records_are_named_by_their_configuration():
     for name, record in committed().items():
         assert RunConfig.from_json(record["config"]).hash == name
         assert (RECORDS / f"{name}.json").is_file()
+
+
+def test_outdated_runs_are_not_added(tmp_path):
+    """A record whose constants are no longer those of its method's name is another run's."""
+    name, record = next(iter(committed().items()))
+    moved = {**record, "hash": "0123456789ab"}
+    digits = {**record, "hash": "ba9876543210", "config": {**record["config"], "dataset": "digits"}}
+    for each in (record, moved, digits):
+        folder = tmp_path / "workdir" / "runs" / each["hash"]
+        folder.mkdir(parents=True)
+        write_record(folder / "record.json", each)
+    (tmp_path / "records").mkdir()
+    assert add(tmp_path / "workdir", tmp_path / "records") == (1, 1)
+    assert committed(tmp_path / "records") == {name: record}
