@@ -7,6 +7,7 @@ import dataclasses
 from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any, TypeVar
 
+from abflax.errors import BusyError, InputError
 from abflax.interrupt import Interrupted, StopRequest
 from abflax.parallel import Program
 from abflax.processes import highest
@@ -48,8 +49,10 @@ def drive(
 ) -> dict[str, _T]:
     """Takes runs to their ends: all that want the same steps get them at once, those behind first.
 
-    Runs that begin at different steps meet at the next evaluation. Where one fails, the others go
-    on, and its error is raised at the end.
+    Runs that stand at different steps, or ask for different numbers of them, meet at an evaluation
+    that they have in common. Where one fails, the others go on, and its error is raised at the end
+    (the first of several; one that says that they were stopped before all others). What cannot be
+    right is raised before the first step, and an error in `make` at once.
     """
     done: dict[str, _T] = {}
     errors: list[BaseException] = []
@@ -67,6 +70,9 @@ def drive(
         for name, run in runs.items():
             closing.enter_context(contextlib.closing(run))
             resume(name, run.send, None)
+        for error in errors:
+            if isinstance(error, InputError) and not isinstance(error, BusyError):
+                raise error
         while waiting:
             if signal := highest(stop.signal):
                 for name in [*waiting]:
@@ -74,10 +80,14 @@ def drive(
                     resume(name, runs[name].throw, Interrupted("stopped", signal))
                 break
             wanted = min((each.step, each.count) for each in waiting.values())
-            here = {k: each for k, each in waiting.items() if (each.step, each.count) == wanted}
-            for name, made in zip(here, make([*here.values()]), strict=True):
+            here = [
+                name
+                for name in runs  # in one order always, so that their program is the same
+                if name in waiting and (waiting[name].step, waiting[name].count) == wanted
+            ]
+            for name, made in zip(here, make([waiting[name] for name in here]), strict=True):
                 del waiting[name]
                 resume(name, runs[name].send, made)
     if errors:
-        raise errors[0]
+        raise next((each for each in errors if isinstance(each, Interrupted)), errors[0])
     return done

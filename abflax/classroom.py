@@ -30,7 +30,7 @@ class Classroom:
       teacher: None where there is none.
       data, test: the training data, of which the configuration's share is used, and the held-out.
       resources: see `abflax.Resources`.
-      students: how many there are; their records say so where they are several.
+      students: how many there are.
     """
 
     def __init__(
@@ -44,9 +44,7 @@ class Classroom:
     ) -> None:
         self.resources = resources
         self.devices = parallel.usable_devices(resources.devices)
-        self.environment = environment(self.devices)
-        if students > 1:
-            self.environment["abreast"] = students
+        self.environment, self.students = environment(self.devices), students
         self.preprocessing = dataclasses.replace(data.preprocessing, views=config.views)
         self.data, self.test = subset(data, config.fraction, config.seeds.subset), test
         if config.per_class is not None:

@@ -128,10 +128,10 @@ class RunConfig:
         for name in ("order", "augmentation", "subset"):
             lesson[f"the seed of {name}"] = getattr(self.seeds, name)
         ends = itertools.accumulate(self.lengths[phase.name] for phase in self.phases())
-        lesson["the epochs on the teacher's batch statistics"] = tuple(
+        lesson["the epochs in which the teacher's statistics drift"] = tuple(
             (end - self.lengths[phase.name], end)
             for phase, end in zip(self.phases(), ends, strict=True)
-            if phase.teacher_batch_statistics
+            if phase.teacher_batch_statistics and self.lengths[phase.name]
         )
         return lesson
 

@@ -25,6 +25,7 @@ class Journal:
       phase: index of the phase that the last of them belonged to.
       history: see `abflax.record`.
       seconds: phase -> time spent on it, over all sittings.
+      abreast: how many runs were trained in one program with it, itself included, at most.
       counted, sums: steps since the last evaluation, and the sums of their metrics.
     """
 
@@ -32,6 +33,7 @@ class Journal:
     phase: int = 0
     history: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     seconds: dict[str, float] = dataclasses.field(default_factory=dict)
+    abreast: int = 1
     counted: int = 0
     sums: dict[str, float] = dataclasses.field(default_factory=dict)
 

@@ -20,8 +20,9 @@ from abflax import parallel
 from abflax.errors import InputError
 from abflax.methods import Phase
 from abflax.networks import digest
+from abflax.processes import highest
 
-_MOST_ENTRIES = 2  # the phases of a method
+_MOST_ENTRIES = 4  # kinds of targets, such as the phases of a method have
 
 # What was computed in this process: seeds, margins and students of one teacher share it.
 _kept: dict[tuple[Any, ...], Any] = {}
@@ -51,11 +52,11 @@ def keep_targets(
     """A phase's targets for all views of all examples, on the devices.
 
     They are what `abflax.parallel.Program.targets` gives. Computed once in a process for one
-    teacher, data set and kind of targets, whatever margin, student or seed. The two that were used
+    teacher, data set and kind of targets, whatever margin, student or seed. The four that were used
     last stay.
 
     Args:
-      data: the images and labels, as `abflax.parallel.Program.train` takes them.
+      data: the images and labels, as `abflax.parallel.compile_steps` takes them.
       views: how many of an image.
       batch_size: of the teacher's pass.
 
@@ -106,7 +107,7 @@ def _ask(
 def _require_room(shapes: Any, examples: int, views: int, device: jax.Device) -> None:
     taken = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes))
     free = _free_bytes(device)
-    if taken > free:
+    if highest(taken > free):  # of the processes; none goes on without the others
         raise InputError(
             f"the targets of {views} views of {examples:,} images take {taken / 1e9:.3g} GB, where "
             f"{free / 1e9:.3g} GB are free: {int(free / (taken / views))} views would fit"

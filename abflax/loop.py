@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import itertools
+import inspect
 import os
 import re
 import shutil
@@ -183,11 +183,8 @@ def distill(
         if left:
             classroom = Classroom(asked[0], teacher, data, test, resources, len(left))
             with contextlib.closing(classroom):
-                reporters = itertools.chain([reporter], itertools.repeat(Silent()))
-                runs = [
-                    Run(each, its, classroom, told)
-                    for (each, its), told in zip(left.values(), reporters, strict=False)
-                ]
+                runs = [Run(each, its, classroom, Silent()) for each, its in left.values()]
+                max(runs, key=lambda run: run.steps).reporter = reporter
                 sittings = {
                     run.config.hash: _sitting(run, directories[run.config.hash], force)
                     for run in runs
@@ -195,7 +192,7 @@ def distill(
                 results |= drive(sittings, classroom.make, stop)
         late = highest(stop.signal)
     if left and late:  # it came too late to stop this run
-        raise Interrupted(f"{asked[0].hash} is finished", late)
+        raise Interrupted(f"{', '.join(left)}: finished", late)
     own_result, *others = (results[name] for name in directories)
     return dataclasses.replace(own_result, abreast=tuple(others))
 
@@ -209,6 +206,8 @@ def _member(
     for name, value, kind in (("student", student, Model | Network), ("seeds", seeds, Seeds | int)):
         _require(name, value, kind)
     options = {name: settings.pop(name) for name in changed.keys() - own.keys()}
+    for name in options.keys() & inspect.signature(distill).parameters.keys():
+        raise InputError(f"{name} is the same for all runs abreast")
     config = RunConfig(
         student=str(student.name) if isinstance(student, Network) else model_name(student),
         seeds=seeds if isinstance(seeds, Seeds) else Seeds.all(seeds),
@@ -231,8 +230,8 @@ def _require_together(configs: Sequence[RunConfig]) -> None:
         for name, value in first.lesson.items():
             if other.lesson[name] != value:
                 raise InputError(
-                    f"runs abreast see the same batches of the same teacher, but {name} is "
-                    f"{value!r} in one and {other.lesson[name]!r} in another"
+                    "runs abreast see the same batches of the same teacher, but of two of them "
+                    f"{name}: {value}, and {other.lesson[name]}"
                 )
     hashes = [config.hash for config in configs]
     for config in configs:

@@ -228,12 +228,12 @@ def _train_many(
     def ask(
         stats: Any, images: jax.Array, chosen: jax.Array, epochs: jax.Array
     ) -> tuple[tuple[Any, ...], Any]:
-        ask = functools.partial(make_all_targets, objectives, teacher_params, stats)
+        asked = functools.partial(make_all_targets, objectives, teacher_params, stats)
         if kept is None or (views := preprocessing.views) is None:
-            return ask(images)
+            return asked(images)
         rows = chosen * views + draw_views(chosen, epochs, key, views)
         packed = jax.tree.map(lambda leaf: leaf[rows], kept)
-        return _unpacked(packed, jax.eval_shape(ask, images)[0]), stats
+        return _unpacked(packed, jax.eval_shape(asked, images)[0]), stats
 
     def one(index: Any, states: Any) -> Any:
         chosen, now = examples[index], epochs[index]

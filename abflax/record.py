@@ -20,7 +20,7 @@ Schema 1. A record is an object with
 - `environment`: `abflax`, `python`, `jax`, `jaxlib`, `flax`, `optax`, `device`, `devices` (of all
   `processes`; that count is not in records made before there could be several), `commit` (with "+"
   where the code was changed, null outside a repository): of the sitting that finished the run, read
-  when it began; and `abreast`, where several students were trained in one program: how many;
+  when it began; and `abreast`, where several runs were trained in one program: how many at most;
 - `finished`: UTC, ISO 8601.
 """
 

@@ -60,6 +60,11 @@ class Run:
         if classroom.resources.keep_targets:
             require_keepable(self.phases, config.views)
 
+    @property
+    def steps(self) -> int:
+        """Of the whole run."""
+        return sum(span.steps for span in self.spans)
+
     def train(
         self, checkpoints: Checkpoints | None, events: Path | None = None
     ) -> Steps[tuple[dict[str, Any], Any]]:
@@ -70,6 +75,7 @@ class Run:
         """
         self.checkpoints = checkpoints
         journal, state = self._resume(Journal())
+        journal.abreast = max(journal.abreast, self.classroom.students)
         log = EventLog(events, journal.history) if events is not None else contextlib.nullcontext()
         with log as self.log:
             for index in range(journal.phase, len(self.phases)):
@@ -99,15 +105,18 @@ class Run:
             for phase, span in zip(self.phases, self.spans, strict=True)
         ]
         seconds = sum(journal.seconds.values())
-        made_by = self.classroom.environment
+        made_by = dict(self.classroom.environment)
+        if journal.abreast > 1:
+            made_by["abreast"] = journal.abreast
         return make_record(self.config, phases, journal.history, seconds, made_by)
 
     def _train_phase(self, journal: Journal, state: TrainState) -> Steps[TrainState]:
         """Dispatches the steps of one phase, evaluating and saving between them."""
         span, phase = self.spans[journal.phase], self.phases[journal.phase]
         program = self.programs[journal.phase]
-        keeps = self.classroom.resources.keep_targets
-        self.kept_targets = self._ask_once(program, state) if keeps else None
+        self.kept_targets = None  # those of the phase before need not stay
+        if self.classroom.resources.keep_targets:
+            self.kept_targets = self._ask_once(program, state)
         done = journal.step - span.start
         self.trend = Trend(norm_of(self.kept[1].params["student"]))
         self.reporter.phase(self._label(), phase.name, span.steps, done, span.epochs)
@@ -178,8 +187,8 @@ class Run:
         )
 
     def _diagnosis(self, index: int, step: int) -> str:
-        """Makes the steps since the newest kept state again, which have the same bits, and looks
-        into the one that went wrong."""
+        """Makes the steps since the newest kept state again, which have the same bits (but for
+        rounding where there were runs abreast), and looks into the one that went wrong."""
         program, span = self.programs[index], self.spans[index]
         room = self.classroom
         made, state = self.kept
@@ -328,6 +337,6 @@ class Run:
                 )
 
     def _label(self) -> str:
-        beside = self.classroom.environment.get("abreast", 1) - 1
+        beside = self.classroom.students - 1
         name = f"{self.config.method} seed {self.config.seeds.weights}"
         return f"{name}, and {beside} beside it" if beside else name

@@ -190,7 +190,7 @@ def make_all_targets(
         train=any(each.phase.teacher_batch_statistics for each in objectives),
         pullback=any(_needs_pullback(each.phase) for each in objectives),
     )
-    found = {each: _targets(each, forward) for each in {*objectives}}
+    found = {each: _targets(each, forward) for each in dict.fromkeys(objectives)}
     targets = tuple(found[each] for each in objectives)
     return jax.lax.stop_gradient((targets, forward.batch_stats))
 

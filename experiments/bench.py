@@ -43,6 +43,7 @@ from experiments.benchmark.timing import Work, alternate, compiled, median_ratio
 Rows = list[dict[str, Any]]
 
 STUDENTS = (1, 2, 4, 8)
+VMAPPED = 2
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -154,19 +155,26 @@ def methods(bench: Bench, repetitions: int) -> Rows:
 
 
 def seeds(bench: Bench, repetitions: int) -> Rows:
-    """Initialise steps of several students in one program, each in turn with that of one."""
+    """Initialise steps of several students in one program, each in turn with that of one: written
+    out one after another, as they are here, and batched by `jax.vmap`."""
     initialise = bench.phases[0]
     one = bench.train(initialise)
     rows: Rows = []
-    for count in STUDENTS:
-        work = bench.train(initialise, students=count)
+    kinds: list[tuple[str, int, Callable[..., Work]]] = [
+        (f"{count} abreast", count, bench.train) for count in STUDENTS
+    ]
+    if len(bench.devices) == 1:
+        kinds.append((f"{VMAPPED} by jax.vmap", VMAPPED, bench.vmapped))
+    for name, count, make in kinds:
+        work = make(initialise, students=count)
         seconds = alternate({"own": work.run, "one": one.run}, repetitions)
-        times = median_ratio(seconds["one"], seconds["own"])
+        times = median_ratio(seconds["one"], seconds["own"]) * one.steps / work.steps
         rows.append(
-            _described(f"{count} abreast", work, seconds["own"])
+            _described(name, work, seconds["own"])
             | {"times_one": times, "share_each": times / count}
         )
-    slope, shared, away = scaling.line(STUDENTS, [row["times_one"] for row in rows])
+    unrolled = [row["times_one"] for row in rows[: len(STUDENTS)]]
+    slope, shared, away = scaling.line(STUDENTS, unrolled)
     rows.append({
         "name": f"a line: {shared:.2f} shared and {slope:.2f} for each student; at most {away:.0%} "
         "away from it"

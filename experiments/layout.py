@@ -52,7 +52,8 @@ class Measure:
       name: with its unit.
       lower_is_better: whether the smaller number wins; None: neither does.
       digits: behind the point.
-      read: record -> number; None where the method has no such number. Raises `InputError` where
+      read: record -> number; None where there is no such number: the method has none, or the run's
+        seconds were shared with others. Raises `InputError` where
         the record should have one and does not.
       factor: from the number to what is shown; 100 from shares to percent.
     """

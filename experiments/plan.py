@@ -142,8 +142,8 @@ def sittings(plan: Sequence[Job], most: int) -> tuple[tuple[Job, ...], ...]:
 def rates(records: Mapping[str, Record], device: str) -> Rates:
     """(student, teacher's architecture, method, phase) -> seconds a step on that device.
 
-    Medians over the records, evaluation and compilation included; those of runs that were trained
-    in one program do not count.
+    Medians over the records, evaluation and compilation included; runs that were trained in one
+    program with others do not count.
     """
     found = defaultdict(list)
     for record in records.values():

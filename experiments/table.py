@@ -34,7 +34,7 @@ from typing import Any
 from rich.console import Console
 
 from abflax import Network, NonFiniteError, Resources, distill
-from abflax.errors import BusyError, unknown
+from abflax.errors import BusyError, InputError, unknown
 from abflax.models import MODELS
 from abflax.progress import Reporter
 from abflax.record import require_writable
@@ -111,6 +111,8 @@ def main(console: Console) -> None:
     given = dict(arguments.teacher_weights)
     given |= {pretrained(name): file for name, file in arguments.student_weights}
     require_used(given, chosen)
+    if arguments.abreast < 1:
+        raise InputError(f"--abreast must be at least 1, not {arguments.abreast}")
     seeds = arguments.seeds or range(SCALES[arguments.scale].seeds)
     teachers = look_for_teachers(chosen, given, arguments.workdir, {})
     there = {name for table in chosen for name in table.teachers
@@ -222,14 +224,18 @@ def run(
                 ready.append(job)
             else:
                 notes.append(f"{_named(job)}: {_lacking(job, tables, teachers)}")
-        try:
-            if ready:
-                train(ready, teachers, arguments, reporter)
-        except (BusyError, NonFiniteError) as error:  # the other cells meanwhile
-            found = archive.finished(arguments.workdir)
-            *names, last = [_named(job) for job in ready if _hash(job, teachers) not in found]
-            kind = notes if isinstance(error, BusyError) else failures
-            kind += [*names, f"{last}: {error}"]
+        attempts = [ready] if ready else []
+        while attempts:
+            attempt = attempts.pop(0)
+            try:
+                train(attempt, teachers, arguments, reporter)
+            except (BusyError, NonFiniteError) as error:  # the other cells meanwhile
+                if len(attempt) > 1:  # whose error? alone it is told
+                    found = archive.finished(arguments.workdir)
+                    attempts += [[job] for job in attempt if _hash(job, teachers) not in found]
+                    continue
+                kind = notes if isinstance(error, BusyError) else failures
+                kind.append(f"{_named(attempt[0])}: {error}")
     return notes, failures
 
 

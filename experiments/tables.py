@@ -349,7 +349,7 @@ EVERY_METHOD = dataclasses.replace(
         (
             Point("test error"),
             *(Point(layer, measure=agreement(layer), note="agreement") for layer in _LAYERS),
-            Point("time", measure=SECONDS, note="s an epoch"),
+            Point("time", measure=SECONDS, note="s an epoch, alone"),
         ),
     ),
     setting=f"CIFAR-10, {_SMALL_PAIR}, all training images, 1+1 epochs",

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import os
 import signal
+from types import SimpleNamespace
 
 import chex
 import jax
@@ -11,7 +12,18 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from abflax import InputError, Network, Resources, Seeds, Tapped, distill, load
+from abflax import (
+    BusyError,
+    InputError,
+    Network,
+    NonFiniteError,
+    Resources,
+    Seeds,
+    Tapped,
+    distill,
+    load,
+)
+from abflax.abreast import Dispatch, drive
 from abflax.interrupt import Interrupted
 from abflax.methods import METHODS
 from abflax.progress import Silent
@@ -130,7 +142,6 @@ def test_both_are_saved_when_stopped_and_either_goes_on_alone(train, tmp_path):
 @pytest.mark.slow
 def test_where_one_fails_the_others_go_on(train, tmp_path):
     """A student that somebody else is at is left out."""
-    from abflax import BusyError
     from abflax.lock import Lock
 
     name = train(seeds=SEEDS, workdir=tmp_path / "elsewhere").directory.name
@@ -160,15 +171,79 @@ def test_what_is_kept_of_the_teacher_serves_each(train):
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"seeds": 4}, "the seed of order is 3 in one and 4 in another"),
-        ({"batch_size": 8}, "but batch_size is 16 in one and 8 in another"),
-        ({"method": "kd"}, r"statistics is \(\(0, 1\),\) in one and \(\) in another"),
-        ({"epochs": (2, 1)}, r"statistics is \(\(0, 1\),\) in one and \(\(0, 2\),\) in another"),
+        ({"seeds": 4}, "the seed of order: 3, and 4"),
+        ({"batch_size": 8}, "but of two of them batch_size: 16, and 8"),
+        ({"method": "kd"}, r"the teacher's statistics drift: \(\(0, 1\),\), and \(\)"),
+        ({"epochs": (2, 1)}, r"drift: \(\(0, 1\),\), and \(\(0, 2\),\)"),
         ({}, "activation-boundary, seed 3, is asked for twice"),
-        ({"teacher": None}, "unknown option of method activation-boundary 'teacher'"),
+        ({"teacher": None}, "teacher is the same for all runs abreast"),
         (4, "abreast must be a tuple of"),
     ],
 )
 def test_runs_that_cannot_be_taught_together(train, changed, message):
     with pytest.raises(InputError, match=message):
         train(seeds=3, abreast=(changed,))
+
+
+def _steps(stops, ends=None):
+    """A run that stands at one step after another, and returns the metrics it was sent, or raises
+    what it ends with."""
+    seen = []
+    try:
+        for step, count in stops:
+            state, metrics = yield Dispatch(step, count, None, f"state {step}")
+            assert state == f"state {step} made"
+            seen.append(metrics)
+    except Interrupted as stop:
+        raise Interrupted(f"saved before {step}", stop.signal) from None
+    if ends is not None:
+        raise ends
+    return seen
+
+
+def _drive(runs, signals=()):
+    """(what the runs return or None, the error or None, who was dispatched with whom)."""
+    made, stop, done, error = [], SimpleNamespace(signal=0), None, None
+
+    def make(dispatches):
+        made.append((dispatches[0].step, dispatches[0].count, len(dispatches)))
+        if len(made) in signals:
+            stop.signal = signal.SIGTERM
+        return [(f"{each.state} made", (len(made), place)) for place, each in enumerate(dispatches)]
+
+    try:
+        done = drive(runs, make, stop)
+    except (Exception, Interrupted) as raised:
+        error = raised
+    return done, error, made
+
+
+def test_those_behind_first_until_they_meet():
+    behind, ahead = [(0, 1), (1, 1), (2, 2), (4, 1)], [(2, 1), (3, 1), (4, 1)]
+    done, error, made = _drive({"ahead": _steps(ahead), "behind": _steps(behind)})
+    assert error is None
+    assert made == [(0, 1, 1), (1, 1, 1), (2, 1, 1), (2, 2, 1), (3, 1, 1), (4, 1, 2)]
+    assert done["ahead"][-1] == (6, 0) and done["behind"][-1] == (6, 1)  # in the order of the runs
+
+
+def test_one_that_fails_leaves_the_others_alone():
+    failing = _steps([(0, 1), (1, 1)], NonFiniteError("no number"))
+    done, error, made = _drive({"a": failing, "b": _steps([(0, 1), (1, 1), (2, 1)])})
+    assert done is None and str(error) == "no number"
+    assert made == [(0, 1, 2), (1, 1, 2), (2, 1, 1)]
+
+
+def test_a_signal_after_a_failure_is_told():
+    """Whoever has more to do must not go on with it."""
+    failing = _steps([(0, 1)], NonFiniteError("no number"))
+    runs = {"a": failing, "b": _steps([(0, 1), (1, 1), (2, 1)])}
+    _, error, made = _drive(runs, signals=(2,))
+    assert isinstance(error, Interrupted) and str(error) == "saved before 2"
+    assert error.signal == signal.SIGTERM and made == [(0, 1, 2), (1, 1, 1)]
+
+
+@pytest.mark.parametrize(("error", "goes_on"), [(InputError, False), (BusyError, True)])
+def test_what_cannot_be_right_is_told_before_the_first_step(error, goes_on):
+    runs = {"a": _steps([(0, 1)]), "b": _steps([], error("here"))}
+    done, raised, made = _drive(runs)
+    assert type(raised) is error and bool(made) == goes_on and done is None

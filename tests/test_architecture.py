@@ -45,7 +45,7 @@ MAY_KNOW = {
         "parallel",
         "processes",
     },
-    "kept": {"methods", "networks", "parallel"},
+    "kept": {"methods", "networks", "parallel", "processes"},
     "events": set(),
     "abreast": {"interrupt", "parallel", "processes", "step"},
     "classroom": {

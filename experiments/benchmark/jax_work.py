@@ -10,20 +10,22 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from abflax import parallel
-from abflax.data import Preprocessing
+from abflax.data import Preprocessing, augment, normalise
 from abflax.feed import BATCH
 from abflax.kept import keep_targets
 from abflax.methods import METHODS, Phase
 from abflax.models import MODELS
 from abflax.networks import prepared
 from abflax.optim import Span
-from abflax.step import bind, init_variables, make_targets, student_loss, train_step
+from abflax.step import Objective, bind, init_variables, make_targets, student_loss, train_step
 from abflax.taps import Model, run_model
 from experiments.benchmark.timing import Work, compiled, count_flops
 
 SHAPE = (32, 32, 3)
+SPAN = Span(0, 10**6, 0, 10, 20, Fraction(10**5))
 PREPROCESSING = Preprocessing((125.3, 123.0, 113.9), (63.0, 62.1, 66.7), 4, True)
 
 
@@ -78,9 +80,8 @@ class Bench:
 
     def program(self, phase: Phase, views: int | None = None) -> parallel.Program:
         student, teacher = self.networks
-        span, preprocessing = Span(0, 10**6, 0, 10, 20, Fraction(10**5)), _preprocessing(views)
         return parallel.compile_phase(
-            student, teacher, phase, span, preprocessing, SHAPE, self.devices,
+            student, teacher, phase, SPAN, _preprocessing(views), SHAPE, self.devices,
             jnp.result_type(float),
         )  # fmt: skip
 
@@ -122,6 +123,37 @@ class Bench:
 
         flops = self._step_flops(phase, kept) if students == 1 else None
         return Work(once, steps * self.batch, steps, flops, held, seconds)
+
+    def vmapped(self, phase: Phase, students: int) -> Work:
+        """A step of several students as `train` makes it on one device, but batched by `jax.vmap`
+        instead of written out one after the other."""
+        objective, optimiser, state = self._on_one_device(phase)
+        states = jax.tree.map(lambda leaf: jnp.stack([leaf] * students), state)
+        index = jnp.arange(self.batch, dtype=jnp.int32)
+        fixed = (
+            self.teacher_variables, self.data, jax.random.key(0), index % self.examples,
+            jnp.zeros_like(index),
+        )  # fmt: skip
+
+        def step(states: Any, teacher: Any, data: Any, key: Any, chosen: Any, epochs: Any) -> Any:
+            images = augment(data["images"][chosen], chosen, epochs, key, PREPROCESSING)
+            images, labels = normalise(images, PREPROCESSING), data["labels"][chosen]
+            params, stats = teacher["params"], teacher["batch_stats"]
+            asked = make_targets(objective, params, stats, images)
+            return jax.vmap(
+                lambda state: train_step(
+                    objective, optimiser, state, params, images, labels, asked=asked
+                )
+            )(states)
+
+        run, seconds, held = compiled(jax.jit(step, donate_argnums=0), states, *fixed)
+
+        def once() -> None:
+            nonlocal states
+            states, metrics = run(states, *fixed)
+            jax.block_until_ready(metrics)
+
+        return Work(once, self.batch, 1, None, held, seconds)
 
     def ask(self) -> Work:
         """The teacher's pass alone: taps and logits of a batch."""
@@ -197,21 +229,26 @@ class Bench:
             self.devices, jnp.result_type(float),
         )  # fmt: skip
 
+    def _on_one_device(self, phase: Phase) -> tuple[Objective, optax.GradientTransformation, Any]:
+        """What a step is made of, and the state before it."""
+        student, teacher = (
+            prepared(MODELS[name](), self.precision, None) for name in (self.student, self.teacher)
+        )
+        objective = bind(student, teacher, phase, SHAPE)
+        state = self._state(self.program(phase))
+        optimiser = phase.optimiser.transformation(SPAN, jax.tree.map(lambda _: True, state.params))
+        return objective, optimiser, state.replace(opt_state=optimiser.init(state.params))
+
     def _step_flops(self, phase: Phase, kept: bool) -> float:
         """Of one step, counted without devices."""
-        objective = bind(MODELS[self.student](), MODELS[self.teacher](), phase, SHAPE)
-        program = self.program(phase)
-        state, teacher = self._state(program), self.teacher_variables
-        images, labels = self._images(), jnp.zeros(self.batch, jnp.int32)
+        objective, optimiser, state = self._on_one_device(phase)
+        teacher, images = self.teacher_variables, self._images()
+        labels = jnp.zeros(self.batch, jnp.int32)
         ask = lambda x: make_targets(objective, teacher["params"], teacher["batch_stats"], x)  # noqa: E731
-        transformation = phase.optimiser.transformation(
-            Span(0, 10**6, 0, 10, 20, Fraction(10**5)), jax.tree.map(lambda _: True, state.params)
-        )
-        state = dataclasses.replace(state, opt_state=transformation.init(state.params))
 
         def step(state: Any, images: jax.Array, asked: Any) -> Any:
             return train_step(
-                objective, transformation, state, teacher["params"], images, labels, asked=asked
+                objective, optimiser, state, teacher["params"], images, labels, asked=asked
             )
 
         asked = jax.eval_shape(ask, images) if kept else None
