@@ -46,13 +46,14 @@ def drive(
     runs: Mapping[str, Steps[_T]],
     make: Callable[[Sequence[Dispatch]], Sequence[Made]],
     stop: StopRequest,
+    goes_on: bool,
 ) -> dict[str, _T]:
     """Takes runs to their ends: all that want the same steps get them at once, those behind first.
 
     Runs that stand at different steps, or ask for different numbers of them, meet at an evaluation
-    that they have in common. Where one fails, the others go on, and its error is raised at the end
-    (the first of several; one that says that they were stopped before all others). What cannot be
-    right is raised before the first step, and an error in `make` at once.
+    that they have in common. Where one fails and `goes_on`, the others go on, and its error is
+    raised at the end (the first of several; one that says that they were stopped before all
+    others). What cannot be right is raised before the first step, and an error in `make` at once.
     """
     done: dict[str, _T] = {}
     errors: list[BaseException] = []
@@ -73,7 +74,7 @@ def drive(
         for error in errors:
             if isinstance(error, InputError) and not isinstance(error, BusyError):
                 raise error
-        while waiting:
+        while waiting and (goes_on or not errors):
             if signal := highest(stop.signal):
                 for name in [*waiting]:
                     del waiting[name]

@@ -108,6 +108,9 @@ def _require_room(shapes: Any, examples: int, views: int, device: jax.Device) ->
     taken = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes))
     free = _free_bytes(device)
     if highest(taken > free):  # of the processes; none goes on without the others
+        _kept.clear()  # those of other runs, which they may still hold
+        free = _free_bytes(device)
+    if highest(taken > free):
         raise InputError(
             f"the targets of {views} views of {examples:,} images take {taken / 1e9:.3g} GB, where "
             f"{free / 1e9:.3g} GB are free: {int(free / (taken / views))} views would fit"

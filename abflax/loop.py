@@ -98,9 +98,11 @@ def distill(
         `abflax.RunConfig`; an integer seed stands for all four.
       abreast: further runs in the same program: all see the same batches, and the teacher is asked
         once for all of them. Each is told by the keywords that it changes (`{"margin": 2.0}`,
-        `{"student": other}`, `{"seeds": Seeds(weights=4)}`; one that names a method has its own
-        options alone), and is a run of its own, with its own directory, checkpoints and record
-        (which says how many were trained together); it may be gone on with alone.
+        `{"student": other}`, `{"seeds": dataclasses.replace(seeds, weights=4)}`; one that names a
+        method has its own options alone), and is a run of its own, with its own directory,
+        checkpoints and record (which says how many were trained together); it may be gone on with
+        alone. Where one fails, the others go on to their ends, and its error is raised then;
+        without a workdir at once.
       workdir: where `runs/HASH/` with checkpoints, record and weights goes; None: nothing is
         written. The same call again goes on where it stopped, or returns the finished record.
       force: do a finished run again; one that is not finished goes on.
@@ -185,11 +187,12 @@ def distill(
             with contextlib.closing(classroom):
                 runs = [Run(each, its, classroom, Silent()) for each, its in left.values()]
                 max(runs, key=lambda run: run.steps).reporter = reporter
-                sittings = {
-                    run.config.hash: _sitting(run, directories[run.config.hash], force)
+                left_to_do = {
+                    run.config.hash: _to_its_end(run, directories[run.config.hash], force, reporter)
                     for run in runs
                 }
-                results |= drive(sittings, classroom.make, stop)
+                kept = workdir is not None  # what the others make is not lost
+                results |= drive(left_to_do, classroom.make, stop, kept)
         late = highest(stop.signal)
     if left and late:  # it came too late to stop this run
         raise Interrupted(f"{', '.join(left)}: finished", late)
@@ -240,13 +243,18 @@ def _require_together(configs: Sequence[RunConfig]) -> None:
             raise InputError(f"{config.method}, seed {seed}, is asked for twice abreast")
 
 
-def _sitting(run: Run, directory: Path | None, force: bool) -> Steps[Result]:
+def _to_its_end(run: Run, directory: Path | None, force: bool, reporter: Reporter) -> Steps[Result]:
     """A run from where it stands to its end."""
-    if directory is None:
-        return Result(*(yield from run.train(None)), None)
-    once(require_writable)(directory)
-    with Lock(directory / "lock", f"run {run.config.hash}"):
-        return (yield from _train_in(directory, run, force))
+    try:
+        if directory is None:
+            return Result(*(yield from run.train(None)), None)
+        once(require_writable)(directory)
+        with Lock(directory / "lock", f"run {run.config.hash}"):
+            return (yield from _train_in(directory, run, force))
+    except Exception as error:
+        if run.classroom.students > 1:  # the others may go on for hours
+            reporter.finished(f"{run.config.hash} has failed: {error}")
+        raise
 
 
 @once

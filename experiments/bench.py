@@ -65,6 +65,7 @@ def main(console: Console) -> None:
     arguments = parse()
     if arguments.batch < 1 or arguments.repetitions < 1:
         raise InputError("--batch and --repetitions must be at least 1")
+    jax.config.update("jax_enable_compilation_cache", False)  # compile times are measured
     wanted = arguments.sections.split(",")
     for name in wanted:
         if name not in SECTIONS:
@@ -82,7 +83,7 @@ def main(console: Console) -> None:
             "precision": bench.precision,
             "repetitions": arguments.repetitions,
         },
-        "peak_flops": peak_flops(dtype) * len(bench.devices),
+        "peak_flops": peak_flops(dtype),
         "sections": {},
     }
     for name in wanted:
@@ -96,12 +97,22 @@ def main(console: Console) -> None:
 
 
 def publish(found: dict[str, Any]) -> Path:
-    """Keeps the measurements of this device and setting, and rebuilds the page."""
+    """Keeps the measurements of this device and setting, and rebuilds the page.
+
+    Sections that were kept before of the same commit, versions and setting stay.
+    """
     setting = found["setting"]
     device = "-".join(found["environment"]["device"].replace(",", "").split()).lower()
     name = f"{device}-{setting['teacher']}-{setting['student']}-{setting['batch']}"
     PUBLISHED.mkdir(parents=True, exist_ok=True)
     path = PUBLISHED / f"{name}-{setting['precision']}.json"
+    if path.exists():
+        before = json.loads(path.read_text())
+        if all(before[key] == found[key] for key in ("environment", "setting")):
+            sections = before["sections"] | found["sections"]
+            found = found | {
+                "sections": {name: sections[name] for name in SECTIONS if name in sections}
+            }
     write_whole(path, (json.dumps(found, indent=1) + "\n").encode())
     path = PUBLISHED.parent.parent / "BENCH.md"
     path.write_text(page([json.loads(each.read_text()) for each in sorted(PUBLISHED.glob("*"))]))
@@ -122,9 +133,9 @@ def steps(bench: Bench, repetitions: int) -> Rows:
     if _torch_version() and bench.devices[0].platform == "cpu" and bench.precision == "float32":
         from experiments.benchmark import torch_work
 
-        theirs = torch_work.work(bench.teacher, bench.student, bench.batch)
-    return [_row(name, work, repetitions, theirs.get(name), bench.batch)
-            for name, work in works.items()]  # fmt: skip
+        held_out = works["evaluate"].images
+        theirs = torch_work.work(bench.teacher, bench.student, bench.batch, held_out)
+    return [_row(name, work, repetitions, theirs.get(name)) for name, work in works.items()]
 
 
 def parts(bench: Bench, repetitions: int) -> Rows:
@@ -196,7 +207,7 @@ def nst(bench: Bench, repetitions: int) -> Rows:
 
     works = {}
     for name, loss in {"Gram matrices": neuron_selectivity, "full temporary": full}.items():
-        gradient = jax.jit(jax.grad(lambda s, t, loss=loss: loss(s, t).sum()))
+        gradient = jax.jit(jax.value_and_grad(lambda s, t, loss=loss: loss(s, t).sum()))
         run, compiling, held = compiled(gradient, student, teacher)
         once = functools.partial(lambda run: jax.block_until_ready(run(student, teacher)), run)
         works[name] = Work(once, 32, 1, None, held, compiling)
@@ -223,16 +234,15 @@ def depthwise(bench: Bench, repetitions: int) -> Rows:
 
 
 def _row(
-    name: str, work: Work, repetitions: int, theirs: Callable[[], None] | None, batch: int
+    name: str, work: Work, repetitions: int, theirs: Callable[[], None] | None
 ) -> dict[str, Any]:
-    """One piece of work, in turn with PyTorch's where there is one."""
+    """One piece of work, in turn with PyTorch's on as many images where there is one."""
     both = {"own": work.run} | ({"torch": theirs} if theirs else {})
     seconds = alternate(both, repetitions)
     row = _described(name, work, seconds["own"])
     if theirs:
-        per_image = [each / work.images for each in seconds["own"]]
-        torch = [each / batch for each in seconds["torch"]]
-        row |= {"torch_seconds": seconds["torch"], "ratio": median_ratio(per_image, torch)}
+        ratio = median_ratio(seconds["own"], seconds["torch"])
+        row |= {"torch_seconds": seconds["torch"], "ratio": ratio}
     return row
 
 
@@ -244,6 +254,7 @@ def _described(name: str, work: Work, seconds: list[float]) -> dict[str, Any]:
         "images_per_second": work.images / middle,
         "flops": work.flops,
         "flops_per_second": work.flops * work.steps / middle if work.flops else None,
+        "devices": work.devices,
         "bytes": work.bytes,
         "compile_seconds": work.compile_seconds,
     }

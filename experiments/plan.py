@@ -6,13 +6,14 @@ import dataclasses
 import statistics
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from abflax.config import RunConfig, Seeds
 from abflax.journal import phases_and_spans
 from experiments.cells import seeded
 from experiments.layout import Record, Table
 
+_T = TypeVar("_T")
 Rates = Mapping[tuple[str, str | None, str, str], float]
 
 
@@ -122,12 +123,12 @@ def jobs(
     return (*teachers.values(), *students.values())
 
 
-def share(everything: Sequence[Job], index: int, count: int) -> tuple[Job, ...]:
-    """The index-th of count shares, from 1. Every job is in exactly one."""
+def share(everything: Sequence[_T], index: int, count: int) -> tuple[_T, ...]:
+    """The index-th of count shares, from 1. Everything is in exactly one."""
     return tuple(everything[index - 1 :: count])
 
 
-def sittings(plan: Sequence[Job], most: int) -> tuple[tuple[Job, ...], ...]:
+def together(plan: Sequence[Job], most: int) -> tuple[tuple[Job, ...], ...]:
     """The jobs in their order, but that a job brings forward those which see the same batches of
     the same teacher, to be trained in one program with it: `most` at a time."""
     left, found = [(job.lesson, job) for job in plan], []

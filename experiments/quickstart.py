@@ -21,7 +21,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from abflax import distill, load
+from abflax import Dataset, Network, distill, load
+from abflax.loop import Result
 from abflax.models import MODELS
 from abflax.record import require_writable
 from abflax.weights import load_network
@@ -65,34 +66,12 @@ def main(console: Console) -> None:
         "reporter": live,
     }
     with live.shown():
-        taught = distill(
-            MODELS[TEACHER](),
-            None,
-            train,
-            method="cross-entropy",
-            epochs=(0, TEACHER_EPOCHS),
-            batch_size=64,
-            evaluate_every=4,
-            seeds=TEACHER_SEED,
-            **common,
-        )
+        taught = teach(train, **common)
         assert taught.directory is not None
         teacher = load_network(TEACHER, taught.directory / "student.safetensors")
         records = {
             method: [
-                distill(
-                    MODELS[STUDENT](),
-                    teacher,
-                    train,
-                    method=method,
-                    epochs=EPOCHS,
-                    batch_size=32,
-                    fraction=FRACTION,
-                    evaluate_every=5,
-                    seeds=seed,
-                    **OPTIONS.get(method, {}),
-                    **common,
-                ).record
+                learn(method, teacher, train, seeds=seed, evaluate_every=5, **common).record
                 for seed in arguments.seeds
             ]
             for method in METHODS
@@ -106,6 +85,22 @@ def main(console: Console) -> None:
     plots.curves(records, picture, title)
     seconds = time.perf_counter() - began
     console.print(f"picture: {picture}   total: {seconds:.0f} s", soft_wrap=True)
+
+
+def teach(data: Dataset, **common: Any) -> Result:
+    """The teacher's run."""
+    return distill(
+        MODELS[TEACHER](), None, data, method="cross-entropy", epochs=(0, TEACHER_EPOCHS),
+        batch_size=64, evaluate_every=4, seeds=TEACHER_SEED, **common,
+    )  # fmt: skip
+
+
+def learn(method: str, teacher: Network, data: Dataset, **settings: Any) -> Result:
+    """A student's run."""
+    return distill(
+        MODELS[STUDENT](), teacher, data, method=method, epochs=EPOCHS, batch_size=32,
+        fraction=FRACTION, **OPTIONS.get(method, {}), **settings,
+    )  # fmt: skip
 
 
 def _table(records: dict[str, list[dict[str, Any]]], taught: dict[str, Any]) -> Table:

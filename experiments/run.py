@@ -4,7 +4,7 @@ examples:
   python -m experiments.run --epochs 1+1 --protocol official --seeds 3
       distil the shipped wrn16-2 into a wrn16-1 on CIFAR-10, three seeds
   python -m experiments.run --method kd --fraction 0.1 --epochs 20+100
-  python -m experiments.run --method kd --epochs 1+1 --seeds 4 --abreast
+  python -m experiments.run --method kd --epochs 1+1 --seeds 4 --same-batches
       four students in one program: the teacher is asked once for all
   python -m experiments.run --student wrn22-4 --method cross-entropy --epochs 0+200
       train a teacher; --teacher wrn22-4 --teacher-weights RUN uses it afterwards
@@ -68,8 +68,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--batch-size", type=int, default=128)
     add("--seeds", type=cli.seeds_type, default=(0,), metavar="N",
         help="how many, or a list such as 0,3 (default 1)")  # fmt: skip
-    add("--abreast", action="store_true",
-        help="train all seeds in one program: they share data and teacher, and differ in initial "
+    add("--same-batches", action="store_true",
+        help="train all seeds in one program, on the batches of the first: they differ in initial "
              "weights alone")  # fmt: skip
     add("--margin", type=float, help="of the activation transfer hinge (default 1)")
     add("--layers", help="taps compared, such as layer2,layer3 (default all)")
@@ -147,7 +147,7 @@ def train(arguments: argparse.Namespace, console: Console) -> None:
     live = cli.progress(arguments, console)
     first, *others = arguments.seeds
     beside = tuple({"seeds": Seeds(seed, first, first, first)} for seed in others)
-    sittings = {first: beside} if arguments.abreast else dict.fromkeys(arguments.seeds, ())
+    sittings = {first: beside} if arguments.same_batches else dict.fromkeys(arguments.seeds, ())
     run = functools.partial(
         distill, student, teacher, data, test=test, workdir=arguments.workdir,
         force=arguments.force, resources=resources, reporter=live,
@@ -166,7 +166,8 @@ def train(arguments: argparse.Namespace, console: Console) -> None:
     errors = [result.record["result"]["test_error"] for result in results]
     console.print(
         f"{arguments.method}, {arguments.student} on {arguments.dataset}: "
-        f"test error {mean_and_std(errors)} % (n = {len(errors)})",
+        f"test error {mean_and_std(errors)} % (n = {len(errors)}"
+        f"{', of initial weights alone' * arguments.same_batches})",
         soft_wrap=True,
     )
 

@@ -43,7 +43,7 @@ from abflax.weights import load_network
 from experiments import archive, cli, figures
 from experiments.cells import Filled, fill, identities, markdown
 from experiments.layout import Record, Table, architecture, pretrained
-from experiments.plan import Job, jobs, share, sittings
+from experiments.plan import Job, jobs, share, together
 from experiments.rehearsal import forecast, start_every_cell
 from experiments.tables import SCALES, TABLES
 from experiments.teachers import begun, find_teacher, is_shipped, read
@@ -64,13 +64,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--methods", type=cli.names_type, metavar="NAMES", help="some of the methods")
     add("--seeds", type=cli.seeds_type, metavar="N",
         help="how many, or a list such as 0,3 (default 5; 2 at scale small)")  # fmt: skip
-    add(
-        "--abreast",
-        type=int,
-        default=1,
-        metavar="N",
-        help="train up to N runs that see the same batches in one program (default 1)",
-    )
+    add("--abreast", type=int, default=1, metavar="N",
+        help="train up to N runs that see the same batches in one program (default 1)")  # fmt: skip
     add("--only", type=share_type, default=(1, 1), metavar="K/N", help="a share of the runs")
     add("--dry-run", action="store_true", help="tell what would run, and run nothing")
     add("--steps", type=int, metavar="K", help="make K steps of every cell, and keep nothing")
@@ -113,11 +108,16 @@ def main(console: Console) -> None:
     require_used(given, chosen)
     if arguments.abreast < 1:
         raise InputError(f"--abreast must be at least 1, not {arguments.abreast}")
+    if arguments.dry_run and arguments.steps is not None:
+        raise InputError("give --dry-run or --steps, not both")
+    if arguments.abreast > 1 and (arguments.dry_run or arguments.steps is not None):
+        raise InputError("--dry-run and --steps are of runs alone: leave --abreast out")
     seeds = arguments.seeds or range(SCALES[arguments.scale].seeds)
     teachers = look_for_teachers(chosen, given, arguments.workdir, {})
     there = {name for table in chosen for name in table.teachers
              if name in given or is_shipped(name, table.run.dataset)}  # fmt: skip
-    mine = share(jobs(chosen, seeds, there), *arguments.only)
+    groups = share(together(jobs(chosen, seeds, there), arguments.abreast), *arguments.only)
+    mine = [job for group in groups for job in group]
     if arguments.steps is not None:
         cli.cache_compilation(arguments.workdir)
         start_every_cell(
@@ -215,11 +215,11 @@ def run(
         config = job.configuration(_names(teachers))
         return config is None or config.hash not in (here if job.teaches else records)
 
-    for sitting in sittings([job for job in mine if is_left(job)], arguments.abreast):
-        if None in (job.configuration(_names(teachers)) for job in sitting):
+    for group in together([job for job in mine if is_left(job)], arguments.abreast):
+        if None in (job.configuration(_names(teachers)) for job in group):
             teachers |= look_for_teachers(tables, given, arguments.workdir, teachers)
         ready = []
-        for job in filter(is_left, sitting):
+        for job in filter(is_left, group):
             if job.configuration(_names(teachers)) is not None:
                 ready.append(job)
             else:
@@ -240,15 +240,15 @@ def run(
 
 
 def train(
-    sitting: Sequence[Job],
+    group: Sequence[Job],
     teachers: Mapping[str, Network],
     arguments: argparse.Namespace,
     reporter: Reporter,
 ) -> None:
     """Trains the students of jobs that have their lesson in common, in one program."""
-    run = sitting[0].run
+    run = group[0].run
     data, test = (read(run.dataset, split, arguments.data_dir) for split in ("train", "test"))
-    first, *others = (_keywords(job, teachers, data.num_classes) for job in sitting)
+    first, *others = (_keywords(job, teachers, data.num_classes) for job in group)
     distill(
         teacher=teachers[run.teacher] if run.teacher is not None else None,
         data=data,

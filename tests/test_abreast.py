@@ -201,7 +201,7 @@ def _steps(stops, ends=None):
     return seen
 
 
-def _drive(runs, signals=()):
+def _drive(runs, signals=(), goes_on=True):
     """(what the runs return or None, the error or None, who was dispatched with whom)."""
     made, stop, done, error = [], SimpleNamespace(signal=0), None, None
 
@@ -212,7 +212,7 @@ def _drive(runs, signals=()):
         return [(f"{each.state} made", (len(made), place)) for place, each in enumerate(dispatches)]
 
     try:
-        done = drive(runs, make, stop)
+        done = drive(runs, make, stop, goes_on)
     except (Exception, Interrupted) as raised:
         error = raised
     return done, error, made
@@ -231,6 +231,9 @@ def test_one_that_fails_leaves_the_others_alone():
     done, error, made = _drive({"a": failing, "b": _steps([(0, 1), (1, 1), (2, 1)])})
     assert done is None and str(error) == "no number"
     assert made == [(0, 1, 2), (1, 1, 2), (2, 1, 1)]
+    failing = _steps([(0, 1)], NonFiniteError("no number"))
+    _, error, made = _drive({"a": failing, "b": _steps([(0, 1), (1, 1)])}, goes_on=False)
+    assert str(error) == "no number" and made == [(0, 1, 2)]
 
 
 def test_a_signal_after_a_failure_is_told():

@@ -170,6 +170,8 @@ def test_every_table_can_be_forecast(command):
         (("1", "--scale", "smal"), "unknown scale 'smal'; did you mean small?"),
         (("1", "--rows", "kdd"), "unknown row of table 1 'kdd'; did you mean kd?"),
         (("1", "--methods", "l2"), "unknown method of table 1 'l2'"),
+        (("1", "--dry-run", "--steps", "2"), "give --dry-run or --steps, not both"),
+        (("1", "--dry-run", "--abreast", "2"), "are of runs alone: leave --abreast out"),
         (("1", "--abreast", "0"), "--abreast must be at least 1, not 0"),
         (("1", "--columns", ","), "',' names nothing"),
         (("1", "--only", "3/2"), "'3/2' is not K/N with 1 <= K <= N"),

@@ -11,7 +11,7 @@ from abflax.config import RunConfig
 from experiments import archive, figures, plots
 from experiments.cells import best, fill, identities, markdown, missing, order
 from experiments.layout import Axis, Point, agreement, silent
-from experiments.plan import jobs, rates, share, sittings
+from experiments.plan import jobs, rates, share, together
 from experiments.statistics import beyond_error_bars
 from experiments.tables import EVERY_METHOD, TABLES
 from tests.tiny_tables import GRID, TABLE, record, run_of
@@ -218,10 +218,10 @@ def test_every_run_is_in_exactly_one_share(count):
 
 
 @pytest.mark.parametrize("scale", ["small", "paper"])
-def test_those_who_sit_together_have_their_lesson_in_common(scale):
+def test_runs_abreast_have_their_lesson_in_common(scale):
     plan = jobs([each for each in TABLES[scale].values() if each.teacher_run], range(2))
-    assert sittings(plan, 1) == tuple((job,) for job in plan)
-    found = sittings(plan, 4)
+    assert together(plan, 1) == tuple((job,) for job in plan)
+    found = together(plan, 4)
     assert sorted(map(repr, itertools.chain(*found))) == sorted(map(repr, plan))
     assert max(map(len, found)) == 4 and all(len({*map(_lesson, each)}) == 1 for each in found)
     methods = {frozenset(job.run.method for job in each) for each in found}

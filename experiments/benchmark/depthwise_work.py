@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from fractions import Fraction
 from typing import Any
 from unittest import mock
 
@@ -13,8 +12,8 @@ import numpy as np
 from abflax.methods import METHODS
 from abflax.models import MODELS, layers
 from abflax.models.depthwise import depthwise
-from abflax.optim import Span
 from abflax.step import begin_phase, bind, init_variables, train_step
+from experiments.benchmark.jax_work import SPAN
 from experiments.benchmark.timing import Work, compiled, count_flops
 
 BATCH, SHAPE = 8, (112, 112, 3)
@@ -46,7 +45,7 @@ def _train(name: str) -> Work:
 
     def optimiser(params: Any) -> Any:
         trained = jax.tree.map(lambda _: True, {"student": params, "connectors": {}})
-        return phase.optimiser.transformation(Span(0, 10**6, 0, 10, 20, Fraction(10**5)), trained)
+        return phase.optimiser.transformation(SPAN, trained)
 
     def step(state: Any, images: jax.Array) -> Any:
         transformation = optimiser(state.params["student"])

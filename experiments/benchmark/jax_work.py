@@ -122,11 +122,12 @@ class Bench:
             jax.block_until_ready(metrics)
 
         flops = self._step_flops(phase, kept) if students == 1 else None
-        return Work(once, steps * self.batch, steps, flops, held, seconds)
+        return Work(once, steps * self.batch, steps, flops, held, seconds, len(self.devices))
 
     def vmapped(self, phase: Phase, students: int) -> Work:
-        """A step of several students as `train` makes it on one device, but batched by `jax.vmap`
+        """Steps of several students as `train` makes them on one device, but batched by `jax.vmap`
         instead of written out one after the other."""
+        steps = parallel.default_steps_per_dispatch(self.devices)
         objective, optimiser, state = self._on_one_device(phase)
         states = jax.tree.map(lambda leaf: jnp.stack([leaf] * students), state)
         index = jnp.arange(self.batch, dtype=jnp.int32)
@@ -135,7 +136,7 @@ class Bench:
             jnp.zeros_like(index),
         )  # fmt: skip
 
-        def step(states: Any, teacher: Any, data: Any, key: Any, chosen: Any, epochs: Any) -> Any:
+        def one(states: Any, teacher: Any, data: Any, key: Any, chosen: Any, epochs: Any) -> Any:
             images = augment(data["images"][chosen], chosen, epochs, key, PREPROCESSING)
             images, labels = normalise(images, PREPROCESSING), data["labels"][chosen]
             params, stats = teacher["params"], teacher["batch_stats"]
@@ -143,21 +144,25 @@ class Bench:
             return jax.vmap(
                 lambda state: train_step(
                     objective, optimiser, state, params, images, labels, asked=asked
-                )
+                )[0]
             )(states)
 
-        run, seconds, held = compiled(jax.jit(step, donate_argnums=0), states, *fixed)
+        def many(states: Any, *fixed: Any) -> Any:
+            if steps == 1:  # no loop: see `parallel.default_steps_per_dispatch`
+                return one(states, *fixed)
+            return jax.lax.fori_loop(0, steps, lambda _, states: one(states, *fixed), states)
+
+        run, seconds, held = compiled(jax.jit(many, donate_argnums=0), states, *fixed)
 
         def once() -> None:
             nonlocal states
-            states, metrics = run(states, *fixed)
-            jax.block_until_ready(metrics)
+            states = jax.block_until_ready(run(states, *fixed))
 
-        return Work(once, self.batch, 1, None, held, seconds)
+        return Work(once, steps * self.batch, steps, None, held, seconds)
 
     def ask(self) -> Work:
         """The teacher's pass alone: taps and logits of a batch."""
-        model = MODELS[self.teacher]()
+        model = prepared(MODELS[self.teacher](), self.precision, None)
         function = lambda variables, images: _seen(run_model(model, variables, images, train=False))  # noqa: E731
         arguments = (self.teacher_variables, self._images())
         return self._jitted(function, *arguments)
@@ -176,15 +181,15 @@ class Bench:
         )  # fmt: skip
         run, seconds, held = compiled(program.evaluate, *arguments)
         return Work(
-            lambda: jax.block_until_ready(run(*arguments)), index.size, 1, None, held, seconds
-        )
+            lambda: jax.block_until_ready(run(*arguments)), index.size, 1, None, held, seconds,
+            len(self.devices),
+        )  # fmt: skip
 
     def parts(self) -> dict[str, Work]:
         """Where a step of the first phase goes: each part holds the ones before it."""
-        objective = bind(MODELS[self.student](), MODELS[self.teacher](), self.phases[0], SHAPE)
+        objective, _, state = self._on_one_device(self.phases[0])
         variables, images = self.teacher_variables, self._images()
         labels = jnp.zeros(self.batch, jnp.int32)
-        state = self._state(self.program(self.phases[0]))
         targets = jax.jit(
             lambda v, x: make_targets(objective, v["params"], v["batch_stats"], x)[0]
         )(variables, images)

@@ -12,7 +12,8 @@ Found = dict[str, Any]
 
 _TITLES = {
     "steps": "What a run is made of",
-    "parts": "Where an initialise step goes (each line holds the work of those it names)",
+    "parts": "Where an initialise step goes: the teacher, then the student's parts on its targets, "
+    "each with those before it, then all of it with augmentation and optimiser",
     "methods": "One step of every method, each phase in turn with a step of cross-entropy",
     "seeds": "Initialise steps of several students in one program, in turn with that of one",
     "epochs": "A run of one initialise epoch, its compilation included; measured once",
@@ -30,9 +31,10 @@ def page(all_found: Sequence[Found]) -> str:
     parts = [
         "# Benchmark\n",
         "Rebuilt by `python -m experiments.bench --publish`: the engine's own programs on made-up "
-        "images, protocol `paper`. Milliseconds are medians (and the range); a ratio is the median "
-        "over pairs that ran in turn, above 1 where this code is faster. FLOP: a multiply-add is "
-        "two, counted by XLA on the program as written.\n",
+        "images, protocol `paper` unless a section says otherwise. Milliseconds are medians (and "
+        "the range); a ratio is the median over pairs that ran in turn, above 1 where this code is "
+        "faster. Steps here crop, flip and normalise their images; PyTorch's lie there normalised. "
+        "FLOP: a multiply-add is two, counted by XLA on the program as written.\n",
     ]
     for found in all_found:
         setting, made = found["setting"], found["environment"]
@@ -43,7 +45,7 @@ def page(all_found: Sequence[Found]) -> str:
             f"{made['devices']} × {made['device']}; Python {made['python']}, {versions}; PyTorch "
             f"{made['torch'] or 'not there'}; commit {str(made['commit'])[:12]}; "
             f"{setting['repetitions']} repetitions. A large matrix product reaches "
-            f"{found['peak_flops'] / 1e9:,.0f} GFLOP/s.\n"
+            f"{found['peak_flops'] / 1e9:,.0f} GFLOP/s a device.\n"
         )
         parts += [section(name, found) for name in found["sections"]]
     return "\n".join(parts)
@@ -93,7 +95,8 @@ def _text(key: str) -> Callable[[dict[str, Any], Found], str]:
 def _share(row: dict[str, Any], found: Found) -> str:
     if row.get("flops_per_second") is None:
         return "–"
-    return f"{100 * row['flops_per_second'] / found['peak_flops']:.0f}"
+    peak = found["peak_flops"] * row.get("devices", 1)
+    return f"{100 * row['flops_per_second'] / peak:.0f}"
 
 
 _COLUMNS: Mapping[str, tuple[str, Callable[[dict[str, Any], Found], str]]] = {
@@ -101,9 +104,9 @@ _COLUMNS: Mapping[str, tuple[str, Callable[[dict[str, Any], Found], str]]] = {
     "PyTorch, ms": ("torch_seconds", _milliseconds("torch_seconds")),
     "ratio": ("ratio", _number("ratio", 1, 2)),
     "lax.conv, ms": ("convolved_seconds", _milliseconds("convolved_seconds")),
-    "× lax.conv": ("times_convolved", _number("times_convolved", 1, 1)),
-    "× cross-entropy": ("times_cross_entropy", _number("times_cross_entropy", 1, 2)),
-    "× one student": ("times_one", _number("times_one", 1, 2)),
+    "times as fast": ("times_convolved", _number("times_convolved", 1, 1)),
+    "time, × cross-entropy": ("times_cross_entropy", _number("times_cross_entropy", 1, 2)),
+    "time, × one student": ("times_one", _number("times_one", 1, 2)),
     "of it, each": ("share_each", _number("share_each", 1, 2)),
     "s": ("epoch_seconds", _number("epoch_seconds", 1, 1)),
     "test error %": ("test_error", _text("test_error")),

@@ -40,7 +40,7 @@ def epochs(bench: Bench, repetitions: int) -> Rows:
         rows.append({"name": f"{count:,} images", "epoch_seconds": result.record["seconds"]})
     slope, intercept, away = line(IMAGES, [row["epoch_seconds"] for row in rows])
     rows.append({
-        "name": f"a line: {1000 * slope:.2f} s per 1,000 images and {intercept:.0f} s to compile; "
+        "name": f"a line: {1000 * slope:.2f} s per 1,000 images and {intercept:.0f} s besides; "
         f"at most {away:.0%} away from it"
     })  # fmt: skip
     return rows
@@ -72,31 +72,29 @@ def precision(bench: Bench, repetitions: int) -> Rows:
     del bench, repetitions
     from experiments import quickstart
 
-    train, test = load("digits", "train"), load("digits", "test")
-    common: dict[str, Any] = {"test": test, "protocol": "official"}
-    taught = distill(
-        MODELS[quickstart.TEACHER](), None, train, method="cross-entropy",
-        epochs=(0, quickstart.TEACHER_EPOCHS), batch_size=64, evaluate_every=4,
-        seeds=quickstart.TEACHER_SEED, **common,
-    )  # fmt: skip
+    train = load("digits", "train")
+    common: dict[str, Any] = {"test": load("digits", "test"), "protocol": "official"}
+    taught = quickstart.teach(train, **common)
     teacher = Network(MODELS[quickstart.TEACHER](), taught.variables)
     rows: Rows = []
+    errors = {}
     for name in PRECISIONS:
         results = [
-            distill(
-                MODELS[quickstart.STUDENT](), teacher, train, method="activation-boundary",
-                epochs=quickstart.EPOCHS, batch_size=32, fraction=quickstart.FRACTION,
-                evaluate_every=sum(quickstart.EPOCHS), precision=name, seeds=seed,
-                **quickstart.OPTIONS["activation-boundary"], **common,
+            quickstart.learn(
+                "activation-boundary", teacher, train, precision=name, seeds=seed,
+                evaluate_every=sum(quickstart.EPOCHS), **common,
             ).record["result"]
             for seed in range(SEEDS)
         ]  # fmt: skip
+        errors[name] = [each["test_error"] for each in results]
         agreement = [statistics.mean(each["agreement"].values()) for each in results]
         rows.append({
             "name": name,
-            "test_error": mean_and_std([each["test_error"] for each in results]),
+            "test_error": mean_and_std(errors[name]),
             "agreement": mean_and_std(agreement, 1),
         })  # fmt: skip
+    differences = [half - full for full, half in zip(*errors.values(), strict=True)]
+    rows.append({"name": "difference, seed by seed", "test_error": mean_and_std(differences)})
     return rows
 
 

@@ -20,6 +20,7 @@ class Work:
       run: does it once, and returns when it is done.
       images: how many images that is.
       steps: how many steps.
+      devices: how many share it.
       flops: floating-point operations of one step, as XLA counts them before it optimises; a
         multiply-add is two.
       bytes: arguments, results and temporaries of the compiled program, which is the most it
@@ -33,6 +34,7 @@ class Work:
     flops: float | None = None
     bytes: int | None = None
     compile_seconds: float | None = None
+    devices: int = 1
 
 
 def alternate(works: Mapping[str, Callable[[], None]], repetitions: int) -> dict[str, list[float]]:
@@ -57,6 +59,7 @@ def median_ratio(ours: list[float], theirs: list[float]) -> float:
 
 def compiled(function: Any, *arguments: Any) -> tuple[Any, float, int]:
     """A jitted or pmapped function compiled for its arguments, in how many seconds, its bytes."""
+    jax.clear_caches()  # what was compiled before would be found there, in no time
     began = time.perf_counter()
     program = function.lower(*arguments).compile()
     seconds = time.perf_counter() - began

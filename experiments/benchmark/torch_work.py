@@ -73,15 +73,18 @@ def network(name: str) -> WideResNet:
     return WideResNet(int(depth), int(width))
 
 
-def work(teacher_name: str, student_name: str, batch: int) -> dict[str, Callable[[], None]]:
-    """name of a piece of work -> what does it once."""
+def work(
+    teacher_name: str, student_name: str, batch: int, held_out: int
+) -> dict[str, Callable[[], None]]:
+    """name of a piece of work -> what does it once: a step, or evaluation on `held_out` images."""
     torch.manual_seed(0)
     teacher, student = network(teacher_name).eval(), network(student_name)
     connectors = nn.ModuleList(
         nn.Sequential(nn.Conv2d(ours, theirs, 1, bias=False), nn.BatchNorm2d(theirs))
         for ours, theirs in zip(student.widths, teacher.widths, strict=True)
     )
-    images, labels = torch.randn(batch, 3, 32, 32), torch.randint(10, (batch,))
+    images = torch.randn(batch, 3, 32, 32)
+    unseen, classes = torch.randn(held_out, 3, 32, 32), torch.randint(10, (held_out,))
     with torch.no_grad():
         kept = [tap > 0 for tap in teacher(images)[1]]
 
@@ -116,7 +119,10 @@ def work(teacher_name: str, student_name: str, batch: int) -> dict[str, Callable
     def evaluate() -> None:
         student.eval()
         with torch.no_grad():
-            (student(images)[0].argmax(dim=1) != labels).sum().item()
+            for images, labels in zip(unseen.split(250), classes.split(250), strict=True):
+                logits = student(images)[0]
+                (logits.argmax(dim=1) != labels).sum().item()
+                F.cross_entropy(logits, labels, reduction="sum").item()
 
     return {
         "teacher": lambda: ask() and None,
