@@ -33,6 +33,9 @@ from abflax.settings import described, is_of
 from abflax.taps import Model
 from abflax.weights import save_variables
 
+_Member = tuple[RunConfig, Model | Network]
+"""A run's configuration, and its student."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Result:
@@ -171,38 +174,50 @@ def distill(
         config.hash: None if workdir is None else Path(workdir) / "runs" / config.hash
         for config, _ in members
     }
+    asked = [config for config, _ in members]
     with together(), jax.enable_x64(precision == "float64"), StopRequest() as stop:
-        asked = [config for config, _ in members]
         require_same("what it was asked for", repr((asked, resources, force, workdir is None)))
         results: dict[str, Result] = {}
         for name, directory in directories.items():
             if directory is not None and not force and (done := _finished(directory)):
                 reporter.finished(f"{name} is finished already: {directory}")
                 results[name] = Result(done, None, directory)
-        left = {each.hash: (each, its) for each, its in members if each.hash not in results}
-        for each, its in left.values():
-            require_compatible(each, its, teacher, data, test)
+        left = [(config, its) for config, its in members if config.hash not in results]
+        for config, its in left:
+            require_compatible(config, its, teacher, data, test)
         if left:
             classroom = Classroom(asked[0], teacher, data, test, resources, len(left))
-            with contextlib.closing(classroom):
-                runs = [Run(each, its, classroom, Silent()) for each, its in left.values()]
-                max(runs, key=lambda run: run.steps).reporter = reporter
-                left_to_do = {
-                    run.config.hash: _to_its_end(run, directories[run.config.hash], force, reporter)
-                    for run in runs
-                }
-                kept = workdir is not None  # what the others make is not lost
-                results |= drive(left_to_do, classroom.make, stop, kept)
+            results |= _teach(classroom, left, directories, force, reporter, stop)
         late = highest(stop.signal)
     if left and late:  # it came too late to stop this run
-        raise Interrupted(f"{', '.join(left)}: finished", late)
-    own_result, *others = (results[name] for name in directories)
-    return dataclasses.replace(own_result, abreast=tuple(others))
+        raise Interrupted(f"{', '.join(config.hash for config, _ in left)}: finished", late)
+    first, *others = (results[name] for name in directories)
+    return dataclasses.replace(first, abreast=tuple(others))
+
+
+def _teach(
+    classroom: Classroom,
+    members: Sequence[_Member],
+    directories: Mapping[str, Path | None],
+    force: bool,
+    reporter: Reporter,
+    stop: StopRequest,
+) -> dict[str, Result]:
+    """Takes runs of one classroom to their ends, and closes it."""
+    with contextlib.closing(classroom):
+        runs = [Run(config, student, classroom, Silent()) for config, student in members]
+        max(runs, key=lambda run: run.steps).reporter = reporter
+        steps = {
+            run.config.hash: _to_its_end(run, directories[run.config.hash], force, reporter)
+            for run in runs
+        }
+        goes_on = None not in directories.values()  # else what the others make would be lost
+        return drive(steps, classroom.make, stop, goes_on)
 
 
 def _member(
     common: Mapping[str, Any], own: Mapping[str, Any], changed: Mapping[str, Any]
-) -> tuple[RunConfig, Model | Network]:
+) -> _Member:
     """A run's configuration and student, of `distill`'s own keywords and those that it changes."""
     settings = {**own, **changed}
     student, seeds = settings.pop("student"), settings.pop("seeds")
