@@ -21,7 +21,8 @@ class Dispatch:
     """What a run wants done next.
 
     Attributes:
-      step, count: of the run, the first that is to be made, and how many.
+      step, count: of the run, the first that is to be made, and how many; 0: none, but the student
+        is to be measured on held-out data.
       program: of their phase.
       state: before them.
       kept: the phase's targets, where they are kept.
@@ -35,11 +36,12 @@ class Dispatch:
 
 
 Made = tuple[TrainState, dict[str, Any]]
-"""The state after a dispatch, and its metrics, `[steps]` each."""
+"""The state after a dispatch, and its metrics, `[steps]` each, or what was measured."""
 
 Steps = Generator[Dispatch, Made, _T]
 """A run: it yields dispatches, is sent what they made, and returns what it has made of them all. It
-is thrown `Interrupted` instead where it shall stop; it saves itself then, and raises that."""
+is thrown `Interrupted` instead of steps where it shall stop; it saves itself then, and raises that.
+"""
 
 
 def drive(
@@ -76,10 +78,11 @@ def drive(
                 raise error
         while waiting and (goes_on or not errors):
             if signal := highest(stop.signal):
-                for name in [*waiting]:
+                for name in [name for name, each in waiting.items() if each.count]:
                     del waiting[name]
                     resume(name, runs[name].throw, Interrupted("stopped", signal))
-                break
+                if not waiting:
+                    break
             wanted = min((each.step, each.count) for each in waiting.values())
             here = [
                 name

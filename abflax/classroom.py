@@ -46,12 +46,12 @@ class Classroom:
         self.devices = parallel.usable_devices(resources.devices)
         self.environment, self.students = environment(self.devices), students
         self.preprocessing = dataclasses.replace(data.preprocessing, views=config.views)
-        self.data, self.test = subset(data, config.fraction, config.seeds.subset), test
+        self.data = subset(data, config.fraction, config.seeds.subset)
         if config.per_class is not None:
             self.data = shots(self.data, config.per_class, config.seeds.subset)
-        self.sent = (isinstance(data, Photographs), isinstance(test, Photographs))
+        self.sent = isinstance(data, Photographs)
         self.per_dispatch = resources.steps_per_dispatch or parallel.default_steps_per_dispatch(
-            self.devices, self.sent[0]
+            self.devices, self.sent
         )
         self.teacher: Model | None = None
         self.teacher_params: Any = {}
@@ -81,17 +81,29 @@ class Classroom:
                 each.close()
 
     def make(self, dispatches: Sequence[Dispatch]) -> tuple[Made, ...]:
-        """The same steps of several students: all dispatches have one `step` and one `count`."""
+        """The same steps of several students, or their evaluation: all dispatches have one `step`
+        and one `count`."""
         step, count = dispatches[0].step, dispatches[0].count
+        programs = tuple(each.program for each in dispatches)
+        if not count:
+            return self._evaluate(programs, tuple(each.state for each in dispatches))
         train = parallel.compile_steps(
-            tuple(each.program for each in dispatches), self.preprocessing, self.devices,
-            self.per_dispatch, self.sent[0],
-        )  # fmt: skip
+            programs, self.preprocessing, self.devices, self.per_dispatch, self.sent
+        )
         data, *order = self.feed(step, count)
         kept = tuple(each.kept for each in dispatches) if self.resources.keep_targets else None
         states = tuple(each.state for each in dispatches)
         made = train(states, self.teacher_params, data, self.key, *order, count, kept)
         return tuple(zip(*made, strict=True))
+
+    def _evaluate(
+        self, programs: tuple[parallel.Program, ...], states: tuple[TrainState, ...]
+    ) -> tuple[Made, ...]:
+        measured: Sequence[dict[str, Any]] = [{}] * len(states)
+        if self.evaluation is not None:
+            students = tuple((state.params, state.batch_stats) for state in states)
+            measured = self.evaluation(programs, students, self.teacher_params)
+        return tuple(zip(states, measured, strict=True))
 
     def look(self, program: parallel.Program, state: TrainState, step: int) -> dict[str, Any]:
         """What is not finite in a student's next step; see `abflax.diagnosis.look`."""

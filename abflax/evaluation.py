@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+from collections.abc import Sequence
 from fractions import Fraction
 from typing import Any
 
@@ -37,7 +39,7 @@ def evaluate(
     (phase,) = METHODS["cross-entropy"]()
     program = parallel.compile_phase(
         model, None, phase, Span(0, 1, 0, 1, 1, Fraction(1)), test.preprocessing,
-        test.image_shape, used, jnp.result_type(float), False, isinstance(test, Photographs),
+        test.image_shape, used, jnp.result_type(float),
     )  # fmt: skip
     params = {"student": network.variables["params"], "connectors": {}}
     stats = {
@@ -45,13 +47,14 @@ def evaluate(
         "connectors": {},
         "teacher": {},
     }
-    params, stats = parallel.replicate((params, stats), used)
+    student = parallel.replicate((params, stats), used)
     with together(), contextlib.closing(Evaluation(test, used)) as evaluation:
-        return evaluation(program, params, stats, {})
+        (found,) = evaluation((program,), (student,), {})
+    return found
 
 
 class Evaluation:
-    """Held-out data, and the dispatches that measure a student on it: one, if it is all there."""
+    """Held-out data, and the dispatches that measure students on it: one, if it is all there."""
 
     def __init__(
         self,
@@ -61,33 +64,45 @@ class Evaluation:
     ) -> None:
         self._held_out = HeldOut(test, devices, workers)
         self.close = self._held_out.close
+        self._compile = functools.partial(
+            parallel.compile_evaluation, preprocessing=test.preprocessing, devices=devices,
+            sent=isinstance(test, Photographs),
+        )  # fmt: skip
 
     def __call__(
-        self, program: parallel.Program, params: Any, batch_stats: Any, teacher_params: Any
-    ) -> dict[str, Any]:
-        sums: list[dict[str, Any]] = []
-        fired: dict[str, np.ndarray] = {}
+        self,
+        programs: tuple[parallel.Program, ...],
+        students: tuple[tuple[Any, Any], ...],
+        teacher_params: Any,
+    ) -> tuple[dict[str, Any], ...]:
+        """What `evaluate` returns, and agreement with the teacher, of each student.
 
-        def fetch(part: dict[str, Any]) -> None:
-            for layer, neurons in part.pop("fired").items():
-                fired[layer] = fired.get(layer, False) | np.asarray(neurons)
-            sums.append(jax.tree.map(np.asarray, part))
-
-        waiting: list[dict[str, Any]] = []
+        Args:
+          programs: of each, compiled for these devices.
+          students: (params, batch_stats) of each one's state; they have one teacher.
+        """
+        measure = self._compile(programs)
+        parts: list[tuple[dict[str, Any], ...]] = []
+        waiting: list[tuple[dict[str, Any], ...]] = []
         for given in self._held_out:
-            waiting.append(program.evaluate(params, batch_stats, teacher_params, *given))
+            waiting.append(measure(students, teacher_params, *given))
             if len(waiting) == 2:  # no more dispatches, with their images, are under way
-                fetch(waiting.pop(0))
-        fetch(waiting.pop())
-        total = jax.tree.map(
-            lambda *parts: float(np.concatenate(parts, dtype=np.float64).sum()), *sums
-        )
-        examples = total["examples"]
-        return {
-            "test_error": total["errors"] / examples,
-            "errors": int(total["errors"]),
-            "examples": int(examples),
-            "test_cross_entropy": total["cross_entropy"] / examples,
-            "agreement": {k: v / examples for k, v in total["agreement"].items()},
-            "silent": {layer: 1 - float(neurons.mean()) for layer, neurons in fired.items()},
-        }
+                parts.append(jax.tree.map(np.asarray, waiting.pop(0)))
+        parts.append(jax.tree.map(np.asarray, waiting.pop()))
+        return tuple(_summed(each) for each in zip(*parts, strict=True))
+
+
+def _summed(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """One student's, over all dispatches."""
+    fired = [part.pop("fired") for part in parts]
+    neurons = jax.tree.map(lambda *each: np.logical_or.reduce(each), *fired)
+    total = jax.tree.map(lambda *each: float(np.concatenate(each, dtype=np.float64).sum()), *parts)
+    examples = total["examples"]
+    return {
+        "test_error": total["errors"] / examples,
+        "errors": int(total["errors"]),
+        "examples": int(examples),
+        "test_cross_entropy": total["cross_entropy"] / examples,
+        "agreement": {k: v / examples for k, v in total["agreement"].items()},
+        "silent": {layer: 1 - float(each.mean()) for layer, each in neurons.items()},
+    }

@@ -32,6 +32,7 @@ from abflax.step import (
     init_variables,
     make_all_targets,
     make_targets,
+    see_teacher,
     train_step,
 )
 from abflax.taps import Model
@@ -45,7 +46,8 @@ _DROPOUT = 1  # which of an example's keys; the augmentation has the one before 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Program:
-    """The compiled functions of one phase on some devices; `compile_steps` makes its steps.
+    """The compiled functions of one phase on some devices; `compile_steps` makes its steps, and
+    `compile_evaluation` measures it.
 
     Attributes:
       objective, optimiser: what a step is made of.
@@ -54,9 +56,6 @@ class Program:
       targets: (teacher params, teacher statistics, data, examples, views) -> the targets of
         those views of those examples, booleans packed into bytes; all `[devices, share, ...]`.
         Each process computes its own, on its own devices.
-      evaluate: (params, batch_stats, teacher params, data, examples, mask) -> sums, `[batches]`
-        each, and "fired": layer -> whether each neuron fired on one of the examples; `examples`
-        and `mask` are `[devices, batches, share]`.
       look: (state, teacher params, data, key, examples, epochs) -> what is not finite in the first
         step (see `abflax.diagnosis.look`); compiled where it is first called.
       schedule: the phase's own step -> learning rate.
@@ -67,7 +66,6 @@ class Program:
     init: Callable[[jax.Array], Any]
     begin: Callable[..., TrainState]
     targets: jax.stages.Wrapped
-    evaluate: Callable[..., dict[str, Any]]
     look: Callable[..., dict[str, Any]]
     schedule: Callable[[int], Any]
 
@@ -132,14 +130,12 @@ def compile_phase(
     devices: tuple[jax.Device, ...],
     dtype: np.dtype,
     sent: bool = False,
-    sent_to_evaluate: bool = False,
 ) -> Program:
     """The functions of a phase; the same ones for the same arguments, so seeds share them.
 
     Args:
       dtype: `jnp.result_type(float)`, which tracing depends on.
-      sent, sent_to_evaluate: whether the images of a dispatch are sent along with it, in training
-        and in evaluation; else all lie on the devices.
+      sent: whether the images of a dispatch are sent along with it; else all lie on the devices.
 
     Raises:
       ValueError: if the phase cannot compare the two networks (see `abflax.step.bind`).
@@ -153,10 +149,6 @@ def compile_phase(
     def begin(variables: Any, teacher_stats: Any, key: jax.Array) -> TrainState:
         return begin_phase(objective, transformation, variables, teacher_stats, key, image_shape)
 
-    evaluate = functools.partial(_evaluate, objective, preprocessing)
-    mapped = functools.partial(jax.pmap, axis_name=AXIS, out_axes=None, devices=devices)
-    data = {"images": 0 if sent else None, "labels": None}
-    held_out = {"images": 0 if sent_to_evaluate else None, "labels": None}
     return Program(
         objective=objective,
         optimiser=transformation,
@@ -168,10 +160,12 @@ def compile_phase(
             in_axes=(None, None, None, 0, 0),
             devices=own(devices),
         ),
-        evaluate=mapped(evaluate, in_axes=(None, None, None, held_out, 0, 0)),
-        look=mapped(
+        look=jax.pmap(
             functools.partial(_look, objective, preprocessing),
-            in_axes=(None, None, data, None, 0, 0),
+            axis_name=AXIS,
+            in_axes=(None, None, _axes(sent), None, 0, 0),
+            out_axes=None,
+            devices=devices,
         ),
         schedule=optimiser.schedule(span),
     )
@@ -198,15 +192,42 @@ def compile_steps(
       share]`, of which the first `count` steps are made; `kept`: None, or the targets of all views
       for each student; the metrics are `[steps]`. The states are donated.
     """
-    data = {"images": 0 if sent else None, "labels": None}
     return jax.pmap(
         functools.partial(_train_many, programs, preprocessing, steps_per_dispatch),
         axis_name=AXIS,
-        in_axes=(None, None, data, None, 0, 0, None, None),
+        in_axes=(None, None, _axes(sent), None, 0, 0, None, None),
         out_axes=None,
         devices=devices,
         donate_argnums=(0,),
     )
+
+
+@functools.lru_cache(maxsize=64)
+def compile_evaluation(
+    programs: tuple[Program, ...],
+    preprocessing: Preprocessing,
+    devices: tuple[jax.Device, ...],
+    sent: bool = False,
+) -> Callable[..., tuple[dict[str, Any], ...]]:
+    """What measures students on held-out data, as `compile_steps` trains them.
+
+    Returns:
+      (students, teacher params, data, examples, mask) -> of each student sums, `[batches]` each,
+      and "fired": layer -> whether each neuron fired on one of the examples; a student is its
+      state's (params, batch_stats), and `examples` and `mask` are `[devices, batches, share]`.
+    """
+    return jax.pmap(
+        functools.partial(_evaluate, programs, preprocessing),
+        axis_name=AXIS,
+        in_axes=(None, None, _axes(sent), 0, 0),
+        out_axes=None,
+        devices=devices,
+    )
+
+
+def _axes(sent: bool) -> dict[str, int | None]:
+    """Of the data: images that are sent along are split over the devices."""
+    return {"images": 0 if sent else None, "labels": None}
 
 
 def _train_many(
@@ -339,31 +360,39 @@ def _look(
 
 
 def _evaluate(
-    objective: Objective,
+    programs: tuple[Program, ...],
     preprocessing: Preprocessing,
-    params: Any,
-    batch_stats: Any,
+    students: tuple[tuple[Any, Any], ...],
     teacher_params: Any,
     data: dict[str, jax.Array],
     examples: jax.Array,
     mask: jax.Array,
-) -> dict[str, Any]:
+) -> tuple[dict[str, Any], ...]:
     """The evaluation step over all batches in one dispatch."""
+    objectives = tuple(program.objective for program in programs)
+    teacher_stats = students[0][1]["teacher"]  # the same beside all of them
 
-    def step(batch: tuple[Any, jax.Array, jax.Array]) -> dict[str, Any]:
+    def step(batch: tuple[Any, jax.Array, jax.Array]) -> tuple[dict[str, Any], ...]:
         index, chosen, valid = batch
         images = normalise(_images(data, index, chosen), preprocessing)
         labels = data["labels"][chosen]
-        return eval_step(objective, params, batch_stats, teacher_params, images, labels, valid)
+        teacher = see_teacher(objectives, teacher_params, teacher_stats, images)
+        return tuple(
+            eval_step(objective, params, stats, teacher, images, labels, valid)
+            for objective, (params, stats) in zip(objectives, students, strict=True)
+        )
 
-    def one(fired: dict[str, jax.Array], batch: Any) -> tuple[dict[str, jax.Array], Any]:
+    def one(fired: Any, batch: Any) -> tuple[Any, Any]:
         sums = step(batch)
-        fired = jax.tree.map(jnp.logical_or, fired, sums.pop("fired"))
+        fired = jax.tree.map(jnp.logical_or, fired, tuple(each.pop("fired") for each in sums))
         return fired, jax.lax.psum(sums, AXIS)
 
     batches = (jnp.arange(len(mask)), examples, mask)
-    shapes = jax.eval_shape(step, jax.tree.map(lambda leaf: leaf[0], batches))["fired"]
-    never = {layer: jnp.zeros(shape.shape, bool) for layer, shape in shapes.items()}
+    shapes = jax.eval_shape(step, jax.tree.map(lambda leaf: leaf[0], batches))
+    never = jax.tree.map(
+        lambda shape: jnp.zeros(shape.shape, bool), tuple(each["fired"] for each in shapes)
+    )
     fired, sums = jax.lax.scan(one, never, batches)
     fired = jax.lax.pmax(jax.tree.map(lambda leaf: leaf.astype(jnp.int32), fired), AXIS)
-    return sums | {"fired": jax.tree.map(lambda leaf: leaf > 0, fired)}
+    fired = jax.tree.map(lambda leaf: leaf > 0, fired)
+    return tuple(each | {"fired": its} for each, its in zip(sums, fired, strict=True))

@@ -143,7 +143,8 @@ class Run:
             if processes.highest(late) or journal.step == target:
                 self._collect(journal, waiting, keep=0)
                 if journal.step == target:
-                    self._evaluate(journal, state)
+                    _, measured = yield Dispatch(journal.step, 0, program, state)
+                    self._evaluated(journal, state, measured)
                 began = journal.clock(phase.name, began)
                 saved = time.perf_counter()
                 self._save(journal, state)
@@ -216,8 +217,12 @@ class Run:
             )
         return where
 
-    def _evaluate(self, journal: Journal, state: TrainState) -> None:
-        """Appends an entry to the history."""
+    def _evaluated(self, journal: Journal, state: TrainState, measured: dict[str, Any]) -> None:
+        """Appends an entry to the history.
+
+        Args:
+          measured: on held-out data; empty without any.
+        """
         span, phase = self.spans[journal.phase], self.phases[journal.phase]
         program = self.programs[journal.phase]
         in_phase = self.stops[journal.step] - span.epochs_before
@@ -229,11 +234,7 @@ class Run:
             "learning_rate": float(program.schedule(journal.step - span.start - 1)),
             **journal.means(),
         }
-        room = self.classroom
-        if room.evaluation is not None:
-            measured = room.evaluation(
-                program, state.params, state.batch_stats, room.teacher_params
-            )
+        if measured:
             told = ("test_error", "test_cross_entropy", "agreement", "silent")
             entry |= {name: measured[name] for name in told}
             if not np.isfinite(measured["test_cross_entropy"]):
@@ -314,7 +315,7 @@ class Run:
         room = self.classroom
         return parallel.compile_phase(
             self.student, room.teacher, phase, span, room.preprocessing, room.data.image_shape,
-            room.devices, jnp.result_type(float), *room.sent,
+            room.devices, jnp.result_type(float), room.sent,
         )  # fmt: skip
 
     def _require_synchronised(self) -> None:

@@ -289,16 +289,30 @@ def train_step(
     return TrainState(state.step + 1, params, stats, opt_state), metrics
 
 
+def see_teacher(
+    objectives: Sequence[Objective], teacher_params: Any, teacher_stats: Any, images: jax.Array
+) -> Forward | None:
+    """The teacher in evaluation mode; None where none of the objectives can be compared with it."""
+    teacher = next((each.teacher for each in objectives if each.measured), None)
+    if teacher is None:
+        return None
+    variables = {"params": teacher_params, "batch_stats": teacher_stats}
+    return run_model(teacher, variables, images, train=False)
+
+
 def eval_step(
     objective: Objective,
     params: Any,
     batch_stats: Any,
-    teacher_params: Any,
+    teacher: Forward | None,
     images: jax.Array,
     labels: jax.Array,
     mask: jax.Array,
 ) -> dict[str, Any]:
     """Sums over the unmasked examples of a device's share, in evaluation mode.
+
+    Args:
+      teacher: what `see_teacher` gave for them.
 
     Returns:
       "examples", "errors", "cross_entropy"; "agreement": layer -> the sum of the examples'
@@ -317,7 +331,7 @@ def eval_step(
             for layer, tap in student.taps.items()
         },
     }
-    if objective.teacher is None or not objective.measured:
+    if teacher is None:
         return sums
     connected: dict[str, jax.Array] = {}
     for index, connectors in enumerate(objective.connectors):
@@ -327,12 +341,6 @@ def eval_step(
             view, _ = through_connectors(connectors, index, student, params, batch_stats, False)
             connected = {name: view.taps[name] for name in names} | connected
     student = dataclasses.replace(student, taps=student.taps | connected)
-    teacher = run_model(
-        objective.teacher,
-        {"params": teacher_params, "batch_stats": batch_stats["teacher"]},
-        images,
-        train=False,
-    )
     for layer in objective.measured:
         share = jax.vmap(activation_agreement)(student.taps[layer], teacher.taps[layer])
         sums["agreement"][layer] = jnp.where(mask, share, 0).sum()

@@ -250,3 +250,10 @@ def test_what_cannot_be_right_is_told_before_the_first_step(error, goes_on):
     runs = {"a": _steps([(0, 1)]), "b": _steps([], error("here"))}
     done, raised, made = _drive(runs)
     assert type(raised) is error and bool(made) == goes_on and done is None
+
+
+def test_no_one_is_stopped_between_steps_and_their_evaluation():
+    """A run that went on from there would not be measured."""
+    runs = {"a": _steps([(0, 1), (1, 0), (1, 1)]), "b": _steps([(0, 1), (1, 1)])}
+    _, error, made = _drive(runs, signals=(1,))
+    assert made == [(0, 1, 2), (1, 0, 1)] and str(error) == "saved before 1"

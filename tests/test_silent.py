@@ -52,7 +52,7 @@ def test_masked_examples_do_not_count(network, test_images):
         objective,
         {"student": network.variables["params"], "connectors": {}},
         {"student": network.variables["batch_stats"], "connectors": {}, "teacher": {}},
-        {},
+        None,
         images,
         jnp.zeros(4, jnp.int32),
         jnp.array([True, False, True, False]),

@@ -176,10 +176,12 @@ class Bench:
         batches = max(1, self.examples // batch)
         index = np.arange(batches * batch, dtype=np.int32).reshape(batches, batch)
         examples = parallel.split(index % self.examples, self.devices)
+        student = (state.params, state.batch_stats)
         arguments: tuple[Any, ...] = (
-            state.params, state.batch_stats, {}, self.data, examples, np.ones_like(examples, bool)
+            (student,), {}, self.data, examples, np.ones_like(examples, bool)
         )  # fmt: skip
-        run, seconds, held = compiled(program.evaluate, *arguments)
+        evaluation = parallel.compile_evaluation((program,), PREPROCESSING, self.devices)
+        run, seconds, held = compiled(evaluation, *arguments)
         return Work(
             lambda: jax.block_until_ready(run(*arguments)), index.size, 1, None, held, seconds,
             len(self.devices),
