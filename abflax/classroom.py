@@ -85,14 +85,14 @@ class Classroom:
         and one `count`."""
         step, count = dispatches[0].step, dispatches[0].count
         programs = tuple(each.program for each in dispatches)
+        states = tuple(each.state for each in dispatches)
         if not count:
-            return self._evaluate(programs, tuple(each.state for each in dispatches))
+            return self._evaluate(programs, states)
         train = parallel.compile_steps(
             programs, self.preprocessing, self.devices, self.per_dispatch, self.sent
         )
         data, *order = self.feed(step, count)
         kept = tuple(each.kept for each in dispatches) if self.resources.keep_targets else None
-        states = tuple(each.state for each in dispatches)
         made = train(states, self.teacher_params, data, self.key, *order, count, kept)
         return tuple(zip(*made, strict=True))
 

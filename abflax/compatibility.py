@@ -125,8 +125,7 @@ def require_compatible(
     drifts = any(phase.teacher_batch_statistics for phase in phases)
     require_runs("the student", student, data.image_shape, train=True, dropout=True)
     require_classes("the student", student, data.image_shape, data.num_classes)
-    needs = any(term.needs_teacher for phase in phases for _, term in phase.terms)
-    if needs and teacher is None:
+    if any(phase.needs_teacher for phase in phases) and teacher is None:
         raise InputError(f"method {config.method} needs a teacher")
     if teacher is not None:
         require_runs("the teacher", teacher.model, data.image_shape, train=drifts, dropout=False)

@@ -127,11 +127,14 @@ class RunConfig:
         lesson: dict[str, Any] = {name: getattr(self, name) for name in names}
         for name in ("order", "augmentation", "subset"):
             lesson[f"the seed of {name}"] = getattr(self.seeds, name)
-        ends = itertools.accumulate(self.lengths[phase.name] for phase in self.phases())
+        phases = self.phases()
+        lengths = [self.lengths[phase.name] for phase in phases]
         lesson["the epochs in which the teacher's statistics drift"] = tuple(
-            (end - self.lengths[phase.name], end)
-            for phase, end in zip(self.phases(), ends, strict=True)
-            if phase.teacher_batch_statistics and self.lengths[phase.name]
+            (end - length, end)
+            for phase, length, end in zip(
+                phases, lengths, itertools.accumulate(lengths), strict=True
+            )
+            if phase.teacher_batch_statistics and length
         )
         return lesson
 

@@ -58,7 +58,7 @@ def look(
 
     phase, params, stats = objective.phase, state.params, state.batch_stats
     sources, taps = [bad("the images", images)], []
-    if objective.teacher is not None and objective.asks:
+    if objective.teacher is not None and phase.needs_teacher:
         variables = {"params": teacher_params, "batch_stats": stats["teacher"]}
         train = phase.teacher_batch_statistics
         teacher = run_model(objective.teacher, variables, images, train=train)

@@ -44,6 +44,11 @@ class Phase:
     optimiser: Optimiser
     teacher_batch_statistics: bool = False
 
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether a term does."""
+        return any(term.needs_teacher for _, term in self.terms)
+
     def described(self) -> dict[str, Any]:
         """All that the phase optimises, as plain JSON values: what a run's hash and record hold.
 

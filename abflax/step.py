@@ -73,8 +73,8 @@ class Objective:
 
     @property
     def asks(self) -> bool:
-        """Whether a term needs the teacher."""
-        return self.teacher is not None and any(term.needs_teacher for _, term in self.phase.terms)
+        """Whether a term needs the teacher, and there is one."""
+        return self.teacher is not None and self.phase.needs_teacher
 
 
 def bind(

@@ -273,4 +273,4 @@ class Table:
 
 def needs_teacher(run: RunConfig) -> bool:
     """Whether one of the run's terms compares with a teacher."""
-    return any(term.needs_teacher for phase in run.phases() for _, term in phase.terms)
+    return any(phase.needs_teacher for phase in run.phases())

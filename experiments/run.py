@@ -228,7 +228,7 @@ def _row(path: Path) -> dict[str, Any]:
 def _teacher(arguments: argparse.Namespace) -> Any:
     """The teacher; None where the method needs none and none was asked for."""
     phases = METHODS[arguments.method](protocol=arguments.protocol, **_options(arguments))
-    needed = any(term.needs_teacher for phase in phases for _, term in phase.terms)
+    needed = any(phase.needs_teacher for phase in phases)
     if arguments.teacher == "none" or (arguments.teacher is None and not needed):
         if needed:
             raise InputError(f"method {arguments.method} needs a teacher")

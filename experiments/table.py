@@ -34,6 +34,7 @@ from typing import Any
 from rich.console import Console
 
 from abflax import Network, NonFiniteError, Resources, distill
+from abflax.config import RunConfig
 from abflax.errors import BusyError, InputError, unknown
 from abflax.models import MODELS
 from abflax.progress import Reporter
@@ -224,19 +225,31 @@ def run(
                 ready.append(job)
             else:
                 notes.append(f"{_named(job)}: {_lacking(job, tables, teachers)}")
-        attempts = [ready] if ready else []
-        while attempts:
-            attempt = attempts.pop(0)
-            try:
-                train(attempt, teachers, arguments, reporter)
-            except (BusyError, NonFiniteError) as error:  # the other cells meanwhile
-                if len(attempt) > 1:  # whose error? alone it is told
-                    found = archive.finished(arguments.workdir)
-                    attempts += [[job] for job in attempt if _hash(job, teachers) not in found]
-                    continue
-                kind = notes if isinstance(error, BusyError) else failures
-                kind.append(f"{_named(attempt[0])}: {error}")
+        for job, error in attempt(ready, teachers, arguments, reporter):  # the others meanwhile
+            kind = notes if isinstance(error, BusyError) else failures
+            kind.append(f"{_named(job)}: {error}")
     return notes, failures
+
+
+def attempt(
+    group: Sequence[Job],
+    teachers: Mapping[str, Network],
+    arguments: argparse.Namespace,
+    reporter: Reporter,
+) -> list[tuple[Job, BusyError | NonFiniteError]]:
+    """Trains a group, and returns what went wrong: where it did, those that are left are tried
+    alone, which tells whose error it is."""
+    if not group:
+        return []
+    try:
+        train(group, teachers, arguments, reporter)
+        return []
+    except (BusyError, NonFiniteError) as error:
+        if len(group) == 1:
+            return [(group[0], error)]
+    found = archive.finished(arguments.workdir)
+    left = [job for job in group if _configured(job, teachers).hash not in found]
+    return [wrong for job in left for wrong in attempt([job], teachers, arguments, reporter)]
 
 
 def train(
@@ -263,8 +276,7 @@ def train(
 
 def _keywords(job: Job, teachers: Mapping[str, Network], classes: int) -> dict[str, Any]:
     """What a job's own student is trained with."""
-    config = job.configuration(_names(teachers))
-    assert config is not None  # its teacher is there
+    config = _configured(job, teachers)
     model = MODELS[architecture(job.run.student)](num_classes=classes)
     student: Model | Network = model
     if job.run.student in teachers and job.run.student != config.student:
@@ -276,9 +288,10 @@ def _named(job: Job) -> str:
     return f"{job.label}, seed {job.seed}"
 
 
-def _hash(job: Job, teachers: Mapping[str, Network]) -> str | None:
+def _configured(job: Job, teachers: Mapping[str, Network]) -> RunConfig:
     config = job.configuration(_names(teachers))
-    return config.hash if config is not None else None
+    assert config is not None  # its teacher is there
+    return config
 
 
 def _lacking(job: Job, tables: Sequence[Table], there: Mapping[str, Network]) -> str:

@@ -21,7 +21,7 @@ SHAPE = (8, 8, 1)
 def _bound(student, classes, method="dtl"):
     """Objective, state and teacher of the method's first phase."""
     teacher = MODELS["wrn10-2"](num_classes=classes)
-    (phase, *_) = METHODS[method](protocol="official")
+    (phase, *_) = METHODS[method](protocol="paper")
     objective = bind(student, teacher, phase, SHAPE)
     variables = init_variables(teacher, jax.random.key(1), SHAPE)
     ours = init_variables(student, jax.random.key(2), SHAPE)
