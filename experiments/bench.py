@@ -120,7 +120,8 @@ def publish(found: dict[str, Any]) -> Path:
 
 
 def steps(bench: Bench, repetitions: int) -> Rows:
-    """Teacher, initialise (asking the teacher, and on kept bits), classify, evaluation."""
+    """Teacher, initialise (asking the teacher, and on kept bits), classify, evaluation; kept bits
+    once more beside a PyTorch that asks its teacher, as its users do."""
     initialise, classify = bench.phases
     works = {
         "teacher": bench.ask(),
@@ -135,7 +136,12 @@ def steps(bench: Bench, repetitions: int) -> Rows:
 
         held_out = works["evaluate"].images
         theirs = torch_work.work(bench.teacher, bench.student, bench.batch, held_out)
-    return [_row(name, work, repetitions, theirs.get(name)) for name, work in works.items()]
+    rows = [_row(name, work, repetitions, theirs.get(name)) for name, work in works.items()]
+    if theirs:
+        name = "initialise, kept bits"
+        asking = _row(name, works[name], repetitions, theirs["initialise"])
+        rows.append(asking | {"name": f"{name}; PyTorch asks its teacher"})
+    return rows
 
 
 def parts(bench: Bench, repetitions: int) -> Rows:

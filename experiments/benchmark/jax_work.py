@@ -188,7 +188,7 @@ class Bench:
         )  # fmt: skip
 
     def parts(self) -> dict[str, Work]:
-        """Where a step of the first phase goes: each part holds the ones before it."""
+        """Where a step of the first phase goes."""
         objective, _, state = self._on_one_device(self.phases[0])
         variables, images = self.teacher_variables, self._images()
         labels = jnp.zeros(self.batch, jnp.int32)
@@ -198,6 +198,11 @@ class Bench:
 
         def loss(params: Any, stats: Any, targets: Any, images: jax.Array) -> jax.Array:
             return student_loss(objective, params, stats, targets, images, labels)[0]
+
+        def of_taps(params: Any, stats: Any, images: jax.Array) -> jax.Array:
+            variables = {"params": params, "batch_stats": stats}
+            taps = run_model(objective.student, variables, images, train=True).taps
+            return sum((jnp.vdot(tap, tap) for tap in taps.values()), start=jnp.zeros(()))
 
         student = {"params": state.params["student"], "batch_stats": state.batch_stats["student"]}
         given = (state.params, state.batch_stats, targets, images)
@@ -210,8 +215,11 @@ class Bench:
                 lambda v, x: _seen(run_model(objective.student, v, x, train=True)),
                 student, images,
             ),
+            "forward and backward, of the taps' squares": self._jitted(
+                jax.grad(of_taps), student["params"], student["batch_stats"], images
+            ),
             "forward, connectors, loss": self._jitted(loss, *given),
-            "forward and backward": self._jitted(jax.grad(loss), *given),
+            "forward and backward, of the loss": self._jitted(jax.grad(loss), *given),
         }  # fmt: skip
 
     def _images(self) -> jax.Array:

@@ -12,8 +12,8 @@ Found = dict[str, Any]
 
 _TITLES = {
     "steps": "What a run is made of",
-    "parts": "Where an initialise step goes: the teacher, then the student's parts on its targets, "
-    "each with those before it, then all of it with augmentation and optimiser",
+    "parts": "Where an initialise step goes: the teacher; the student's parts on its targets, each "
+    "with the forward pass; all of it with augmentation and optimiser",
     "methods": "One step of every method, each phase in turn with a step of cross-entropy",
     "seeds": "Initialise steps of several students in one program, in turn with that of one",
     "epochs": "A run of one initialise epoch, its compilation included; measured once",
