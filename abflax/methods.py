@@ -107,6 +107,7 @@ _START = {"attention": 500.0, "nst": 50.0, "jacobian": 1.0, "fsp": 1.0, "dtl": 1
 
 # The best of each grid, in units of where it began, on CIFAR-10: `experiments/records/search`.
 _SEARCHED = {
+    "activation-boundary": 1.0 * 3 / 1000,
     "attention": 0.1 * 500.0,
     "nst": 0.1 * 50.0,
     "jacobian": 1.0 * 1.0,
