@@ -8,6 +8,7 @@ examples:
   python -m experiments.bench
   python -m experiments.bench --sections steps --batch 128 --repetitions 20
   python -m experiments.bench --sections depthwise --repetitions 3
+  python -m experiments.bench --record workdir/runs/HASH/record.json
   python -m experiments.bench --publish
       keep the measurements in experiments/records/bench and rebuild experiments/BENCH.md
 """
@@ -35,12 +36,13 @@ from abflax.losses.nst import channel_patterns
 from abflax.methods import METHODS
 from abflax.record import environment
 from experiments import cli
-from experiments.benchmark import depthwise_work, scaling
+from experiments.benchmark import depthwise_work, scaling, whole
 from experiments.benchmark.jax_work import Bench
 from experiments.benchmark.report import PUBLISHED, page, section
 from experiments.benchmark.timing import Work, alternate, compiled, median_ratio, peak_flops
 
 Rows = list[dict[str, Any]]
+Section = Callable[[Bench, int], Rows]
 
 STUDENTS = (1, 2, 4, 8)
 VMAPPED = 2
@@ -54,7 +56,12 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--student", default="wrn16-2")
     add("--batch", type=int, default=128, metavar="IMAGES", help="a step (default 128)")
     add("--precision", default="float32", choices=("float32", "bfloat16"))
-    add("--sections", default=",".join(SECTIONS), help=f"default {','.join(SECTIONS)}")
+    either = parser.add_mutually_exclusive_group()
+    either.add_argument("--sections", help=f"default {','.join(SECTIONS)}")
+    either.add_argument(
+        "--record", type=Path, metavar="FILE",
+        help="measure what a finished run of CIFAR's images made of its time instead",
+    )  # fmt: skip
     add("--repetitions", type=int, default=10, help="of each measurement (default 10)")
     add("--workdir", type=Path, default=cli.WORKDIR, help="bench.json goes there")
     add("--publish", action="store_true", help="see below")
@@ -66,14 +73,8 @@ def main(console: Console) -> None:
     if arguments.batch < 1 or arguments.repetitions < 1:
         raise InputError("--batch and --repetitions must be at least 1")
     jax.config.update("jax_enable_compilation_cache", False)  # compile times are measured
-    wanted = arguments.sections.split(",")
-    for name in wanted:
-        if name not in SECTIONS:
-            raise unknown("section", name, SECTIONS)
-    bench = Bench(
-        arguments.teacher, arguments.student, arguments.batch, precision=arguments.precision
-    )
-    dtype = jnp.bfloat16 if arguments.precision == "bfloat16" else jnp.float32
+    bench, sections = asked(arguments)
+    dtype = jnp.bfloat16 if bench.precision == "bfloat16" else jnp.float32
     found: dict[str, Any] = {
         "environment": environment(bench.devices) | {"torch": _torch_version()},
         "setting": {
@@ -86,14 +87,29 @@ def main(console: Console) -> None:
         "peak_flops": peak_flops(dtype),
         "sections": {},
     }
-    for name in wanted:
-        found["sections"][name] = SECTIONS[name](bench, arguments.repetitions)
+    for name, measure in sections.items():
+        found["sections"][name] = measure(bench, arguments.repetitions)
         console.print(section(name, found), soft_wrap=True, markup=False)
         text = (json.dumps(found, indent=1) + "\n").encode()
         arguments.workdir.mkdir(parents=True, exist_ok=True)
         write_whole(arguments.workdir / "bench.json", text)
     if arguments.publish:
         console.print(f"{publish(found)}", soft_wrap=True)
+
+
+def asked(arguments: argparse.Namespace) -> tuple[Bench, dict[str, Section]]:
+    """What is measured, on what."""
+    if arguments.record is not None:
+        record = whole.read(arguments.record)
+        return whole.bench_of(record), {"whole": lambda bench, _: whole.whole(record, bench)}
+    wanted = arguments.sections.split(",") if arguments.sections else tuple(SECTIONS)
+    for name in wanted:
+        if name not in SECTIONS:
+            raise unknown("section", name, SECTIONS)
+    bench = Bench(
+        arguments.teacher, arguments.student, arguments.batch, precision=arguments.precision
+    )
+    return bench, {name: SECTIONS[name] for name in wanted}
 
 
 def publish(found: dict[str, Any]) -> Path:
@@ -110,8 +126,9 @@ def publish(found: dict[str, Any]) -> Path:
         before = json.loads(path.read_text())
         if all(before[key] == found[key] for key in ("environment", "setting")):
             sections = before["sections"] | found["sections"]
+            order = [*SECTIONS, "whole"]
             found = found | {
-                "sections": {name: sections[name] for name in SECTIONS if name in sections}
+                "sections": {name: sections[name] for name in order if name in sections}
             }
     write_whole(path, (json.dumps(found, indent=1) + "\n").encode())
     path = PUBLISHED.parent.parent / "BENCH.md"
@@ -274,7 +291,7 @@ def _torch_version() -> str | None:
     return torch.__version__
 
 
-SECTIONS: Mapping[str, Callable[[Bench, int], Rows]] = {
+SECTIONS: Mapping[str, Section] = {
     "steps": steps,
     "parts": parts,
     "methods": methods,

@@ -8,7 +8,8 @@ import pytest
 
 from abflax.errors import InputError
 from experiments import bench, quickstart
-from experiments.benchmark import scaling
+from experiments.archive import RECORDS
+from experiments.benchmark import scaling, whole
 from experiments.benchmark.report import page, section
 from experiments.benchmark.timing import alternate, compiled, count_flops, median_ratio
 
@@ -73,6 +74,31 @@ def test_tables(found):
     assert "% of matrix product" not in section("nst", found)
 
 
+def test_where_a_step_goes(found):
+    times = {
+        "teacher": 4.0, "student forward": 1.0, "forward and backward, of the taps' squares": 3.0,
+        "forward, connectors, loss": 1.25, "forward and backward, of the loss": 3.5,
+        "whole step": 8.0,
+    }  # fmt: skip
+    rows = [{"name": name, "seconds": [9.0, seconds, 0.5]} for name, seconds in times.items()]
+    assert section("parts", found | {"sections": {"parts": rows}}).endswith(
+        "of a whole step: the teacher 50 %, the student's forward pass 12 %, its backward pass "
+        "25 %, connectors and hinge 6 %, augmentation, optimiser and what the parts cost less "
+        "alone 6 %.\n"
+    )
+
+
+def test_seconds_an_epoch(found):
+    rows = [
+        {"name": "1 abreast", "seconds": [0.5], "images_per_second": 250.0},
+        {"name": "8 abreast", "seconds": [2.0], "images_per_second": 12.5},
+        {"name": "a line: …"},
+    ]
+    assert section("seeds", found | {"sections": {"seeds": rows}}).endswith(
+        "an epoch of 50,000 images takes 200 s (1 abreast), 4,000 s (8 abreast).\n"
+    )
+
+
 def test_the_page_is_rebuilt_from_what_is_kept(found, tmp_path, monkeypatch):
     folder = tmp_path / "records" / "bench"
     monkeypatch.setattr(bench, "PUBLISHED", folder)
@@ -88,6 +114,35 @@ def test_an_unknown_section_is_named(monkeypatch):
     monkeypatch.setattr("sys.argv", ["bench", "--sections", "step"])
     with pytest.raises(InputError, match="unknown section 'step'; did you mean steps"):
         bench.main(None)
+
+
+@pytest.fixture
+def record():
+    return whole.read(RECORDS / "0158f0f600d4.json")  # wrn16-2 -> wrn16-1, batch 128, 390 + 391
+
+
+def test_a_whole_run_by_its_record(monkeypatch, record):
+    monkeypatch.setattr(whole, "device_name", lambda device: record["environment"]["device"])
+    monkeypatch.setattr(whole.Bench, "step_flops", lambda self, phase: len(phase.name) * 1e9)
+    bench_of = whole.bench_of(record)
+    assert (bench_of.teacher, bench_of.student, bench_of.batch) == ("wrn16-2", "wrn16-1", 128)
+    initialise, classify, everything = whole.whole(record, bench_of)
+    assert classify["name"] == "classify: 1 epochs, 391 steps"
+    assert initialise["flops_per_second"] == pytest.approx(10e9 * 390 / 2996.054)
+    assert initialise["images_per_second"] == pytest.approx(128 * 390 / 2996.054)
+    assert everything["whole_seconds"] == 5666.806 and everything["test_error"] == "39.85"
+
+
+def test_a_run_on_another_device_or_of_other_images_is_named(monkeypatch, record, tmp_path):
+    monkeypatch.setattr(whole, "device_name", lambda device: "Some GPU")
+    with pytest.raises(InputError, match="the run was on AMD EPYC, 1 cores, and this is Some GPU"):
+        whole.whole(record, whole.bench_of(record))
+    with pytest.raises(InputError, match="no record of a run at"):
+        whole.read(tmp_path / "record.json")
+    record["config"]["dataset"] = "digits"
+    (tmp_path / "record.json").write_text(json.dumps(record))
+    with pytest.raises(InputError, match="is of digits: FLOP are counted for CIFAR's images"):
+        whole.read(tmp_path / "record.json")
 
 
 @pytest.mark.slow

@@ -121,7 +121,7 @@ class Bench:
             states, metrics = run(states, *fixed)
             jax.block_until_ready(metrics)
 
-        flops = self._step_flops(phase, kept) if students == 1 else None
+        flops = self.step_flops(phase, kept) if students == 1 else None
         return Work(once, steps * self.batch, steps, flops, held, seconds, len(self.devices))
 
     def vmapped(self, phase: Phase, students: int) -> Work:
@@ -222,6 +222,21 @@ class Bench:
             "forward and backward, of the loss": self._jitted(jax.grad(loss), *given),
         }  # fmt: skip
 
+    def step_flops(self, phase: Phase, kept: bool = False) -> float:
+        """Of one step, counted without devices; kept: without the teacher's."""
+        objective, optimiser, state = self._on_one_device(phase)
+        teacher, images = self.teacher_variables, self._images()
+        labels = jnp.zeros(self.batch, jnp.int32)
+        ask = lambda x: make_targets(objective, teacher["params"], teacher["batch_stats"], x)  # noqa: E731
+
+        def step(state: Any, images: jax.Array, asked: Any) -> Any:
+            return train_step(
+                objective, optimiser, state, teacher["params"], images, labels, asked=asked
+            )
+
+        asked = jax.eval_shape(ask, images) if kept else None
+        return count_flops(step, state, images, asked)
+
     def _images(self) -> jax.Array:
         return jax.random.normal(jax.random.key(1), (self.batch, *SHAPE))
 
@@ -253,21 +268,6 @@ class Bench:
         state = self._state(self.program(phase))
         optimiser = phase.optimiser.transformation(SPAN, jax.tree.map(lambda _: True, state.params))
         return objective, optimiser, state.replace(opt_state=optimiser.init(state.params))
-
-    def _step_flops(self, phase: Phase, kept: bool) -> float:
-        """Of one step, counted without devices."""
-        objective, optimiser, state = self._on_one_device(phase)
-        teacher, images = self.teacher_variables, self._images()
-        labels = jnp.zeros(self.batch, jnp.int32)
-        ask = lambda x: make_targets(objective, teacher["params"], teacher["batch_stats"], x)  # noqa: E731
-
-        def step(state: Any, images: jax.Array, asked: Any) -> Any:
-            return train_step(
-                objective, optimiser, state, teacher["params"], images, labels, asked=asked
-            )
-
-        asked = jax.eval_shape(ask, images) if kept else None
-        return count_flops(step, state, images, asked)
 
 
 def _preprocessing(views: int | None) -> Preprocessing:

@@ -23,6 +23,7 @@ _TITLES = {
     "nst": "NST at [32, 8, 8, 256], value and gradient",
     "depthwise": "MobileNets, 8 images of 112×112, a step of cross-entropy: depthwise convolutions "
     "as they are here, in turn with XLA's own",
+    "whole": "A whole run, its compilation and evaluation included",
 }
 
 
@@ -66,7 +67,35 @@ def section(name: str, found: Found) -> str:
     for row in rows:
         cells = [show(row, found) for show in columns.values()]
         lines.append(" | ".join(["", row["name"], *cells, ""]).strip())
-    return f"### {_TITLES[name]}\n\n" + "\n".join(lines) + "\n"
+    text = f"### {_TITLES[name]}\n\n" + "\n".join(lines) + "\n"
+    return text + (f"\n{_SUMMARIES[name](rows)}\n" if name in _SUMMARIES else "")
+
+
+def _epochs(rows: Sequence[Mapping[str, Any]]) -> str:
+    """What the times of several students are in seconds an epoch."""
+    times = [
+        f"{50_000 / row['images_per_second']:,.0f} s ({row['name']})"
+        for row in rows
+        if "images_per_second" in row
+    ]
+    return f"So an epoch of 50,000 images takes {', '.join(times)}."
+
+
+def _shares(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Where a step goes, in percent of it: what each measurement of `parts` adds."""
+    times = {row["name"]: statistics.median(row["seconds"]) for row in rows}
+    whole, teacher, forward = (times[n] for n in ("whole step", "teacher", "student forward"))
+    plain = times["forward and backward, of the taps' squares"]
+    student = times["forward and backward, of the loss"]
+    parts = {
+        "the teacher": teacher,
+        "the student's forward pass": forward,
+        "its backward pass": plain - forward,
+        "connectors and hinge": student - plain,
+        "augmentation, optimiser and what the parts cost less alone": whole - teacher - student,
+    }
+    shares = ", ".join(f"{name} {100 * part / whole:.0f} %" for name, part in parts.items())
+    return f"By their medians, of a whole step: {shares}."
 
 
 def _milliseconds(key: str) -> Callable[[dict[str, Any], Found], str]:
@@ -109,6 +138,7 @@ _COLUMNS: Mapping[str, tuple[str, Callable[[dict[str, Any], Found], str]]] = {
     "time, × one student": ("times_one", _number("times_one", 1, 2)),
     "of it, each": ("share_each", _number("share_each", 1, 2)),
     "s": ("epoch_seconds", _number("epoch_seconds", 1, 1)),
+    "s in all": ("whole_seconds", _number("whole_seconds", 1, 0)),
     "test error %": ("test_error", _text("test_error")),
     "agreement %": ("agreement", _text("agreement")),
     "images/s": ("images_per_second", _number("images_per_second", 1, 0)),
@@ -118,4 +148,9 @@ _COLUMNS: Mapping[str, tuple[str, Callable[[dict[str, Any], Found], str]]] = {
     "MB held": ("bytes", _number("bytes", 1e-6, 0)),
     "lax.conv, MB held": ("convolved_bytes", _number("convolved_bytes", 1e-6, 0)),
     "s to compile": ("compile_seconds", _number("compile_seconds", 1, 1)),
+}
+
+_SUMMARIES: Mapping[str, Callable[[Sequence[Mapping[str, Any]]], str]] = {
+    "parts": _shares,
+    "seeds": _epochs,
 }

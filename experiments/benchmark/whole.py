@@ -1,0 +1,66 @@
+"""A whole run, from its record: what share of its time was arithmetic, phase by phase."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from abflax.config import RunConfig
+from abflax.errors import InputError
+from abflax.record import device_name, read_record
+from experiments.benchmark.jax_work import Bench
+
+Record = dict[str, Any]
+
+
+def read(path: Path) -> Record:
+    """A finished run's record.
+
+    Raises:
+      ValueError: if there is none, or the run is not of CIFAR's images with a teacher.
+    """
+    record = read_record(path)
+    if record is None:
+        raise InputError(f"no record of a run at {path}")
+    config = record["config"]
+    if not config["dataset"].startswith("cifar") or config["teacher"] is None:
+        raise InputError(f"{path} is of {config['dataset']}: FLOP are counted for CIFAR's images")
+    return record
+
+
+def bench_of(record: Record) -> Bench:
+    """The networks, batch, method and precision of a record."""
+    config = record["config"]
+    return Bench(
+        config["teacher"].split(":")[0], config["student"].split(":")[0], config["batch_size"],
+        method=config["method"], precision=config["precision"],
+    )  # fmt: skip
+
+
+def whole(record: Record, bench: Bench) -> list[dict[str, Any]]:
+    """Each phase's seconds, compilation and evaluation included, and FLOP/s; then all of it.
+
+    Raises:
+      ValueError: if the run was on another kind of device than this, whose peak it would be
+        compared with.
+    """
+    made, here = record["environment"], device_name(bench.devices[0])
+    if made["device"] != here:
+        raise InputError(f"the run was on {made['device']}, and this is {here}")
+    rows: list[dict[str, Any]] = []
+    phases = {phase.name: phase for phase in RunConfig.from_json(record["config"]).phases()}
+    for phase in record["phases"]:
+        flops, steps, seconds = (
+            bench.step_flops(phases[phase["name"]]), phase["steps"], phase["seconds"]
+        )  # fmt: skip
+        rows.append({
+            "name": f"{phase['name']}: {phase['epochs']} epochs, {steps:,} steps",
+            "whole_seconds": seconds,
+            "images_per_second": steps * bench.batch / seconds,
+            "flops": flops,
+            "flops_per_second": flops * steps / seconds,
+            "devices": made["devices"],
+        })  # fmt: skip
+    error = f"{100 * record['result']['test_error']:.2f}"
+    rows.append({"name": "all of it", "whole_seconds": record["seconds"], "test_error": error})
+    return rows
