@@ -130,6 +130,7 @@ def test_a_whole_run_by_its_record(monkeypatch, record):
     assert classify["name"] == "classify: 1 epochs, 391 steps"
     assert initialise["flops_per_second"] == pytest.approx(10e9 * 390 / 2996.054)
     assert initialise["images_per_second"] == pytest.approx(128 * 390 / 2996.054)
+    assert everything["name"] == "all of it: run 0158f0f600d4, 100 % of cifar10"
     assert everything["whole_seconds"] == 5666.806 and everything["test_error"] == "39.85"
 
 

@@ -61,6 +61,6 @@ def whole(record: Record, bench: Bench) -> list[dict[str, Any]]:
             "flops_per_second": flops * steps / seconds,
             "devices": made["devices"],
         })  # fmt: skip
-    error = f"{100 * record['result']['test_error']:.2f}"
-    rows.append({"name": "all of it", "whole_seconds": record["seconds"], "test_error": error})
-    return rows
+    config, error = record["config"], f"{100 * record['result']['test_error']:.2f}"
+    name = f"all of it: run {record['hash']}, {100 * config['fraction']:g} % of {config['dataset']}"
+    return [*rows, {"name": name, "whole_seconds": record["seconds"], "test_error": error}]
