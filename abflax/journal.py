@@ -12,8 +12,8 @@ from flax.traverse_util import unflatten_dict
 
 from abflax.config import RunConfig
 from abflax.errors import InputError
-from abflax.methods import Phase
 from abflax.optim import Span
+from abflax.phase import Phase
 
 
 @dataclasses.dataclass

@@ -18,8 +18,8 @@ import psutil
 
 from abflax import parallel
 from abflax.errors import InputError
-from abflax.methods import Phase
 from abflax.networks import digest
+from abflax.phase import Phase
 from abflax.processes import highest
 
 _MOST_ENTRIES = 4  # kinds of targets, such as the phases of a method have

@@ -11,6 +11,7 @@ from typing import Any
 
 from abflax.errors import InputError, unknown
 from abflax.optim import Optimiser
+from abflax.phase import Phase
 from abflax.settings import described, is_of
 from abflax.terms import (
     ActivationBoundary,
@@ -25,51 +26,6 @@ from abflax.terms import (
     Term,
 )
 from abflax.transfer import Weighted, without_logits
-
-
-@dataclasses.dataclass(frozen=True)
-class Phase:
-    """One stretch of training with one objective and one optimiser.
-
-    Attributes:
-      name: "initialise", "classify", or "joint" where one objective fills the whole run.
-      terms: (weight, term); the objective is their weighted sum, each a mean over the batch.
-      optimiser: rebuilt at the start of the phase.
-      teacher_batch_statistics: whether the teacher's batch norms use the batch's statistics, and
-        its running ones drift.
-    """
-
-    name: str
-    terms: tuple[tuple[float, Term], ...]
-    optimiser: Optimiser
-    teacher_batch_statistics: bool = False
-
-    @property
-    def needs_teacher(self) -> bool:
-        """Whether a term does."""
-        return any(term.needs_teacher for _, term in self.terms)
-
-    def described(self) -> dict[str, Any]:
-        """All that the phase optimises, as plain JSON values: what a run's hash and record hold.
-
-        Fields at their defaults are left out, so that one that is added later changes no hash.
-        """
-        return {
-            "name": self.name,
-            "terms": [[weight, type(t).__name__, _given(t)] for weight, t in self.terms],
-            "optimiser": _given(self.optimiser),
-            "teacher_batch_statistics": self.teacher_batch_statistics,
-        }
-
-
-def _given(settings: Any) -> dict[str, Any]:
-    """The fields of a dataclass that differ from their defaults."""
-    found = {
-        field.name: getattr(settings, field.name)
-        for field in dataclasses.fields(settings)
-        if getattr(settings, field.name) != field.default
-    }
-    return {key: list(value) if isinstance(value, tuple) else value for key, value in found.items()}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -21,8 +21,8 @@ import optax
 from abflax.data import Preprocessing, augment, draw_views, normalise, view
 from abflax.diagnosis import look
 from abflax.errors import InputError
-from abflax.methods import Phase
 from abflax.optim import Span
+from abflax.phase import Phase
 from abflax.step import (
     Objective,
     TrainState,

@@ -25,9 +25,9 @@ from abflax.events import EventLog
 from abflax.interrupt import Interrupted
 from abflax.journal import Journal, evaluation_steps, phases_and_spans
 from abflax.kept import keep_targets, require_keepable
-from abflax.methods import Phase
 from abflax.networks import Network, prepared
 from abflax.optim import Span
+from abflax.phase import Phase
 from abflax.progress import Reporter
 from abflax.record import make_record
 from abflax.step import TrainState, abstract_variables

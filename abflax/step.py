@@ -25,8 +25,8 @@ from abflax.connectors import (
 )
 from abflax.errors import InputError
 from abflax.losses import activation_indicator, cross_entropy
-from abflax.methods import Phase
 from abflax.metrics import activation_agreement, misclassified
+from abflax.phase import Phase
 from abflax.taps import Forward, Model, in_mode, module_of, number_of_logits, run_model, tap_shapes
 from abflax.terms import LayerTerm
 

@@ -16,10 +16,11 @@ from abflax import parallel
 from abflax.data import Preprocessing, augment, normalise
 from abflax.feed import BATCH
 from abflax.kept import keep_targets
-from abflax.methods import METHODS, Phase
+from abflax.methods import METHODS
 from abflax.models import MODELS
 from abflax.networks import prepared
 from abflax.optim import Span
+from abflax.phase import Phase
 from abflax.step import Objective, bind, init_variables, make_targets, student_loss, train_step
 from abflax.taps import Model, run_model
 from experiments.benchmark.timing import Work, compiled, count_flops
