@@ -140,6 +140,10 @@ def test_a_run_on_another_device_or_of_other_images_is_named(monkeypatch, record
         whole.whole(record, whole.bench_of(record))
     with pytest.raises(InputError, match="no record of a run at"):
         whole.read(tmp_path / "record.json")
+    record["config"]["teacher"] = None
+    (tmp_path / "record.json").write_text(json.dumps(record))
+    with pytest.raises(InputError, match="is of a run without a teacher"):
+        whole.read(tmp_path / "record.json")
     record["config"]["dataset"] = "digits"
     (tmp_path / "record.json").write_text(json.dumps(record))
     with pytest.raises(InputError, match="is of digits: FLOP are counted for CIFAR's images"):

@@ -23,8 +23,10 @@ def read(path: Path) -> Record:
     if record is None:
         raise InputError(f"no record of a run at {path}")
     config = record["config"]
-    if not config["dataset"].startswith("cifar") or config["teacher"] is None:
+    if not config["dataset"].startswith("cifar"):
         raise InputError(f"{path} is of {config['dataset']}: FLOP are counted for CIFAR's images")
+    if config["teacher"] is None:
+        raise InputError(f"{path} is of a run without a teacher")
     return record
 
 
