@@ -34,6 +34,7 @@ from abflax.files import write_whole
 from abflax.record import read_record, require_writable
 from experiments import analysis_plots, cli
 from experiments.analysis_report import arrays, look, summarise, tables
+from experiments.layout import architecture
 from experiments.teachers import find_teacher
 
 
@@ -133,10 +134,10 @@ def _teacher(
             f"the runs have different teachers, {', '.join(sorted(names))}: choose one"
         )
     (name,) = names
-    architecture = name.split(":")[0]
-    for weights in (arguments.teacher_weights, None, *_trained(arguments.workdir, architecture)):
+    model = architecture(name)
+    for weights in (arguments.teacher_weights, None, *_trained(arguments.workdir, model)):
         try:
-            network = find_teacher(architecture, dataset, weights, arguments.workdir)
+            network = find_teacher(model, dataset, weights, arguments.workdir)
         except InputError:
             continue
         if network.name == name:

@@ -25,8 +25,8 @@ def pretrained(architecture: str) -> str:
 
 
 def architecture(name: str) -> str:
-    """Of a student, whatever it begins with."""
-    return name.removesuffix(_PRETRAINED)
+    """Of a network with its identity, or of a student whatever it begins with."""
+    return name.split(":")[0].removesuffix(_PRETRAINED)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from abflax.config import RunConfig, Seeds
 from abflax.journal import phases_and_spans
 from experiments.cells import seeded
-from experiments.layout import Record, Table
+from experiments.layout import Record, Table, architecture
 
 _T = TypeVar("_T")
 Rates = Mapping[tuple[str, str | None, str, str], float]
@@ -123,6 +123,19 @@ def jobs(
     return (*teachers.values(), *students.values())
 
 
+def unfinished(
+    plan: Sequence[Job], teachers: Mapping[str, str], records: Collection[str]
+) -> list[Job]:
+    """Those that have no record.
+
+    Args:
+      teachers: architecture -> identity, as far as they are known.
+      records: by their hashes.
+    """
+    configs = [(job, job.configuration(teachers)) for job in plan]
+    return [job for job, config in configs if config is None or config.hash not in records]
+
+
 def share(everything: Sequence[_T], index: int, count: int) -> tuple[_T, ...]:
     """The index-th of count shares, from 1. Everything is in exactly one."""
     return tuple(everything[index - 1 :: count])
@@ -151,7 +164,7 @@ def rates(records: Mapping[str, Record], device: str) -> Rates:
         if record["environment"]["device"] != device or "abreast" in record["environment"]:
             continue
         config = record["config"]
-        teacher = config["teacher"].split(":")[0] if config["teacher"] else None
+        teacher = architecture(config["teacher"]) if config["teacher"] else None
         for phase in record["phases"]:
             key = (config["student"], teacher, config["method"], phase["name"])
             found[key].append(phase["seconds"] / phase["steps"])

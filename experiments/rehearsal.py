@@ -19,7 +19,7 @@ from abflax.models import MODELS
 from abflax.record import device_name
 from abflax.step import init_variables
 from experiments.layout import Record, architecture
-from experiments.plan import Job, rates
+from experiments.plan import Job, rates, unfinished
 from experiments.teachers import read
 
 
@@ -36,11 +36,10 @@ def forecast(
     """
     device = device_name(jax.devices()[0])
     known = rates(records, device)
+    waiting = unfinished(plan, teachers, records)
     left: dict[RunConfig, list[Job]] = defaultdict(list)
-    for job in plan:
-        config = job.configuration(teachers)
-        if config is None or config.hash not in records:
-            left[job.run].append(job)
+    for job in waiting:
+        left[job.run].append(job)
     table = Printed(box=None, pad_edge=False, header_style="bold")
     for column in ("to run", "networks", "data", "epochs", "seeds", "steps each", "time each"):
         right = column not in ("to run", "networks")
@@ -51,7 +50,6 @@ def forecast(
         table.add_row(*group[0].words, seeds, f"{steps:,}", _duration(seconds))
     if left:
         console.print(table, soft_wrap=True)
-    waiting = [job for group in left.values() for job in group]
     steps = sum(sum(job.steps.values()) for job in waiting)
     times = [job.seconds(known) for job in waiting]
     unknown = times.count(None)

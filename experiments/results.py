@@ -16,9 +16,11 @@ from pathlib import Path
 from rich.console import Console
 
 from experiments import archive, cli, figures
-from experiments.cells import Filled, fill, markdown
+from experiments.cells import Filled, fill, identities, markdown
 from experiments.layout import Record
+from experiments.plan import jobs, unfinished
 from experiments.tables import EVERY_METHOD, SCALES, TABLES
+from experiments.teachers import is_shipped
 
 HERE = Path(__file__).parent
 RESULTS, FIGURES, README = HERE / "RESULTS.md", HERE / "figures", HERE.parent / "README.md"
@@ -70,7 +72,28 @@ def page(records: Mapping[str, Record]) -> str:
         ]
         if table.picture:
             parts.append(f"![{table.title}]({FIGURES.name}/{_picture(filled)})\n")
-    return "\n".join(parts)
+    return "\n".join([*parts, effort(records)])
+
+
+def effort(records: Mapping[str, Record]) -> str:
+    """What each table takes at each scale, and how much of it is recorded."""
+    lines = [
+        "## What the tables take\n",
+        "Runs of all seeds, and of teachers that are not shipped; what tables share counts in "
+        "each.\n",
+        "| table | scale | runs | recorded | steps |",
+        "| --- | --- | ---: | ---: | ---: |",
+    ]
+    for table in (table for tables in TABLES.values() for table in tables.values()):
+        shipped = [name for name in table.teachers if is_shipped(name, table.run.dataset)]
+        plan = jobs([table], range(SCALES[table.scale].seeds), shipped)
+        left = unfinished(plan, identities(table, records, {}), records)
+        steps = sum(sum(job.steps.values()) for job in plan)
+        lines.append(
+            f"| {table.name} | {table.scale} | {len(plan):,} | {len(plan) - len(left):,} "
+            f"| {steps:,} |"
+        )
+    return "\n".join(lines) + "\n"
 
 
 def overview(records: Mapping[str, Record]) -> str:

@@ -39,6 +39,7 @@ from abflax.models import MODELS
 from abflax.processes import is_first
 from abflax.record import read_record
 from experiments import cli
+from experiments.layout import architecture
 from experiments.statistics import mean_and_std, percent
 from experiments.teachers import find_teacher
 
@@ -215,7 +216,7 @@ def _row(path: Path) -> dict[str, Any]:
         "run": path.parent.name,
         "method": config["method"],
         "student": config["student"],
-        "teacher": (config["teacher"] or "-").split(":")[0],
+        "teacher": architecture(config["teacher"] or "-"),
         "data": f"{config['dataset']} {100 * config['fraction']:g} %",
         "protocol": config["protocol"],
         "epochs": "+".join(map(str, config["epochs"])),

@@ -118,7 +118,7 @@ def test_an_unknown_section_is_named(monkeypatch):
 
 @pytest.fixture
 def record():
-    return whole.read(RECORDS / "0158f0f600d4.json")  # wrn16-2 -> wrn16-1, batch 128, 390 + 391
+    return whole.read(RECORDS / "af3560b5fe89.json")  # wrn16-2 -> wrn16-1, batch 128, 390 + 391
 
 
 def test_a_whole_run_by_its_record(monkeypatch, record):
@@ -128,10 +128,10 @@ def test_a_whole_run_by_its_record(monkeypatch, record):
     assert (bench_of.teacher, bench_of.student, bench_of.batch) == ("wrn16-2", "wrn16-1", 128)
     initialise, classify, everything = whole.whole(record, bench_of)
     assert classify["name"] == "classify: 1 epochs, 391 steps"
-    assert initialise["flops_per_second"] == pytest.approx(10e9 * 390 / 2996.054)
-    assert initialise["images_per_second"] == pytest.approx(128 * 390 / 2996.054)
-    assert everything["name"] == "all of it: run 0158f0f600d4, 100 % of cifar10"
-    assert everything["whole_seconds"] == 5666.806 and everything["test_error"] == "39.85"
+    assert initialise["flops_per_second"] == pytest.approx(10e9 * 390 / 504.509)
+    assert initialise["images_per_second"] == pytest.approx(128 * 390 / 504.509)
+    assert everything["name"] == "all of it: run af3560b5fe89, 100 % of cifar10"
+    assert everything["whole_seconds"] == 997.313 and everything["test_error"] == "36.49"
 
 
 def test_a_run_on_another_device_or_of_other_images_is_named(monkeypatch, record, tmp_path):
@@ -139,6 +139,10 @@ def test_a_run_on_another_device_or_of_other_images_is_named(monkeypatch, record
     with pytest.raises(InputError, match="the run was on AMD EPYC, 1 cores, and this is Some GPU"):
         whole.whole(record, whole.bench_of(record))
     with pytest.raises(InputError, match="no record of a run at"):
+        whole.read(tmp_path / "record.json")
+    shared = {**record, "environment": {**record["environment"], "abreast": 2}}
+    (tmp_path / "record.json").write_text(json.dumps(shared))
+    with pytest.raises(InputError, match="is of a run that shared its seconds with others"):
         whole.read(tmp_path / "record.json")
     record["config"]["teacher"] = None
     (tmp_path / "record.json").write_text(json.dumps(record))

@@ -9,6 +9,7 @@ from abflax.config import RunConfig
 from abflax.errors import InputError
 from abflax.record import device_name, read_record
 from experiments.benchmark.jax_work import Bench
+from experiments.layout import architecture
 
 Record = dict[str, Any]
 
@@ -17,7 +18,8 @@ def read(path: Path) -> Record:
     """A finished run's record.
 
     Raises:
-      ValueError: if there is none, or the run is not of CIFAR's images with a teacher.
+      ValueError: if there is none, or the run is not of CIFAR's images with a teacher, or others
+        were trained in its program, whose seconds are in its own.
     """
     record = read_record(path)
     if record is None:
@@ -27,6 +29,8 @@ def read(path: Path) -> Record:
         raise InputError(f"{path} is of {config['dataset']}: FLOP are counted for CIFAR's images")
     if config["teacher"] is None:
         raise InputError(f"{path} is of a run without a teacher")
+    if "abreast" in record["environment"]:
+        raise InputError(f"{path} is of a run that shared its seconds with others, abreast")
     return record
 
 
@@ -34,7 +38,7 @@ def bench_of(record: Record) -> Bench:
     """The networks, batch, method and precision of a record."""
     config = record["config"]
     return Bench(
-        config["teacher"].split(":")[0], config["student"].split(":")[0], config["batch_size"],
+        architecture(config["teacher"]), architecture(config["student"]), config["batch_size"],
         method=config["method"], precision=config["precision"],
     )  # fmt: skip
 
