@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -36,11 +37,24 @@ def finished(workdir: Path) -> dict[str, Record]:
     return {record["hash"]: record for record in records if record is not None}
 
 
-def add(workdir: Path, folder: Path = RECORDS) -> tuple[int, int]:
-    """Copies a workdir's finished CIFAR-10 runs into the records. Returns (how many, how many were
-    left because their names are not those of their configurations, as a constant has changed)."""
-    chosen = [r for r in finished(workdir).values() if r["config"]["dataset"] == "cifar10"]
-    current = [r["hash"] for r in chosen if RunConfig.from_json(r["config"]).hash == r["hash"]]
-    for name in current:
+def new(workdir: Path, folder: Path = RECORDS) -> tuple[dict[str, Record], int]:
+    """A workdir's finished CIFAR-10 runs that are not among the records, and how many others are
+    not because their names are not those of their configurations, as a constant has changed."""
+    there = committed(folder)
+    chosen = {
+        name: record
+        for name, record in finished(workdir).items()
+        if record["config"]["dataset"] == "cifar10" and name not in there
+    }
+    current = {
+        name: record
+        for name, record in chosen.items()
+        if RunConfig.from_json(record["config"]).hash == name
+    }
+    return current, len(chosen) - len(current)
+
+
+def add(names: Iterable[str], workdir: Path, folder: Path = RECORDS) -> None:
+    """Copies a workdir's records of those runs."""
+    for name in names:
         shutil.copyfile(workdir / "runs" / name / "record.json", folder / f"{name}.json")
-    return len(current), len(chosen) - len(current)

@@ -209,7 +209,8 @@ def _caption(filled: Filled) -> str:
     """What the numbers are of, and where they come from."""
     table, runs = filled.table, [record["environment"] for record in filled.records]
     measures = sorted({cell.measure.name for cell in filled.cells.values()})
-    what = measures[0] if len(measures) == 1 else "Percent"
+    what = "; ".join(measures)
+    when = "last epoch" if len(measures) == 1 else "of the last epoch unless said otherwise"
     teachers = _listed(record["config"]["teacher"] for record in filled.records)
     made = ""
     if runs:
@@ -218,9 +219,9 @@ def _caption(filled: Filled) -> str:
         made = f" Teacher: {teachers}. Device: {devices}; commit {commits}."
     return (
         f"{what[0].upper() + what[1:]}: paper │ here, mean ± sample standard deviation (number of "
-        f"seeds), last epoch; the best in bold. Here, scale `{table.scale}`: {table.setting}; "
+        f"seeds), {when}; the best in bold. Here, scale `{table.scale}`: {table.setting}; "
         f"protocol `{table.run.protocol}`, batch {table.run.batch_size}.{made} "
-        f"Paper: {table.paper_setting}. {SCALES[table.scale].caveat}"
+        f"Paper: {table.paper_setting}. {SCALES[table.scale].caveat} {table.caveat}"
     ).rstrip()
 
 
@@ -234,21 +235,25 @@ def _short(commit: str | None) -> str | None:
 
 
 def missing(filled: Filled) -> str:
-    """Which cells have no run yet, and the command that runs them; "": none."""
-    table = filled.table
+    """Which cells have no run yet, or fewer seeds than their scale asks for, and the command that
+    runs them; "": none."""
+    table, seeds = filled.table, SCALES[filled.table.scale].seeds
     cells = [cell for cell in filled.cells.values() if cell.run is not None]
-    absent = [cell for cell in cells if not cell.records]
+    absent = [cell for cell in cells if len(cell.records) < seeds]
     if not absent:
         return ""
+    begun = sum(bool(cell.records) for cell in absent)
+    told = f"Not run yet: {len(absent) - begun} of {len(cells)} cells"
+    told += f"; begun, with fewer than {seeds} seeds: {begun}" * (begun > 0)
     command = f"python -m experiments.table {table.name} --scale {table.scale}"
     for flag, axis, labels in (
         ("--rows", table.rows, {cell.row.label for cell in absent}),
         ("--columns", table.columns, {cell.column.label for cell in absent}),
     ):
-        if _varies(axis) and len(labels) < len(axis.points):
+        if _varies(axis) and (axis.selected or len(labels) < len(axis.points)):
             chosen = ",".join(point.label for point in axis if point.label in labels)
             command += f" {flag} {shlex.quote(chosen)}"
-    return f"Not run yet: {len(absent)} of {len(cells)} cells. `{command}`"
+    return f"{told}. `{command}`"
 
 
 def _varies(axis: Axis) -> bool:

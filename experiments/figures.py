@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from pathlib import Path
 
 from experiments import plots
@@ -13,7 +14,8 @@ from experiments.tables import TABLES
 def draw(filled: Filled, path: Path) -> None:
     """Writes the PNG of a table that has at least one number."""
     table = filled.table
-    title = f"Table {table.name}, scale {table.scale}. {table.title}\n{table.setting}"
+    title = f"Table {table.name}, scale {table.scale}. {table.title}\n"
+    title += textwrap.fill(f"here: {table.setting}", 90)
     (_curves if table.picture == "curves" else _points)(filled, path, title)
 
 

@@ -139,10 +139,11 @@ class Point:
 
 @dataclasses.dataclass(frozen=True)
 class Axis:
-    """What varies, and its points in order."""
+    """What varies, and its points in order; selected: they are some of a table's."""
 
     name: str
     points: tuple[Point, ...]
+    selected: bool = False
 
     def __iter__(self) -> Iterator[Point]:
         return iter(self.points)
@@ -155,7 +156,8 @@ class Axis:
         for label in labels:
             if label not in known:
                 raise unknown(kind, label, known)
-        return Axis(self.name, tuple(point for point in self.points if point.label in labels))
+        chosen = tuple(point for point in self.points if point.label in labels)
+        return Axis(self.name, chosen, self.selected or len(chosen) < len(known))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,6 +178,7 @@ class Table:
       teacher_run: how a teacher is trained, but for its architecture; None: its weights are
         published, and must be given.
       examples, classes: of the training data, all of it.
+      caveat: what a reader must know of its numbers, besides the scale's.
       shows: what its cells show where neither row nor column says so.
       picture: learning curves, a panel for each point that is not competing; numbers over those
         points; or None.
@@ -196,6 +199,7 @@ class Table:
     examples: int = 50_000
     classes: int = 10
     shows: Measure = ERROR
+    caveat: str = ""
 
     def configuration(self, row: Point, column: Point) -> RunConfig | None:
         """The run of a cell; None where the table does not have that cell."""

@@ -1,20 +1,17 @@
-"""What is to be run for some tables: teachers first, each run once, in shares, with its cost."""
+"""What is to be run for some tables: teachers first, each run once, in shares."""
 
 from __future__ import annotations
 
 import dataclasses
-import statistics
-from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, TypeVar
 
 from abflax.config import RunConfig, Seeds
 from abflax.journal import phases_and_spans
 from experiments.cells import seeded
-from experiments.layout import Record, Table, architecture
+from experiments.layout import Table
 
 _T = TypeVar("_T")
-Rates = Mapping[tuple[str, str | None, str, str], float]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,16 +54,6 @@ class Job:
         """
         phases, spans = phases_and_spans(self.run, round(self.run.fraction * self.examples))
         return {phase.name: span.steps for phase, span in zip(phases, spans, strict=True)}
-
-    def seconds(self, rates: Rates) -> float | None:
-        """About how long it takes; None: nobody knows."""
-        keys = {
-            (self.run.student, self.run.teacher, self.run.method, phase): steps
-            for phase, steps in self.steps.items()
-        }
-        if not keys.keys() <= rates.keys():
-            return None
-        return sum(steps * rates[key] for key, steps in keys.items())
 
     @property
     def words(self) -> tuple[str, str, str, str]:
@@ -137,8 +124,12 @@ def unfinished(
 
 
 def share(everything: Sequence[_T], index: int, count: int) -> tuple[_T, ...]:
-    """The index-th of count shares, from 1. Everything is in exactly one."""
-    return tuple(everything[index - 1 :: count])
+    """The index-th of count shares, from 1. Everything is in exactly one.
+
+    Each round of `count` begins one share further on, so that no share gets the same method of
+    every round.
+    """
+    return tuple(each for i, each in enumerate(everything) if (i + i // count) % count == index - 1)
 
 
 def together(plan: Sequence[Job], most: int) -> tuple[tuple[Job, ...], ...]:
@@ -151,21 +142,3 @@ def together(plan: Sequence[Job], most: int) -> tuple[tuple[Job, ...], ...]:
         left = [each for each in left if each not in chosen]
         found.append(tuple(job for _, job in chosen))
     return tuple(found)
-
-
-def rates(records: Mapping[str, Record], device: str) -> Rates:
-    """(student, teacher's architecture, method, phase) -> seconds a step on that device.
-
-    Medians over the records, evaluation and compilation included; runs that were trained in one
-    program with others do not count.
-    """
-    found = defaultdict(list)
-    for record in records.values():
-        if record["environment"]["device"] != device or "abreast" in record["environment"]:
-            continue
-        config = record["config"]
-        teacher = architecture(config["teacher"]) if config["teacher"] else None
-        for phase in record["phases"]:
-            key = (config["student"], teacher, config["method"], phase["name"])
-            found[key].append(phase["seconds"] / phase["steps"])
-    return {key: statistics.median(values) for key, values in found.items()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import textwrap
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -12,7 +13,10 @@ from typing import Any
 import numpy as np
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+
+from abflax.files import write_whole
 
 # Okabe and Ito's palette, and a marker each, so that colour is never the only difference.
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000")
@@ -64,8 +68,7 @@ def curves(records: Records, path: Path, title: str) -> None:
             ncols=len(records),
         )
         figure.suptitle(title, fontsize=11)
-        figure.savefig(path, dpi=150)
-        plt.close(figure)
+        _save(figure, path, 150)
 
 
 def _agreement(layer: str) -> Callable[[Mapping[str, Any]], float | None]:
@@ -134,7 +137,8 @@ def points(panels: Sequence[Panel], names: Sequence[str], path: Path, title: str
             same = [a for a, panel in zip(axes, panels, strict=True) if panel.group == group]
             limits = [axis.get_ylim() for axis in same]
             for axis in same:
-                axis.set_ylim(min(low for low, _ in limits), max(high for _, high in limits))
+                low, high = min(low for low, _ in limits), max(high for _, high in limits)
+                axis.set_ylim(low - 0.03 * (high - low), high)
 
 
 def _series(axis: Axes, panel: Panel, styles: Mapping[str, tuple[str, str]]) -> None:
@@ -153,9 +157,14 @@ def _series(axis: Axes, panel: Panel, styles: Mapping[str, tuple[str, str]]) -> 
             x, mean, spread = zip(*found, strict=True)
             axis.errorbar(
                 x, mean, [np.nan if each is None else each for each in spread], color=colour,
-                marker=marker, markersize=5, capsize=3, linewidth=1.2,
-                linestyle="-" if numeric else "none",
+                capsize=3, linewidth=1.2, linestyle="-" if numeric else "none",
             )  # fmt: skip
+            for single in (False, True):  # hollow where there is no deviation
+                chosen = [each is None for each in spread] == np.full(len(x), single)
+                axis.plot(
+                    np.array(x)[chosen], np.array(mean)[chosen], color=colour, marker=marker,
+                    markersize=6, markerfacecolor="white" if single else colour, linestyle="none",
+                )  # fmt: skip
     labels = [label for label, _ in panel.places]
     if numeric:
         axis.set_xscale("log")
@@ -196,15 +205,22 @@ def _figure(
         ]
         figure.legend(handles=handles, loc="outside lower center", ncols=min(len(styles), 4))
         figure.suptitle(title, fontsize=11)
-        # No version of matplotlib in the file: the same numbers are the same bytes.
-        figure.savefig(path, dpi=120, metadata={"Software": None})
-        plt.close(figure)
+        _save(figure, path, 120)
+
+
+def _save(figure: Figure, path: Path, dpi: int) -> None:
+    """Writes the PNG, whole, and closes the figure."""
+    content = io.BytesIO()
+    # No version of matplotlib in the file: the same numbers are the same bytes.
+    figure.savefig(content, dpi=dpi, metadata={"Software": None})
+    plt.close(figure)
+    write_whole(path, content.getvalue())
 
 
 def _styles(names: Iterable[str]) -> dict[str, tuple[str, str]]:
     """name -> colour and marker."""
     return {
-        name: (COLOURS[index % len(COLOURS)], MARKERS[index % len(MARKERS)])
+        name: (COLOURS[index % len(COLOURS)], MARKERS[(index + index // 7) % len(MARKERS)])
         for index, name in enumerate(names)
     }
 

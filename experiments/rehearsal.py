@@ -12,14 +12,15 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table as Printed
 
-from abflax import InputError, Network, NonFiniteError, Resources, distill
+from abflax import InputError, Network, Resources, distill
 from abflax.config import RunConfig, Seeds
 from abflax.data import Dataset, Photographs
 from abflax.models import MODELS
 from abflax.record import device_name
 from abflax.step import init_variables
+from experiments.cost import rates, seconds, total
 from experiments.layout import Record, architecture
-from experiments.plan import Job, rates, unfinished
+from experiments.plan import Job, unfinished
 from experiments.teachers import read
 
 
@@ -46,20 +47,19 @@ def forecast(
         table.add_column(column, justify="right" if right else "left", no_wrap=True)
     for group in left.values():
         seeds = ",".join(str(job.seed) for job in group)
-        steps, seconds = sum(group[0].steps.values()), group[0].seconds(known)
-        table.add_row(*group[0].words, seeds, f"{steps:,}", _duration(seconds))
+        steps, each = sum(group[0].steps.values()), seconds(group[0], known)
+        table.add_row(*group[0].words, seeds, f"{steps:,}", _duration(each))
     if left:
         console.print(table, soft_wrap=True)
     steps = sum(sum(job.steps.values()) for job in waiting)
-    times = [job.seconds(known) for job in waiting]
-    unknown = times.count(None)
-    told = _duration(sum(time for time in times if time is not None))
-    about = f"about {told} on {device}" if unknown < len(times) else f"time unknown on {device}"
+    whole, unknown = total(waiting, known)
+    told = _duration(whole)
+    about = f"about {told} on {device}" if unknown < len(waiting) else f"time unknown on {device}"
     console.print(
         f"{len(plan)} runs, {sum(job.teaches for job in plan)} of them of teachers; "
         f"{len(plan) - len(waiting)} finished, {len(waiting)} to run in {steps:,} steps"
         + (f"; {about}" if waiting else "")
-        + (f" for {len(waiting) - unknown}, unknown for {unknown}" * (0 < unknown < len(times))),
+        + (f" for {len(waiting) - unknown}, unknown for {unknown}" * (0 < unknown < len(waiting))),
         soft_wrap=True,
     )
 
@@ -80,7 +80,7 @@ def start_every_cell(
     of the data are the same programs; that their phases have steps at all is looked at.
 
     Raises:
-      NonFiniteError, ValueError: if a cell does not start; after the others.
+      ValueError: if a cell does not start; after the others.
     """
     if steps < 1:
         raise InputError(f"--steps must be at least 1, not {steps}")
@@ -97,13 +97,13 @@ def start_every_cell(
             for job in group:
                 _ = job.steps  # raises where a phase of the real run would have none
             losses = _start(run, steps, teachers, data_dir, resources)
-        except (InputError, NonFiniteError) as error:
+        except Exception as error:  # whatever it is, the others are to be tried
             failures.append(f"{label}: {error}")
             console.print(f"FAILS   {failures[-1]}", soft_wrap=True)
             continue
         runs = "1 run" if len(group) == 1 else f"{len(group)} runs"
-        seconds = time.perf_counter() - began
-        console.print(f"starts  {label} ({runs}): {losses}; {seconds:.0f} s", soft_wrap=True)
+        took = time.perf_counter() - began
+        console.print(f"starts  {label} ({runs}): {losses}; {took:.0f} s", soft_wrap=True)
     console.print(
         f"{len(groups) - len(failures)} of {len(groups)} start, for {len(plan)} runs; "
         "nothing was kept",
@@ -147,4 +147,6 @@ def _untrained(name: str, data: Dataset | Photographs) -> Network:
 def _duration(seconds: float | None) -> str:
     if seconds is None:
         return "unknown"
+    if seconds >= 360_000:
+        return f"{seconds / 3600:,.0f} h"
     return f"{seconds / 3600:.1f} h" if seconds >= 3600 else f"{seconds / 60:.0f} min"

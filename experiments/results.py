@@ -32,8 +32,12 @@ def main(console: Console) -> None:
     parser.add_argument("--add", type=Path, metavar="WORKDIR", help="copy its finished runs first")
     arguments = parser.parse_args()
     if arguments.add:
-        added, outdated = archive.add(arguments.add)
-        console.print(f"{added} records added" + f", {outdated} outdated left" * (outdated > 0))
+        added, outdated = archive.new(arguments.add)
+        page(archive.committed() | added)  # raises where they do not go together
+        archive.add(added, arguments.add)
+        console.print(
+            f"{len(added)} records added" + f", {outdated} outdated left" * bool(outdated)
+        )
     records = archive.committed()
     RESULTS.write_text(page(records))
     README.write_text(with_table(README.read_text(), overview(records)))
@@ -60,8 +64,10 @@ def page(records: Mapping[str, Record]) -> str:
         "Rebuilt by `python -m experiments.results` from the records in `experiments/records`. "
         "The numbers of Heo et al. (2019) stand left of the bar, what was measured here stands "
         "right of it. Two numbers differ beyond the error bars where mean ± sample standard "
-        "deviation of the one does not overlap with the other's; everything else is undecided. "
-        "Scales:\n",
+        "deviation of the one does not overlap with the other's; everything else is undecided. Of "
+        "two equal methods that happens, by chance, to 22 % of pairs with two seeds each, to 8 % "
+        "with three and to 1.6 % with five. In pictures a hollow mark is a single number, without "
+        "deviation. Scales:\n",
         "\n".join(f"- `{name}`: {scale.summary}" for name, scale in SCALES.items()) + "\n",
     ]
     for filled in begun(records):

@@ -36,6 +36,7 @@ from rich.console import Console
 from abflax import Network, NonFiniteError, Resources, distill
 from abflax.config import RunConfig
 from abflax.errors import BusyError, InputError, unknown
+from abflax.files import write_whole
 from abflax.models import MODELS
 from abflax.progress import Reporter
 from abflax.record import require_writable
@@ -314,9 +315,8 @@ def show(console: Console, filled: Filled) -> None:
 
 def write(filled: Filled, folder: Path) -> None:
     """Writes Markdown and, where there is a number, a picture."""
-    folder.mkdir(exist_ok=True)
     name = f"table{filled.table.name}-{filled.table.scale}"
-    (folder / f"{name}.md").write_text(markdown(filled))
+    write_whole(folder / f"{name}.md", markdown(filled).encode())
     if filled.records and filled.table.picture:
         figures.draw(filled, folder / f"{name}.png")
 

@@ -2,7 +2,7 @@
 
 from abflax.config import RunConfig
 from abflax.record import write_record
-from experiments.archive import RECORDS, add, committed
+from experiments.archive import RECORDS, add, committed, new
 from experiments.results import FIGURES, README, RESULTS, begun, overview, page, with_table
 
 
@@ -38,5 +38,9 @@ def test_outdated_runs_are_not_added(tmp_path):
         folder.mkdir(parents=True)
         write_record(folder / "record.json", each)
     (tmp_path / "records").mkdir()
-    assert add(tmp_path / "workdir", tmp_path / "records") == (1, 1)
+    found, outdated = new(tmp_path / "workdir", tmp_path / "records")
+    assert found == {name: record} and outdated == 1
+    add(found, tmp_path / "workdir", tmp_path / "records")
     assert committed(tmp_path / "records") == {name: record}
+    write_record(tmp_path / "workdir" / "runs" / name / "record.json", {**record, "seconds": 1.0})
+    assert new(tmp_path / "workdir", tmp_path / "records") == ({}, 1)  # what is there stays
