@@ -26,7 +26,7 @@ class Seeds:
     Attributes:
       weights: the student's initial weights and the connectors'.
       order: the order of the examples.
-      augmentation: crops and flips.
+      augmentation: crops and flips, and students' dropout.
       subset: which examples, where only a share of the training data is used.
     """
 
@@ -187,7 +187,7 @@ class Resources:
 
     Attributes:
       devices: how many of each process's devices; None: all.
-      steps_per_dispatch: None: 1 on CPUs, 100 on accelerators.
+      steps_per_dispatch: None: 1 on CPUs; on accelerators 100, of photographs 8.
       checkpoint_seconds: the longest time between two checkpoints; every evaluation makes one
         too.
       keep_targets: ask the teacher once for each of the `views`, and keep what it said.

@@ -113,7 +113,8 @@ def distill(
       reporter: told of progress.
 
     Raises:
-      ValueError: if something that was given cannot be right; nothing is written then.
+      ValueError: if something that was given cannot be right; nothing is written then, but where
+        targets that are to be kept do not fit, which is seen when a phase begins.
       BusyError: if another process is at this run; a `ValueError` too.
       NonFiniteError: if a loss or gradient is NaN or infinite.
       LostError: if another process of the run is gone.

@@ -37,6 +37,11 @@ def finished(workdir: Path) -> dict[str, Record]:
     return {record["hash"]: record for record in records if record is not None}
 
 
+def short(commit: str | None) -> str:
+    """Twelve digits, and the mark of changed code."""
+    return "unknown" if commit is None else commit[:12] + "+" * commit.endswith("+")
+
+
 def new(workdir: Path, folder: Path = RECORDS) -> tuple[dict[str, Record], int]:
     """A workdir's finished CIFAR-10 runs that are not among the records, and how many others are
     not because their names are not those of their configurations, as a constant has changed."""

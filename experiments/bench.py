@@ -1,8 +1,9 @@
 """Measure speed, memory and compile time on the device at hand, beside PyTorch where it is there.
 
 Work is the engine's own compiled programs on made-up images (`precision`: on digits). Where
-PyTorch is installed the same work, written as its users write it, runs in turn with ours; a ratio
-is the median over pairs. `epochs`, `cache` and `precision` are measured once. Use an idle machine.
+PyTorch is installed the same work (`steps`, on CPUs in float32), written as its users write it,
+runs in turn with ours; a ratio is the median over pairs. `epochs`, `cache` and `precision` are
+measured once. Use an idle machine.
 
 examples:
   python -m experiments.bench

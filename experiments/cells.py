@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from abflax.config import RunConfig, Seeds
 from abflax.errors import InputError
+from experiments.archive import short
 from experiments.layout import Axis, Measure, Point, Record, Table, architecture
 from experiments.statistics import beyond_error_bars, mean_and_std
 from experiments.tables import SCALES
@@ -215,7 +216,7 @@ def _caption(filled: Filled) -> str:
     made = ""
     if runs:
         devices = _listed(each["device"] for each in runs)
-        commits = _listed(_short(each["commit"]) for each in runs)
+        commits = _listed(short(each["commit"]) for each in runs)
         made = f" Teacher: {teachers}. Device: {devices}; commit {commits}."
     return (
         f"{what[0].upper() + what[1:]}: paper │ here, mean ± sample standard deviation (number of "
@@ -227,11 +228,6 @@ def _caption(filled: Filled) -> str:
 
 def _listed(names: Iterable[str | None]) -> str:
     return ", ".join(sorted({name for name in names if name is not None})) or "none"
-
-
-def _short(commit: str | None) -> str | None:
-    """Twelve digits, and the mark of changed code."""
-    return None if commit is None else commit[:12] + "+" * commit.endswith("+")
 
 
 def missing(filled: Filled) -> str:

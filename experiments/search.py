@@ -3,7 +3,8 @@
 The test set is never looked at: a class-balanced tenth of the training data is held out, and the
 student learns from a fifth of the rest. The grid is in units of the factor that the protocol has
 today, which the record of every point states. The result is a table, and
-`search/METHOD-PROTOCOL.json` in the workdir with every point's record.
+`search/METHOD-PROTOCOL.json` in the workdir (`…-transfer.json` on photographs) with every point's
+record.
 
 examples:
   python -m experiments.search --method attention --protocol official

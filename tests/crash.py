@@ -33,6 +33,7 @@ from rich.console import Console
 from abflax.files import write_whole
 from abflax.record import environment, read_record, write_record
 from experiments import cli
+from experiments.archive import short
 from tests import several
 from tests.conftest import save_random_network
 
@@ -250,7 +251,7 @@ for times, no file left over and no traceback.
 
 Half written on the disk when it struck: {half}. From SIGTERM to exit code 143, with a checkpoint
 written: {slowest} ({len(listened)} times; the others came before training and ended the process at
-once). Device: {made["device"]}; jax {made["jax"]}; commit {str(made["commit"])[:12]}.
+once). Device: {made["device"]}; jax {made["jax"]}; commit {short(made["commit"])}.
 
 {several.section()}
 {OTHERS}"""
@@ -271,9 +272,11 @@ checkpoint before stays; the rerun ends with the same bits | `tests/test_disks.p
 before is used | `tests/test_disks.py`; 1,000 flips: \
 `python -m pytest -n 0 -m slow tests/test_disks.py` |
 | a damaged record | named, and not done again unasked | `tests/test_lock.py` |
-| NaN or infinity in images, teacher, taps, connectors, loss, gradient or held-out loss | step, \
+| NaN or infinity in images, teacher, taps, connectors, loss or gradient | step, \
 phase and the first tap that is not finite; the checkpoint before stays \
 | `tests/test_diagnosis.py` |
+| NaN or infinity in a held-out loss | the step, and divergence if it was; the checkpoint before \
+stays | `tests/test_diagnosis.py` |
 | a learning rate that is too large | called divergence, with the growth of loss and weights; a \
 search goes on with the next point | `tests/test_diagnosis.py`, `tests/test_search.py` |
 | one of several processes is given other arguments, or holds other bits | named; exit code 2 \

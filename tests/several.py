@@ -32,6 +32,7 @@ from rich.console import Console
 
 from abflax.record import environment, write_record
 from experiments import cli
+from experiments.archive import short
 from tests.conftest import save_random_network
 
 HERE = Path(__file__).parent
@@ -50,10 +51,7 @@ STRIKES = ((1, signal.SIGKILL, 2), (0, signal.SIGKILL, 5), (1, signal.SIGTERM, 6
 def main(console: Console) -> None:
     from tests import crash  # which has the page, and asks here for a section of it
 
-    description, examples = (__doc__ or "").split("examples:")
-    cli.Parser(
-        prog="python -m tests.several", description=description, epilog="examples:" + examples
-    ).parse_args()
+    cli.Parser("tests.several", __doc__).parse_args()
     with tempfile.TemporaryDirectory() as folder:
         for facts in observe(Path(folder)):
             console.print(json.dumps(facts), soft_wrap=True)
@@ -220,7 +218,7 @@ where a number exceeds 1 (losses, gradient norms, held-out errors, agreements; w
 {numbers}
 
 Of two processes one is struck; exit codes of both, seconds until both have left, and what the same
-command makes of it afterwards. Only the first process touches the disk: the others' workdirs held
+command makes of it afterwards. Only the first process writes: the others' workdirs held
 {"nothing" if not written(facts) else ", ".join(written(facts))} but compiled programs.
 
 | struck | exit codes | after | started again |
@@ -229,8 +227,7 @@ command makes of it afterwards. Only the first process touches the disk: the oth
 
 69: another process is lost, seen by the collectives; 134 (-6 here) where JAX's runtime sees it
 first. A process that falls silent without closing its connections is taken for dead after 30 s.
-Device: {made["device"]}; jax {made["jax"]}; commit \
-{str(made["commit"])[:12]}.
+Device: {made["device"]}; jax {made["jax"]}; commit {short(made["commit"])}.
 """
 
 

@@ -1,9 +1,14 @@
-"""README and RESULTS.md say what the committed records say."""
+"""README, RESULTS.md, BENCH.md and RELIABILITY.md say what the committed records say."""
+
+import json
 
 from abflax.config import RunConfig
 from abflax.record import write_record
 from experiments.archive import RECORDS, add, committed, new
+from experiments.bench import PUBLISHED
+from experiments.benchmark import report
 from experiments.results import FIGURES, README, RESULTS, begun, overview, page, with_table
+from tests import crash
 
 
 def test_results_are_rebuilt_byte_for_byte():
@@ -11,6 +16,13 @@ def test_results_are_rebuilt_byte_for_byte():
     assert RESULTS.read_text() == page(records)
     readme = README.read_text()
     assert readme == with_table(readme, overview(records))
+
+
+def test_the_other_pages_are_rebuilt_byte_for_byte():
+    kept = sorted(PUBLISHED.glob("*.json"))
+    benchmark = report.page([json.loads(path.read_text()) for path in kept])
+    assert (PUBLISHED.parent.parent / "BENCH.md").read_text() == benchmark
+    assert crash.PAGE.read_text() == crash.page(json.loads(crash.FACTS.read_text()))
 
 
 def test_every_table_has_its_picture():

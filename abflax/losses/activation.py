@@ -83,7 +83,7 @@ def activation_transfer_hinge(
       does not and S > −μ, else 0. (The paper's equation (5) drops the sign of the first.)
 
     Raises:
-      ValueError: if the shapes differ, or for complex numbers.
+      ValueError: if the shapes differ, a margin does not spread, or for complex numbers.
 
     References:
       Heo et al., AAAI 2019, equation (4).

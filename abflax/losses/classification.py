@@ -45,7 +45,7 @@ def knowledge_distillation(
       `[...]`, in nats, >= 0, float32 at least.
 
     Raises:
-      ValueError: if the shapes differ, or there is no class.
+      ValueError: if the shapes differ, a temperature does not spread, or there is no class.
 
     References:
       Hinton, Vinyals, Dean, Distilling the Knowledge in a Neural Network, 2015.

@@ -20,7 +20,8 @@ class FlowOfSolution(LayerTerm):
 
     G = F₁ᵀF₂/(HW) of the chosen layers, a pair at a time; each pair has the weight of its deeper
     layer. One layer alone has no pair: FᵀF/(HW) is taken, a departure that the single-layer
-    columns of Heo et al. 2019, Table 6 need. Targets: the teacher's Gram matrices.
+    columns of Heo et al. 2019, Table 6 need. The student's taps come through connectors. Targets:
+    the teacher's Gram matrices.
     """
 
     connects: ClassVar = "taps"

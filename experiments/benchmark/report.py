@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from experiments.archive import short
+
 PUBLISHED = Path(__file__).parent.parent / "records" / "bench"
 Found = dict[str, Any]
 
@@ -40,12 +42,14 @@ def page(all_found: Sequence[Found]) -> str:
     for found in all_found:
         setting, made = found["setting"], found["environment"]
         versions = ", ".join(f"{k} {made[k]}" for k in ("jax", "jaxlib", "flax", "optax"))
+        # A whole run is measured once.
+        repeated = f"; {setting['repetitions']} repetitions" * (set(found["sections"]) != {"whole"})
         parts.append(
             f"## {made['device']}: {setting['teacher']} → {setting['student']}, batch "
             f"{setting['batch']}, {setting['precision']}\n\n"
             f"{made['devices']} × {made['device']}; Python {made['python']}, {versions}; PyTorch "
-            f"{made['torch'] or 'not there'}; commit {str(made['commit'])[:12]}; "
-            f"{setting['repetitions']} repetitions. A large matrix product reaches "
+            f"{made['torch'] or 'not there'}; commit {short(made['commit'])}{repeated}. A "
+            f"large matrix product reaches "
             f"{found['peak_flops'] / 1e9:,.0f} GFLOP/s a device.\n"
         )
         parts += [section(name, found) for name in found["sections"]]
