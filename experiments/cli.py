@@ -194,6 +194,16 @@ def cache_compilation(workdir: Path) -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
+def forget_programs() -> None:
+    """Lets go of the compiled programs of this process; those in the workdir stay.
+
+    JAX keeps what it has compiled. On CPUs each method takes some 1,500 memory maps or more, of
+    which Linux grants a process 65,530: without this a few dozen methods end in a segmentation
+    fault.
+    """
+    jax.clear_caches()
+
+
 def epochs_type(text: str) -> tuple[int, int]:
     """ "I+C" -> (I, C)."""
     parts = text.split("+")

@@ -18,6 +18,7 @@ from abflax.data import Dataset, Photographs
 from abflax.models import MODELS
 from abflax.record import device_name
 from abflax.step import init_variables
+from experiments import cli
 from experiments.cost import rates, seconds, total
 from experiments.layout import Record, architecture
 from experiments.plan import Job, unfinished
@@ -101,6 +102,8 @@ def start_every_cell(
             failures.append(f"{label}: {error}")
             console.print(f"FAILS   {failures[-1]}", soft_wrap=True)
             continue
+        finally:
+            cli.forget_programs()
         runs = "1 run" if len(group) == 1 else f"{len(group)} runs"
         took = time.perf_counter() - began
         console.print(f"starts  {label} ({runs}): {losses}; {took:.0f} s", soft_wrap=True)

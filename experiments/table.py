@@ -241,6 +241,7 @@ def run(
         for job, error in attempt(ready, teachers, arguments, reporter):  # the others meanwhile
             kind = notes if isinstance(error, BusyError) else failures
             kind.append(f"{_named(job)}: {error}")
+        cli.forget_programs()
     return notes, failures
 
 
