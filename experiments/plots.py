@@ -220,7 +220,10 @@ def _save(figure: Figure, path: Path, dpi: int) -> None:
 def _styles(names: Iterable[str]) -> dict[str, tuple[str, str]]:
     """name -> colour and marker."""
     return {
-        name: (COLOURS[index % len(COLOURS)], MARKERS[(index + index // 7) % len(MARKERS)])
+        name: (
+            COLOURS[index % len(COLOURS)],
+            MARKERS[(index + index // len(COLOURS)) % len(MARKERS)],
+        )
         for index, name in enumerate(names)
     }
 

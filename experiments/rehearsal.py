@@ -12,7 +12,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table as Printed
 
-from abflax import InputError, Network, Resources, distill
+from abflax import InputError, Network, NonFiniteError, Resources, distill
 from abflax.config import RunConfig, Seeds
 from abflax.data import Dataset, Photographs
 from abflax.models import MODELS
@@ -98,7 +98,7 @@ def start_every_cell(
             for job in group:
                 _ = job.steps  # raises where a phase of the real run would have none
             losses = _start(run, steps, teachers, data_dir, resources)
-        except Exception as error:  # whatever it is, the others are to be tried
+        except (InputError, NonFiniteError, jax.errors.JaxRuntimeError) as error:
             failures.append(f"{label}: {error}")
             console.print(f"FAILS   {failures[-1]}", soft_wrap=True)
             continue

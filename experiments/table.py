@@ -89,9 +89,9 @@ def _titles() -> dict[str, str]:
     """Of all tables, with the scale where there is but one."""
     found: dict[str, str] = {}
     for scale, tables in TABLES.items():
-        everywhere = [name for name in tables if all(name in other for other in TABLES.values())]
         for name, table in tables.items():
-            found[name] = table.title + f" (scale {scale})" * (name not in everywhere)
+            alone = sum(name in other for other in TABLES.values()) == 1
+            found[name] = table.title + f" (scale {scale})" * alone
     return found
 
 
