@@ -22,7 +22,7 @@ class Reporter(Protocol):
         """A phase of so many steps begins, or goes on after `done` of them."""
 
     def steps(self, count: int, images: int, epoch: float, loss: float | None) -> None:
-        """So many steps more were made; the loss is that of a recent one."""
+        """So many steps more were made; the loss is that of a recent one, if known."""
 
     def evaluated(self, entry: dict[str, Any]) -> None:
         """An entry of the history was made."""
@@ -92,7 +92,9 @@ class Live(Reporter):
             self._busy += now - self._last
             self._fields["rate"] = self._images / max(self._busy, 1e-9)
         self._last = now
-        self._fields |= {"epoch": epoch, "loss": loss}
+        self._fields["epoch"] = epoch
+        if loss is not None:  # else the last one stays
+            self._fields["loss"] = loss
         self._show()
 
     def evaluated(self, entry: dict[str, Any]) -> None:
