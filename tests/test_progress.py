@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
@@ -13,7 +14,8 @@ from abflax.progress import Live
 
 @pytest.fixture
 def lines(monkeypatch):
-    """A Live that prints at every call, and where it prints to."""
+    """A Live that prints at every call while no time passes, and where it prints to."""
+    monkeypatch.setattr(progress, "time", SimpleNamespace(perf_counter=lambda: 0.0))
     monkeypatch.setattr(progress, "_PLAIN_SECONDS", -1.0)
     text = io.StringIO()
     live = Live(Console(file=text, width=200))
@@ -26,7 +28,7 @@ def test_a_line_says_where_the_run_is(lines):
     live.steps(1, 128, 0.25, None)
     live.steps(1, 128, 0.5, 1.25)
     first, second = text.getvalue().splitlines()
-    assert first == ("kd seed 0  classify  3/8  epoch 0.2/2  loss -  error -  - images/s  compiled")
+    assert first == "kd seed 0  classify  3/8  epoch 0.2/2  loss -  error -  - images/s  compiled"
     assert second.startswith("kd seed 0  classify  4/8  epoch 0.5/2  loss 1.25  error -  ")
     assert second.endswith(" left")
 
