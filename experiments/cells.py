@@ -215,9 +215,9 @@ def _caption(filled: Filled) -> str:
     teachers = _listed(record["config"]["teacher"] for record in filled.records)
     made = ""
     if runs:
-        devices = _listed(each["device"] for each in runs)
+        devices = _listed((each["device"] for each in runs), between="; ")
         commits = _listed(short(each["commit"]) for each in runs)
-        made = f" Teacher: {teachers}. Device: {devices}; commit {commits}."
+        made = f" Teacher: {teachers}. Device: {devices}. Commit: {commits}."
     return (
         f"{what[0].upper() + what[1:]}: paper │ here, mean ± sample standard deviation (number of "
         f"seeds), {when}; the best in bold. Here, scale `{table.scale}`: {table.setting}; "
@@ -226,8 +226,8 @@ def _caption(filled: Filled) -> str:
     ).rstrip()
 
 
-def _listed(names: Iterable[str | None]) -> str:
-    return ", ".join(sorted({name for name in names if name is not None})) or "none"
+def _listed(names: Iterable[str | None], between: str = ", ") -> str:
+    return between.join(sorted({name for name in names if name is not None})) or "none"
 
 
 def missing(filled: Filled) -> str:

@@ -46,7 +46,7 @@ def test_markdown_to_the_letter():
         "| activation-boundary | 16.39 │ **27.00 ± 1.50** (3) | – │ – |\n\n"
         "Test error, %: paper │ here, mean ± sample standard deviation (number of seeds), last "
         "epoch; the best in bold. Here, scale `small`: digits, wrn10-1 → wrn10-1; protocol "
-        "`official`, batch 13. Teacher: wrn10-1:0123456789ab. Device: abacus; commit "
+        "`official`, batch 13. Teacher: wrn10-1:0123456789ab. Device: abacus. Commit: "
         "0123456789ab+. Paper: wrn22-4 → wrn16-2. The paper's numbers are of larger networks, and "
         "of the lengths and shares of the data that are theirs: what compares is the order.\n\n"
         "Not run yet: 2 of 6 cells; begun, with fewer than 2 seeds: 1. `python -m "
