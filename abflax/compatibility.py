@@ -136,6 +136,11 @@ def require_compatible(
         raise InputError(
             f"the test images have shape {test.image_shape}, the training images {data.image_shape}"
         )
+    if test.num_classes > data.num_classes:
+        raise InputError(
+            f"the test images are of {test.num_classes} classes, the training images of "
+            f"{data.num_classes}"
+        )
     ours, theirs = data.preprocessing, test.preprocessing
     if (ours.mean, ours.std) != (theirs.mean, theirs.std):
         raise InputError(

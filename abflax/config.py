@@ -46,6 +46,10 @@ class Seeds:
         return cls(seed, seed, seed, seed)
 
 
+NO_TEST = "none"
+"""In place of the held-out data's name, where there are none."""
+
+
 @dataclasses.dataclass(frozen=True)
 class RunConfig:
     """Everything that changes a run's numbers, and nothing else.
@@ -54,7 +58,7 @@ class RunConfig:
       dataset: name of the training data.
       student: name of the student's architecture, and where it is tapped if it was told.
       teacher: name of the teacher and what identifies its weights; None: there is none.
-      test: name of the held-out data where it is not the test split of `dataset`.
+      test: name of the held-out data; None: the test split of `dataset`; `NO_TEST`: there is none.
       views: how many of an image's crops and flips are ever shown; None: all, as in the paper.
       method, protocol, setting: see `abflax.methods`.
       options: the method's options, sorted by name.
@@ -161,9 +165,10 @@ class RunConfig:
         """Twelve hexadecimal digits of SHA-256 over all that changes a number.
 
         Method, protocol, setting and options enter as the phases that they stand for: the same
-        objective under another spelling is the same run, and a constant that changes in a
-        protocol makes another. Other fields enter where they differ from their defaults, so that
-        one that is added later changes no hash; defaults therefore never change.
+        objective under another spelling is the same run (but that layers count as they are named:
+        "last" is not "layer3"), and a constant that changes in a protocol makes another. Other
+        fields enter where they differ from their defaults, so that one that is added later changes
+        no hash; defaults therefore never change.
         """
         given: dict[str, Any] = {"phases": [phase.described() for phase in self.phases()]}
         plain = self.as_json()

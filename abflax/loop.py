@@ -18,16 +18,16 @@ from abflax.abreast import Steps, drive
 from abflax.checkpoint import Checkpoints
 from abflax.classroom import Classroom
 from abflax.compatibility import require_compatible
-from abflax.config import Resources, RunConfig, Seeds
+from abflax.config import NO_TEST, Resources, RunConfig, Seeds
 from abflax.data import Dataset, Photographs
-from abflax.errors import InputError
+from abflax.errors import InputError, NonFiniteError
 from abflax.interrupt import Interrupted, StopRequest
 from abflax.lock import Lock
 from abflax.models import model_name
 from abflax.networks import Network
 from abflax.processes import highest, is_first, once, require_same, together
 from abflax.progress import Reporter, Silent
-from abflax.record import read_record, require_writable, write_record
+from abflax.record import make_diverged, read_record, require_writable, write_record
 from abflax.run import Run
 from abflax.settings import described, is_of
 from abflax.taps import Model
@@ -159,7 +159,7 @@ def distill(
     common = {
         "dataset": data.name,
         "teacher": teacher.name if teacher is not None else None,
-        "test": test.name if test is not None and test.name != data.name else None,
+        "test": NO_TEST if test is None else test.name if test.name != data.name else None,
     }
     changed = (each if "method" in each else options | dict(each) for each in abreast)
     members = [_member(common, own, each) for each in (options, *changed)]
@@ -225,7 +225,9 @@ def _member(
     for name, value, kind in (("student", student, Model | Network), ("seeds", seeds, Seeds | int)):
         _require(name, value, kind)
     options = {name: settings.pop(name) for name in changed.keys() - own.keys()}
-    for name in options.keys() & inspect.signature(distill).parameters.keys():
+    kept = {name for name, each in inspect.signature(distill).parameters.items()
+            if each.kind is not each.VAR_KEYWORD}  # fmt: skip
+    for name in options.keys() & kept:
         raise InputError(f"{name} is the same for all runs abreast")
     config = RunConfig(
         student=str(student.name) if isinstance(student, Network) else model_name(student),
@@ -291,7 +293,11 @@ def _train_in(directory: Path, run: Run, force: bool) -> Steps[Result]:
         events = (
             directory / "events" if run.classroom.resources.tensorboard and is_first() else None
         )
-        record, variables = yield from run.train(kept, events)
+        try:
+            record, variables = yield from run.train(kept, events)
+        except NonFiniteError as error:
+            _diverge(directory, run, error)
+            raise
     _finish(directory, record, variables)
     return Result(record, variables, directory)
 
@@ -306,10 +312,17 @@ def _begin(directory: Path, config: RunConfig, force: bool) -> dict[str, Any] | 
         if done is not None:
             return done
         path.unlink()
-    for unfinished in directory.glob("*.tmp"):  # of a process that was killed while writing
-        unfinished.unlink(missing_ok=True)
+    for old in (*directory.glob("*.tmp"), directory / "diverged.json"):  # killed while writing; and
+        old.unlink(missing_ok=True)  # what it ended in before
     write_record(directory / "config.json", config.as_json())
     return None
+
+
+@once
+def _diverge(directory: Path, run: Run, error: NonFiniteError) -> None:
+    """Writes how a run has ended whose numbers went wrong, so that no mean forgets it."""
+    ended = make_diverged(run.config, str(error), dict(run.classroom.environment))
+    write_record(directory / "diverged.json", ended)
 
 
 @once

@@ -257,8 +257,7 @@ you mean margin?
         if name in _METHODS:
             return _METHODS[name]
         if match := _POWER.fullmatch(name):
-            canonical = f"l{float(match[1]):g}"
-            return _METHODS.get(canonical) or _power(float(match[1]))
+            return _METHODS.get(_canonical(name)) or _power(float(match[1]))
         raise unknown("method", name, _METHODS)
 
     def __iter__(self) -> Iterator[str]:
@@ -285,9 +284,8 @@ def _phases(
     name: str, parts: Mapping[str, Method], protocol: Protocol, options: dict[str, Any]
 ) -> tuple[Phase, ...]:
     options = dict(options)
-    if "transfer_weight" in options and not any(
-        term.transfers for method in parts.values() for term in method.initialise
-    ):
+    transfers = any(term.transfers for method in parts.values() for term in method.initialise)
+    if "transfer_weight" in options and not transfers:
         raise InputError(f"method {name} has no transfer loss, so no transfer_weight")
     weight = options.pop("transfer_weight", 1.0)
     if not is_of(weight, float) or not weight > 0:
@@ -295,7 +293,7 @@ def _phases(
     kinds = {type(t) for m in parts.values() for t in (*m.initialise, *m.classify)}
     if not protocol.same_classes:
         kinds -= {KnowledgeDistillation}
-    _check_options(name, kinds, options)
+    _check_options(name, kinds, options, {"transfer_weight"} if transfers else set())
 
     def terms(stage: str) -> Weighted:
         weighted = [
@@ -323,21 +321,30 @@ def _phases(
 
 def _scale(method: str, protocol: Protocol) -> float:
     """The factor on a method's transfer loss; other powers than those listed have that of l2."""
-    canonical = method if method in protocol.transfer_scale else "l2"
-    return protocol.transfer_scale[canonical]
+    return protocol.transfer_scale.get(_canonical(method), protocol.transfer_scale["l2"])
+
+
+def _canonical(method: str) -> str:
+    """The name of a method under which tables have it: l0.50 is l0.5."""
+    match = _POWER.fullmatch(method)
+    return f"l{float(match[1]):g}" if match else method
 
 
 def _replaced(term: Term, protocol: Protocol, options: dict[str, Any]) -> Term:
-    """A term with the protocol's choices, then the caller's."""
+    """A term with the protocol's choices, then the caller's; a real number is a float."""
     given = {"layer_ratio": protocol.layer_ratio, "temperature": protocol.temperature, **options}
-    names = {field.name for field in dataclasses.fields(term)}
-    return dataclasses.replace(term, **{k: v for k, v in given.items() if k in names})
+    hints, names = _type_hints(type(term)), {field.name for field in dataclasses.fields(term)}
+    return dataclasses.replace(
+        term, **{k: float(v) if hints[k] is float else v for k, v in given.items() if k in names}
+    )
 
 
 _type_hints: Callable[[Any], dict[str, Any]] = functools.cache(typing.get_type_hints)
 
 
-def _check_options(name: str, kinds: set[type[Term]], options: dict[str, Any]) -> None:
+def _check_options(
+    name: str, kinds: set[type[Term]], options: dict[str, Any], others: set[str]
+) -> None:
     """Raises for an option that no term has, or whose value is of another type."""
     hints = {
         key: hint
@@ -347,7 +354,7 @@ def _check_options(name: str, kinds: set[type[Term]], options: dict[str, Any]) -
     }
     for option, value in options.items():
         if option not in hints:
-            raise unknown(f"option of method {name}", option, {*hints, "transfer_weight"})
+            raise unknown(f"option of method {name}", option, {*hints, *others})
         if not is_of(value, hints[option]):
             kind = described(hints[option])
             raise InputError(f"option {option} of method {name} must be {kind}, not {value!r}")

@@ -22,6 +22,9 @@ Schema 1. A record is an object with
   where the code was changed, null outside a repository): of the sitting that finished the run, read
   when it began; and `abreast`, where several runs were trained in one program: how many at most;
 - `finished`: UTC, ISO 8601.
+
+A run whose numbers went wrong has another file, of `schema`, `hash`, `config`, `environment`,
+`finished`, `state`: "diverged", and `error`: where, and what is known of why.
 """
 
 from __future__ import annotations
@@ -107,8 +110,25 @@ def make_record(
         "result": result,
         "seconds": round(seconds, 3),
         "environment": made_by,
-        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+        "finished": _now(),
     }
+
+
+def make_diverged(config: RunConfig, error: str, made_by: dict[str, Any]) -> dict[str, Any]:
+    """What there is to say of a run whose numbers went wrong; see the schema above."""
+    return {
+        "schema": SCHEMA,
+        "hash": config.hash,
+        "config": config.as_json(),
+        "state": "diverged",
+        "error": error,
+        "environment": made_by,
+        "finished": _now(),
+    }
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def write_record(path: Path, record: Any) -> None:

@@ -114,13 +114,13 @@ class Run:
         """Dispatches the steps of one phase, evaluating and saving between them."""
         span, phase = self.spans[journal.phase], self.phases[journal.phase]
         program = self.programs[journal.phase]
+        saved = began = time.perf_counter()
         self.kept_targets = None  # those of the phase before need not stay
         if self.classroom.resources.keep_targets:
             self.kept_targets = self._ask_once(program, state)
         done = journal.step - span.start
         self.trend = Trend(norm_of(self.kept[1].params["student"]))
         self.reporter.phase(self._label(), phase.name, span.steps, done, span.epochs)
-        saved = began = time.perf_counter()
         waiting: list[tuple[int, dict[str, Any], int]] = []
         while journal.step < span.start + span.steps:
             target = min(stop for stop in self.stops if stop > journal.step)

@@ -107,6 +107,11 @@ def bind(
         if isinstance(term, LayerTerm):
             everything = term.layers is None
             require_same_taps(ours if everything else layers, term.chosen(theirs))
+            if not layers:
+                raise InputError(
+                    f"{type(term).__name__} compares taps, of which neither network has one: name "
+                    "some with abflax.Tapped (abflax.taps.suggest tells which there could be)"
+                )
         if term.positions == "same":
             require_same_positions(ours, theirs, layers)
         pools = term.positions == "pooled"

@@ -55,12 +55,17 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     }
     parser = cli.Parser("experiments.run", __doc__, choices, trains=True)
     add = parser.add_argument
-    add("command", nargs="?", default="train", help="train (default), evaluate or list")
+    add(
+        "command",
+        nargs="?",
+        default="train",
+        help="train (default), evaluate (the teacher) or list",
+    )
     add("--dataset", default="cifar10", help=f"{' or '.join(DATASETS)} (default cifar10)")
     add("--data-dir", help="of TensorFlow Datasets; default: TFDS_DATA_DIR")
     add("--teacher", help="architecture, such as wrn22-4 (default wrn16-2), or none")
     add("--teacher-weights", help="file or run; default: what the repository ships")
-    add("--student", default="wrn16-1", help="architecture (default wrn16-1)")
+    add("--student", help="architecture (default wrn16-1)")
     add("--method", default="activation-boundary", help="see below (default activation-boundary)")
     add("--protocol", default="paper", help=f"{' or '.join(PROTOCOLS)} (default paper)")
     add("--epochs", type=cli.epochs_type, default=(20, 100), metavar="I+C",
@@ -118,11 +123,11 @@ def main(console: Console) -> None:
 
 def train(arguments: argparse.Namespace, console: Console) -> None:
     """One run a seed, then their mean."""
-    options = _options(arguments)
+    options, student_name = _options(arguments), arguments.student or "wrn16-1"
     # Everything that can be wrong is looked at before the data is read.
     config = RunConfig(
         dataset=arguments.dataset,
-        student=arguments.student,
+        student=student_name,
         method=arguments.method,
         protocol=arguments.protocol,
         options=tuple(sorted(options.items())),
@@ -133,11 +138,11 @@ def train(arguments: argparse.Namespace, console: Console) -> None:
         precision=arguments.precision,
         views=arguments.views,
     )
-    MODELS[arguments.student]
+    MODELS[student_name]
     teacher = _teacher(arguments)
     data = load(arguments.dataset, "train", arguments.data_dir)
     test = load(arguments.dataset, "test", arguments.data_dir)
-    student = MODELS[arguments.student](num_classes=data.num_classes)
+    student = MODELS[student_name](num_classes=data.num_classes)
     resources = Resources(
         arguments.devices,
         arguments.steps_per_dispatch,
@@ -166,7 +171,7 @@ def train(arguments: argparse.Namespace, console: Console) -> None:
         console.print(f"{result.directory}  {percent(wrong)} %", soft_wrap=True)
     errors = [result.record["result"]["test_error"] for result in results]
     console.print(
-        f"{arguments.method}, {arguments.student} on {arguments.dataset}: "
+        f"{arguments.method}, {student_name} on {arguments.dataset}: "
         f"test error {mean_and_std(errors)} % (n = {len(errors)}"
         f"{', of initial weights alone' * arguments.same_batches})",
         soft_wrap=True,
@@ -175,6 +180,8 @@ def train(arguments: argparse.Namespace, console: Console) -> None:
 
 def evaluate_network(arguments: argparse.Namespace, console: Console) -> None:
     """The test error of --teacher."""
+    if arguments.student is not None:
+        raise InputError("evaluate measures a teacher: give --teacher, and --teacher-weights")
     name = arguments.teacher or "wrn16-2"
     network = find_teacher(name, arguments.dataset, arguments.teacher_weights, arguments.workdir)
     test = load(arguments.dataset, "test", arguments.data_dir)
@@ -210,7 +217,9 @@ def list_runs(arguments: argparse.Namespace, console: Console) -> None:
 def _row(path: Path) -> dict[str, Any]:
     config = read_json(path)
     record = read_record(path.parent / "record.json")
+    diverged = read_record(path.parent / "diverged.json")
     steps = [int(p.name) for p in (path.parent / "checkpoints").glob("*") if p.name.isdigit()]
+    reached = f"step {max(steps)}" if steps else "begun"
     error = record["result"].get("test_error") if record else None
     return {
         "run": path.parent.name,
@@ -221,7 +230,7 @@ def _row(path: Path) -> dict[str, Any]:
         "protocol": config["protocol"],
         "epochs": "+".join(map(str, config["epochs"])),
         "seed": config["seeds"]["weights"],
-        "state": "finished" if record else f"step {max(steps)}" if steps else "begun",
+        "state": "finished" if record else "diverged" if diverged else reached,
         "test error": f"{percent(error)} %" if error is not None else "-",
     }
 
@@ -230,7 +239,8 @@ def _teacher(arguments: argparse.Namespace) -> Any:
     """The teacher; None where the method needs none and none was asked for."""
     phases = METHODS[arguments.method](protocol=arguments.protocol, **_options(arguments))
     needed = any(phase.needs_teacher for phase in phases)
-    if arguments.teacher == "none" or (arguments.teacher is None and not needed):
+    asked = arguments.teacher is not None or arguments.teacher_weights is not None
+    if arguments.teacher == "none" or not (needed or asked):
         if needed:
             raise InputError(f"method {arguments.method} needs a teacher")
         return None

@@ -63,6 +63,9 @@ MISTAKES = [
     (("--coordinator", "here", "--processes", "2", "--process", "0"), "HOST:PORT, not 'here'"),
     (("--coordinator", "here:1", "--processes", "2"), "are given together, or none of them"),
     (("--coordinator", "here:1", "--processes", "2", "--process", "2"), "none has the number 2"),
+    (("evaluate", "--student", "wrn10-1"), "evaluate measures a teacher: give --teacher"),
+    ((*DIGITS, "--method", "cross-entropy", "--teacher", "wrn10-1", "--teacher-weights", "no.npz"),
+     "there is no weights file no.npz"),
     (("evalute",), "unknown command 'evalute'; did you mean evaluate?"),
 ]  # fmt: skip
 
@@ -153,6 +156,8 @@ def test_numbers_that_are_none_leave_with_1(command, tmp_path):
     )  # fmt: skip
     assert code == 1 and err.count("\n") == 1
     assert err.startswith("error: the loss is not finite at step 0 of phase joint")
+    code, out, _ = command("list", "--workdir", str(tmp_path))
+    assert code == 0 and "diverged" in out
 
 
 @pytest.mark.parametrize("there", [True, False])

@@ -1,5 +1,6 @@
 """Photographs through a run: decoded ahead by other processes, in an order that is given."""
 
+import contextlib
 import os
 import signal
 
@@ -10,6 +11,7 @@ import pytest
 
 from abflax import Dataset, InputError, Network, Resources, distill, evaluate
 from abflax.data import Batches, Stream, decoding, normalise, read_folder
+from abflax.data.decoders import Decoders
 from abflax.data.decoding import centre_crop, random_crop
 from abflax.feed import Feed, HeldOut
 from abflax.interrupt import Interrupted
@@ -185,6 +187,33 @@ def test_a_process_that_dies_is_told(folder):
         for number in range(1, 4):
             batches.into(number, images)
     batches.close()
+
+
+def test_more_answers_than_a_connection_holds():
+    """Neither side waits for the other to read first."""
+    decoders = Decoders(1, 1, workers=1)
+    with contextlib.closing(decoders), _at_most(30):
+        # A task that fails at once, and is longer than its answer, as tasks are.
+        tickets = [decoders.ask([("no such work", None, "x" * 200, ())] * 32) for _ in range(1000)]
+        for ticket in tickets:
+            assert decoders.wait(ticket) == [(False, "'no such work'")] * 32
+    assert decoders.decoded == [32_000]
+
+
+@contextlib.contextmanager
+def _at_most(seconds):
+    """Fails in whatever takes longer."""
+
+    def late(*_):
+        pytest.fail(f"{seconds} s are over")
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def test_normalised_by_imagenets_mean(folder):

@@ -25,6 +25,7 @@ from abflax import (
 from abflax.checkpoint import Checkpoints
 from abflax.models import MODELS
 from abflax.progress import Silent
+from abflax.record import read_record
 from abflax.step import init_variables
 
 ONE = Resources(devices=1)
@@ -200,6 +201,9 @@ def test_numbers_that_are_none_stop_the_run(digits, teacher, tmp_path):
         _distill(poisoned, teacher, workdir=tmp_path, resources=resources)
     (run,) = (tmp_path / "runs").iterdir()
     assert not (run / "record.json").exists()
+    assert read_record(run / "diverged.json")["error"].startswith(
+        "the loss is not finite at step 2"
+    )
     with Checkpoints(run / "checkpoints") as checkpoints:
         assert checkpoints.latest()["journal"]["step"] == 2
 
@@ -266,6 +270,11 @@ def test_what_cannot_be_distilled(digits, teacher, tmp_path):
     test = Dataset(np.zeros((1, 4, 4, 1)), np.zeros(1, int))
     with pytest.raises(InputError, match=r"test images have shape \(4, 4, 1\)"):
         _distill((digits[0], test), wide, workdir=tmp_path)
+    eleven = dataclasses.replace(digits[1], num_classes=11)
+    with pytest.raises(InputError, match="test images are of 11 classes, the training images of 1"):
+        _distill((digits[0], eleven), wide, workdir=tmp_path)
+    with pytest.raises(InputError, match="unknown option of method activation-boundary 'options'"):
+        _distill(digits, wide, workdir=tmp_path, options={"margin": 2.0})
     assert not list(tmp_path.iterdir())
 
 
@@ -286,6 +295,21 @@ def test_positions_that_do_not_match(digits):
     with pytest.raises(InputError, match="layer1: the student's positions 8×8 are not the "
                                          "teacher's 4×4"):  # fmt: skip
         _distill(digits, Network(Coarse(), variables))
+
+
+@pytest.mark.parametrize("method", ["activation-boundary", "fsp", "kd+attention"])
+def test_networks_without_taps(digits, method):
+    from flax import linen as nn
+
+    class Plain(nn.Module):
+        @nn.compact
+        def __call__(self, images):
+            return nn.Dense(10)(images.mean(axis=(1, 2)))
+
+    variables = Plain().init(jax.random.key(0), jnp.zeros((1, *SHAPE)))
+    with pytest.raises(InputError, match="compares taps, of which neither network has one"):
+        distill(Plain(), Network(Plain(), variables), digits[0], method=method, epochs=(1, 1),
+                batch_size=16)  # fmt: skip
 
 
 def test_a_workdir_that_cannot_be_written(digits, tmp_path):

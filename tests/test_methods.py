@@ -112,6 +112,8 @@ def test_one_objective_has_one_hash_however_it_is_spelt():
     assert base.hash != dataclasses.replace(base, options=(("margin", 1.5),)).hash
     powers = [RunConfig("d", "s", "t", method=name).hash for name in ("l2", "l2.0", "l1.5")]
     assert powers[0] == powers[1] != powers[2]
+    margins = [RunConfig("d", "s", "t", options=(("margin", value),)).hash for value in (2, 2.0)]
+    assert margins[0] == margins[1]
 
 
 def test_every_transfer_loss_has_a_scale_in_every_protocol():
@@ -121,6 +123,7 @@ def test_every_transfer_loss_has_a_scale_in_every_protocol():
             if any(term.transfers for _, term in METHODS[name]()[0].terms):
                 assert name in PROTOCOLS[protocol]["cifar"].transfer_scale
         assert 0 < scale("l1.5") == scale("l2.0") == scale("l2") < 0.1
+        assert scale("l1.0") == scale("l1") and scale("l0.50") == scale("l0.5")
 
 
 def test_names_are_looked_up_as_in_any_mapping():

@@ -11,6 +11,7 @@ from flax import linen as nn
 from abflax.errors import InputError
 from abflax.models import MODELS, model_name
 from abflax.models.convolution import convolve
+from abflax.models.wide_resnet import WideResNet
 from abflax.step import abstract_variables
 from abflax.taps import run_model, tap_shapes
 
@@ -87,6 +88,14 @@ def test_illegal_names(name):
 def test_any_legal_depth_and_width_is_parsed():
     model = MODELS["wrn28-10"](num_classes=100)
     assert (model.depth, model.width, model.num_classes) == (28, 10, 100)
+
+
+def test_a_subclass_is_another_network():
+    class Mine(WideResNet):
+        pass
+
+    assert model_name(WideResNet(10, 1)) == "wrn10-1"
+    assert model_name(Mine(10, 1)).startswith("Mine(")
 
 
 @pytest.mark.parametrize("name", ["resnet50-0.25", "mobilenet-v1-0.5", "mobilenet-v2-1.4"])

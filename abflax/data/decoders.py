@@ -86,6 +86,8 @@ class Decoders:
         ticket = Ticket(list(tasks))
         for index, connection in enumerate(self._connections):
             if part := ticket.tasks[index::count]:
+                while self._asked[index] and connection.poll():  # it waits, once its answers fill
+                    self._take(index)  # the connection, and so would what is sent to it now
                 ticket.waiting.append(index)
                 self._asked[index].append(ticket)
                 try:
@@ -97,16 +99,19 @@ class Decoders:
     def wait(self, ticket: Ticket) -> list[tuple[bool, Any]]:
         """What became of each task (see `decoding.perform`)."""
         while ticket.waiting:
-            index = ticket.waiting[0]
-            try:
-                found = self._connections[index].recv()
-            except (EOFError, OSError):
-                self._gone(index)
-            first = self._asked[index].popleft()
-            first.waiting.remove(index)
-            first.found[index :: len(self._connections)] = found
-            self.decoded[index] += len(found)
+            self._take(ticket.waiting[0])
         return ticket.found
+
+    def _take(self, index: int) -> None:
+        """The next answer of a process."""
+        try:
+            found = self._connections[index].recv()
+        except (EOFError, OSError):
+            self._gone(index)
+        first = self._asked[index].popleft()
+        first.waiting.remove(index)
+        first.found[index :: len(self._connections)] = found
+        self.decoded[index] += len(found)
 
     def seconds(self) -> float:
         """CPU time of the processes."""

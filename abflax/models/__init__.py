@@ -101,7 +101,7 @@ def model_name(model: Model) -> str:
         bound = make.keywords.items()
         if type(model) is make.func and all(getattr(model, key) == to for key, to in bound):
             return known
-    if isinstance(model, WideResNet):
+    if type(model) is WideResNet:
         return f"wrn{model.depth}-{model.width}"
     if isinstance(model, (ResNet, MobileNetV1, MobileNetV2)) and model.width != 1:
         whole = model_name(model.clone(width=1.0))

@@ -25,7 +25,9 @@ class JacobianMatching(LayerTerm):
 
     J is the gradient, with respect to the image, of the attention at the pixel where the teacher's
     is largest; the same pixel for both networks. One backward pass more per layer and network,
-    through the same forward pass. Targets: pixel, Jacobian and attention map of each layer.
+    through the same forward pass, of the sum over the batch: where batch norms use the batch's
+    statistics, as the student's do, an image's J holds its (smaller) share in the attention of the
+    others too. Targets: pixel, Jacobian and attention map of each layer.
 
     Attributes:
       attention_share: α, the weight of the attention loss beside the Jacobian's. Its mean over
