@@ -15,7 +15,7 @@ setup(
     packages=find_packages(include=["abflax*", "experiments*"]),
     package_data={
         "abflax": ["py.typed"],
-        "experiments": ["*.json", "teachers/*", "records/*.json"],
+        "experiments": ["*.json", "teachers/*", "records/*.json", "records/diverged/*.json"],
     },
     install_requires=[
         # jaxlib 0.10.2 miscompiles on CPUs (jax-ml/jax#39103), and jax 0.10.2 asks for it. jaxlib

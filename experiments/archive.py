@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Iterable
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from abflax.config import RunConfig
 from abflax.errors import InputError
-from abflax.record import read_record
+from abflax.record import read_record, write_record
 
 RECORDS = Path(__file__).parent / "records"
+DIVERGED = RECORDS / "diverged"
 Record = dict[str, Any]
 
 
@@ -33,7 +33,16 @@ def committed(folder: Path = RECORDS) -> dict[str, Record]:
 
 def finished(workdir: Path) -> dict[str, Record]:
     """hash -> record, of a workdir's finished runs."""
-    records = (read_record(path) for path in sorted((workdir / "runs").glob("*/record.json")))
+    return _read(workdir, "record.json")
+
+
+def diverged(workdir: Path) -> dict[str, Record]:
+    """hash -> how it ended, of a workdir's runs whose numbers went wrong."""
+    return _read(workdir, "diverged.json")
+
+
+def _read(workdir: Path, name: str) -> dict[str, Record]:
+    records = (read_record(path) for path in sorted((workdir / "runs").glob(f"*/{name}")))
     return {record["hash"]: record for record in records if record is not None}
 
 
@@ -42,13 +51,13 @@ def short(commit: str | None) -> str:
     return "unknown" if commit is None else commit[:12] + "+" * commit.endswith("+")
 
 
-def new(workdir: Path, folder: Path = RECORDS) -> tuple[dict[str, Record], int]:
-    """A workdir's finished CIFAR-10 runs that are not among the records, and how many others are
-    not because their names are not those of their configurations, as a constant has changed."""
+def new(found: Mapping[str, Record], folder: Path = RECORDS) -> tuple[dict[str, Record], int]:
+    """A workdir's CIFAR-10 runs that are not among the records, and how many others are not because
+    their names are not those of their configurations, as a constant has changed."""
     there = committed(folder)
     chosen = {
         name: record
-        for name, record in finished(workdir).items()
+        for name, record in found.items()
         if record["config"]["dataset"] == "cifar10" and name not in there
     }
     current = {
@@ -59,7 +68,7 @@ def new(workdir: Path, folder: Path = RECORDS) -> tuple[dict[str, Record], int]:
     return current, len(chosen) - len(current)
 
 
-def add(names: Iterable[str], workdir: Path, folder: Path = RECORDS) -> None:
-    """Copies a workdir's records of those runs."""
-    for name in names:
-        shutil.copyfile(workdir / "runs" / name / "record.json", folder / f"{name}.json")
+def add(records: Mapping[str, Record], folder: Path = RECORDS) -> None:
+    """Keeps records, named by their hashes."""
+    for name, record in records.items():
+        write_record(folder / f"{name}.json", record)

@@ -28,6 +28,7 @@ class Cell:
       run: of which run; None: the table does not have this cell.
       paper: the paper's number, in percent.
       records: of its seeds, by seed.
+      diverged: how many further seeds have ended in numbers that are none.
       values: what the records say, as shares; empty where they are of a method that has no such
         number.
     """
@@ -38,6 +39,7 @@ class Cell:
     run: RunConfig | None
     paper: float | None
     records: tuple[Record, ...]
+    diverged: int
     values: tuple[float, ...]
 
     @property
@@ -91,7 +93,10 @@ def seeded(run: RunConfig, networks: Mapping[str, str], seed: int) -> RunConfig 
 
 
 def fill(
-    table: Table, records: Mapping[str, Record], teachers: Mapping[str, str] | None = None
+    table: Table,
+    records: Mapping[str, Record],
+    teachers: Mapping[str, str] | None = None,
+    diverged: Mapping[str, Record] | None = None,
 ) -> Filled:
     """Finds the records of each cell.
 
@@ -100,21 +105,26 @@ def fill(
       teachers: architecture -> identity, where it is known, and so for students with published
         weights. Records of another network do not count then; where it is not known, the records
         must agree in one.
+      diverged: hash -> how it ended, of runs without a record because their numbers went wrong.
 
     Raises:
       ValueError: naming two teachers that records of one table have, or a record that lacks what
         the table shows.
     """
-    seeds = _seeds(records)
-    teachers = identities(table, records, teachers or {})
+    ended = {name: each for name, each in (diverged or {}).items() if name not in records}
+    both = {**records, **ended}
+    seeds, teachers = _seeds(both), identities(table, both, teachers or {})
     cells = {}
     for row, column in itertools.chain.from_iterable(table.groups):
         run, measure = table.configuration(row, column), table.measure(row, column)
-        found = _records_of(run, records, seeds, teachers) if run is not None else ()
+        found, lost = (
+            _records_of(run, known, seeds, teachers) if run is not None else ()
+            for known in (records, ended)
+        )
         values = [value for record in found if (value := measure.read(record)) is not None]
         paper = table.paper.get((row.label, column.label))
         cells[row.label, column.label] = Cell(
-            row, column, measure, run, paper, found, tuple(values)
+            row, column, measure, run, paper, found, len(lost), tuple(values)
         )
     return Filled(table, cells)
 
@@ -195,7 +205,10 @@ def _shown(cell: Cell, wins: bool, compared: bool) -> str:
     """ "paper │ here", with a dash for what there is not; "here" where the paper has nothing."""
     if cell.values:
         here = mean_and_std(cell.values, cell.measure.digits, cell.measure.factor)
-        here = f"{f'**{here}**' if wins else here} ({len(cell.values)})"
+        lost = f"; {cell.diverged} diverged" * (cell.diverged > 0)
+        here = f"{f'**{here}**' if wins else here} ({len(cell.values)}{lost})"
+    elif cell.diverged:
+        here = f"diverged ({cell.diverged})"
     else:
         here = "–" if cell.run is None or cell.records else "not run"
         if cell.run is not None and architecture(cell.run.student) != cell.run.student:
@@ -235,7 +248,7 @@ def missing(filled: Filled) -> str:
     runs them; "": none."""
     table, seeds = filled.table, SCALES[filled.table.scale].seeds
     cells = [cell for cell in filled.cells.values() if cell.run is not None]
-    absent = [cell for cell in cells if len(cell.records) < seeds]
+    absent = [cell for cell in cells if len(cell.records) + cell.diverged < seeds]
     if not absent:
         return ""
     begun = sum(bool(cell.records) for cell in absent)

@@ -36,6 +36,11 @@ def rates(records: Mapping[str, Record], device: str) -> Rates:
     return {key: statistics.median(values) for key, values in found.items()}
 
 
+def is_guess(job: Job, known: Rates) -> bool:
+    """Whether a phase of the run has no record of its method, so that `seconds` takes another's."""
+    return any((job.run.dataset, job.run.method, phase) not in known for phase in job.steps)
+
+
 def seconds(job: Job, known: Rates) -> float | None:
     """About how long a run takes; None: nothing is known of its data set.
 

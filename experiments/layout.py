@@ -232,18 +232,20 @@ class Table:
         """The table with some of its rows and columns; None: all.
 
         Raises:
-          ValueError: for a name that the table does not have.
+          ValueError: for a name that the table does not have, or names that have no cell.
         """
         found = dataclasses.replace(
             self,
             rows=self.rows.select(rows, f"row of table {self.name}"),
             columns=self.columns.select(columns, f"column of table {self.name}"),
         )
-        if methods is None:
-            return found
-        axis = "rows" if any("method" in point.changes for point in found.rows) else "columns"
-        chosen = getattr(found, axis).select(methods, f"method of table {self.name}")
-        return dataclasses.replace(found, **{axis: chosen})
+        if methods is not None:
+            axis = "rows" if any("method" in point.changes for point in found.rows) else "columns"
+            chosen = getattr(found, axis).select(methods, f"method of table {self.name}")
+            found = dataclasses.replace(found, **{axis: chosen})
+        if not found.runs:
+            raise InputError(f"table {self.name}, scale {self.scale}, has no cell there")
+        return found
 
     @property
     def runs(self) -> tuple[RunConfig, ...]:

@@ -19,7 +19,7 @@ from abflax.models import MODELS
 from abflax.record import device_name
 from abflax.step import init_variables
 from experiments import cli
-from experiments.cost import rates, seconds, total
+from experiments.cost import is_guess, rates, seconds, total
 from experiments.layout import Record, architecture
 from experiments.plan import Job, unfinished
 from experiments.teachers import read
@@ -49,7 +49,8 @@ def forecast(
     for group in left.values():
         seeds = ",".join(str(job.seed) for job in group)
         steps, each = sum(group[0].steps.values()), seconds(group[0], known)
-        table.add_row(*group[0].words, seeds, f"{steps:,}", _duration(each))
+        guess = "?" * (each is not None and is_guess(group[0], known))
+        table.add_row(*group[0].words, seeds, f"{steps:,}", _duration(each) + guess)
     if left:
         console.print(table, soft_wrap=True)
     steps = sum(sum(job.steps.values()) for job in waiting)
@@ -63,6 +64,13 @@ def forecast(
         + (f" for {len(waiting) - unknown}, unknown for {unknown}" * (0 < unknown < len(waiting))),
         soft_wrap=True,
     )
+    guesses = sum(is_guess(job, known) for job in waiting) if unknown < len(waiting) else 0
+    if guesses:
+        console.print(
+            f"?: {guesses} runs of methods that have no record of this device: as long as the "
+            "others' median; Jacobian matching takes several times that (experiments/BENCH.md)",
+            soft_wrap=True,
+        )
 
 
 def start_every_cell(

@@ -45,7 +45,7 @@ from abflax.weights import load_network
 from experiments import archive, cli, figures
 from experiments.cells import Filled, fill, identities, markdown
 from experiments.layout import Record, Table, architecture, pretrained
-from experiments.plan import Job, jobs, share, together
+from experiments.plan import Job, jobs, share, together, unfinished
 from experiments.rehearsal import forecast, start_every_cell
 from experiments.tables import SCALES, TABLES
 from experiments.teachers import begun, find_teacher, is_shipped, read
@@ -149,12 +149,15 @@ def main(console: Console) -> None:
     cli.cache_compilation(arguments.workdir)
     live = cli.progress(arguments, console)
     with live.shown():
-        notes, failures = run(mine, chosen, given, teachers, records, arguments, live)
+        left, failures = run(mine, chosen, given, teachers, records, arguments, live)
     records = archive.committed() | archive.finished(arguments.workdir)
+    diverged = archive.committed(archive.DIVERGED) | archive.diverged(arguments.workdir)
     teachers = look_for_teachers(whole, given, arguments.workdir, teachers)
     for table, part in zip(whole, chosen, strict=True):
-        show(console, fill(part, records, _names(teachers)))
-        write(fill(table, records, _names(teachers)), arguments.workdir / "tables")
+        show(console, fill(part, records, _names(teachers), diverged))
+        write(fill(table, records, _names(teachers), diverged), arguments.workdir / "tables")
+    others = unfinished([job for job, _ in left], _names(teachers), records)
+    notes = [f"{_named(job)}: {why}" for job, why in left if job in others]
     for note in notes:
         console.print(f"left: {note}", soft_wrap=True)
     if failures:
@@ -168,13 +171,13 @@ def find_tables(names: str, scale: str) -> list[Table]:
     if scale not in TABLES:
         raise unknown("scale", scale, TABLES)
     known = TABLES[scale]
-    wanted = cli.names_type(names)
-    if names == "all":
-        wanted = tuple(name for name, table in known.items() if table.teacher_run is not None)
-    for name in wanted:
-        if name not in known:
+    every = [name for name, table in known.items() if table.teacher_run is not None]
+    wanted: dict[str, Table] = {}
+    for name in cli.names_type(names):
+        if name not in known and name != "all":
             raise unknown("table", name, [*known, "all"])
-    return [known[name] for name in wanted]
+        wanted |= {each: known[each] for each in (every if name == "all" else [name])}
+    return list(wanted.values())
 
 
 def require_used(given: Mapping[str, str], tables: Sequence[Table]) -> None:
@@ -214,13 +217,14 @@ def run(
     records: Mapping[str, Record],
     arguments: argparse.Namespace,
     reporter: Reporter,
-) -> tuple[list[str], list[str]]:
-    """Runs what is not finished. Returns (what is left for another call, what went wrong).
+) -> tuple[list[tuple[Job, str]], list[str]]:
+    """Runs what is not finished. Returns (what was left to others or for later, and why; what went
+    wrong).
 
     Args:
       teachers: those that are there; those that are trained here come to them.
     """
-    notes: list[str] = []
+    left: list[tuple[Job, str]] = []
     failures: list[str] = []
     # A teacher's record is of no use without the weights, which a workdir has.
     here = archive.finished(arguments.workdir)
@@ -237,12 +241,14 @@ def run(
             if job.configuration(_names(teachers)) is not None:
                 ready.append(job)
             else:
-                notes.append(f"{_named(job)}: {_lacking(job, tables, teachers)}")
+                left.append((job, _lacking(job, tables, teachers)))
         for job, error in attempt(ready, teachers, arguments, reporter):  # the others meanwhile
-            kind = notes if isinstance(error, BusyError) else failures
-            kind.append(f"{_named(job)}: {error}")
+            if isinstance(error, BusyError):
+                left.append((job, str(error)))
+            else:
+                failures.append(f"{_named(job)}: {error}")
         cli.forget_programs()
-    return notes, failures
+    return left, failures
 
 
 def attempt(

@@ -4,7 +4,7 @@ import json
 
 from abflax.config import RunConfig
 from abflax.record import write_record
-from experiments.archive import RECORDS, add, committed, new
+from experiments.archive import DIVERGED, RECORDS, add, committed, finished, new
 from experiments.bench import PUBLISHED
 from experiments.benchmark import report
 from experiments.results import FIGURES, README, RESULTS, begun, overview, page, with_table
@@ -12,10 +12,10 @@ from tests import crash
 
 
 def test_results_are_rebuilt_byte_for_byte():
-    records = committed()
-    assert RESULTS.read_text() == page(records)
+    records, diverged = committed(), committed(DIVERGED)
+    assert RESULTS.read_text() == page(records, diverged)
     readme = README.read_text()
-    assert readme == with_table(readme, overview(records))
+    assert readme == with_table(readme, overview(records, diverged))
 
 
 def test_the_other_pages_are_rebuilt_byte_for_byte():
@@ -49,10 +49,10 @@ def test_outdated_runs_are_not_added(tmp_path):
         folder = tmp_path / "workdir" / "runs" / each["hash"]
         folder.mkdir(parents=True)
         write_record(folder / "record.json", each)
-    (tmp_path / "records").mkdir()
-    found, outdated = new(tmp_path / "workdir", tmp_path / "records")
+    found, outdated = new(finished(tmp_path / "workdir"), tmp_path / "records")
     assert found == {name: record} and outdated == 1
-    add(found, tmp_path / "workdir", tmp_path / "records")
+    add(found, tmp_path / "records")
     assert committed(tmp_path / "records") == {name: record}
     write_record(tmp_path / "workdir" / "runs" / name / "record.json", {**record, "seconds": 1.0})
-    assert new(tmp_path / "workdir", tmp_path / "records") == ({}, 1)  # what is there stays
+    again = finished(tmp_path / "workdir")
+    assert new(again, tmp_path / "records") == ({}, 1)  # what is there stays

@@ -8,9 +8,10 @@ import sys
 import pytest
 
 from abflax import BusyError, Network, NonFiniteError
+from abflax.record import write_record
 from experiments import archive, cli, table
 from experiments.tables import TABLES
-from tests.tiny_tables import GRID, TABLE
+from tests.tiny_tables import GRID, TABLE, record, run_of
 
 
 @pytest.fixture
@@ -111,6 +112,18 @@ def test_a_run_of_another_process_is_left(command, monkeypatch, forgotten):
     assert code == os.EX_TEMPFAIL and "2 of 2 runs are left for another call" in err
 
 
+def test_what_another_process_has_finished_meanwhile_is_not_left(command, monkeypatch, tmp_path):
+    def distill(student, teacher, data, *, seeds, **_):
+        name, made = record(run_of(TABLE, "cross-entropy", "1+1"), seeds.weights, 0.25)
+        (tmp_path / "workdir" / "runs" / name).mkdir(parents=True)
+        write_record(tmp_path / "workdir" / "runs" / name / "record.json", made)
+        raise BusyError("run 0123 is being done by process 7")
+
+    monkeypatch.setattr(table, "distill", distill)
+    code, out, err = command(*TINY, "--methods", "cross-entropy", "--seeds", "4,5")
+    assert code == 0 and "left:" not in out and "25.00 ± 0.00 (2)" in out, err
+
+
 def test_runs_that_see_the_same_batches_are_trained_together(command, monkeypatch):
     """All kd, attention and activation-boundary of a seed but those for whom the teacher drifts
     at another time."""
@@ -169,7 +182,7 @@ def test_a_cell_that_does_not_start(command, monkeypatch, forgotten):
 def test_every_table_can_be_forecast(command):
     code, out, err = command("all", "--scale", "paper", "--dry-run", "--seeds", "1")
     assert code == 0, err
-    rows = [line for line in out.splitlines() if re.search(r"(unknown|\d h|\d min)$", line)]
+    rows = [line for line in out.splitlines() if re.search(r"(unknown|\d h|\d min)\??$", line)]
     assert len(rows) == 126 and not any("…" in row for row in rows)
     assert "126 runs, 2 of them of teachers; 0 finished, 126 to run in" in out
 
@@ -178,6 +191,7 @@ def test_every_table_can_be_forecast(command):
     ("arguments", "sentence"),
     [
         (("9",), "unknown table '9'; known: 1, 2, 3, 4, 5, 6, 7, 8, all"),
+        (("1,al",), "unknown table 'al'; did you mean all?"),
         (("1", "--scale", "smal"), "unknown scale 'smal'; did you mean small?"),
         (("1", "--rows", "kdd"), "unknown row of table 1 'kdd'; did you mean kd?"),
         (("1", "--methods", "l2"), "unknown method of table 1 'l2'"),

@@ -48,13 +48,28 @@ def test_markdown_to_the_letter():
         "epoch; the best in bold. Here, scale `small`: digits, wrn10-1 → wrn10-1; protocol "
         "`official`, batch 13. Teacher: wrn10-1:0123456789ab. Device: abacus. Commit: "
         "0123456789ab+. Paper: wrn22-4 → wrn16-2. The paper's numbers are of larger networks, and "
-        "of the lengths and shares of the data that are theirs: what compares is the order.\n\n"
+        "of the lengths and shares of the data that are theirs: what compares is the order. "
+        "Transfer weights were searched for wrn16-2 → wrn16-1 and all layers.\n\n"
         "Not run yet: 2 of 6 cells; begun, with fewer than 2 seeds: 1. `python -m "
         "experiments.table 1 --scale small --rows cross-entropy,kd,attention`\n\n"
         "The paper's order holds in part here: of 3 pairs, 1 in the same order beyond the error "
         "bars, 1 within them, 1 reversed (kd before cross-entropy at 1+1). The paper's best is "
         "the best here in 1 of 1 column.\n"
     )
+
+
+def test_seeds_that_diverged_are_told():
+    lost = _records({("cross-entropy", "1+1"): (0, 0, 0), ("kd", "1+1"): (0, 0)})
+    records = _records(ERRORS)
+    for each in _records({("kd", "1+1"): (0,)}):
+        del records[each]
+    del lost[list(lost)[-1]]  # the other seed has a number
+    filled = fill(GRID, records, diverged=lost)
+    assert "| cross-entropy | 43.37 │ 31.00 ± 1.41 (2; 1 diverged) |" in markdown(filled)
+    assert "| kd | 48.42 │ 28.00 (1; 1 diverged) |" in markdown(filled)
+    assert "Not run yet: 2 of 6 cells; begun, with fewer than 2 seeds: 1." in missing(filled)
+    assert "| kd | 48.42 │ diverged (1) | – │ not run |" in markdown(fill(GRID, {}, diverged=dict(
+        _records({("kd", "1+1"): (0,)}))))  # fmt: skip
 
 
 def test_nothing_and_a_single_seed():
@@ -276,6 +291,8 @@ def test_select():
     ):
         with pytest.raises(InputError, match=sentence.replace("?", r"\?")):
             TABLES["paper"]["3"].select(**chosen)
+    with pytest.raises(InputError, match="table 1, scale small, has no cell there"):
+        TABLES["small"]["1"].select(rows=["fitnet"], columns=["1+5"])
 
 
 def test_the_commands_of_missing_cells_are_right():
