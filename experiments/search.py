@@ -3,8 +3,7 @@
 The test set is never looked at: a class-balanced tenth of the training data is held out, and the
 student learns from a fifth of the rest. The grid is in units of the factor that the protocol has
 today, which the record of every point states. The result is a table, and
-`search/METHOD-PROTOCOL.json` in the workdir (`…-transfer.json` on photographs) with every point's
-record.
+`search/METHOD-PROTOCOL-DATASET-TEACHER-STUDENT.json` in the workdir with every point's record.
 
 examples:
   python -m experiments.search --method attention --protocol official
@@ -84,8 +83,9 @@ def main(console: Console) -> None:
     live = cli.progress(arguments, console)
     points: list[dict[str, Any]] = []
     busy: list[BusyError] = []
-    name = f"{arguments.method}-{arguments.protocol}{'-transfer' * photographs}.json"
-    path = arguments.workdir / "search" / name
+    of = (arguments.method, arguments.protocol, arguments.dataset, arguments.teacher,
+          arguments.student)  # fmt: skip
+    path = arguments.workdir / "search" / f"{'-'.join(of)}.json"
     require_writable(path.parent)
     with Lock(path.with_suffix(".lock"), f"the search {path.stem}"), live.shown():
         for weight in arguments.grid:

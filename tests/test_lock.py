@@ -245,11 +245,12 @@ def test_a_command_does_the_other_seeds_first(command, tmp_path, monkeypatch):
 def test_a_search_is_made_once(command, tmp_path, holder, monkeypatch):
     (tmp_path / "search").mkdir()
     monkeypatch.setattr(search, "find_teacher", lambda *_: None)
-    other = holder(tmp_path / "search" / "nst-paper.lock")
+    name = "nst-paper-digits-wrn16-2-wrn16-1"
+    other = holder(tmp_path / "search" / f"{name}.lock")
     code, err = command(
         search, "--method", "nst", "--dataset", "digits", "--workdir", str(tmp_path)
     )
-    assert code == 75 and f"the search nst-paper is being worked on by process {other.pid}" in err
+    assert code == 75 and f"the search {name} is being worked on by process {other.pid}" in err
     assert not (tmp_path / "runs").exists()
 
 

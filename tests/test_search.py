@@ -46,7 +46,9 @@ def test_search(monkeypatch, capsys, tmp_path):
         cli.main(search.main)
     out = capsys.readouterr().out
     assert left.value.code == 0 and out.count("<- best") == 1
-    points = json.loads((tmp_path / "search" / "fitnet-paper.json").read_text())
+    points = json.loads(
+        (tmp_path / "search" / "fitnet-paper-digits-wrn10-1-wrn10-1.json").read_text()
+    )
     assert [point["transfer_weight"] for point in points] == [0.1, 1.0]
     fitted, validation = holdout(load("digits", "train"), search.HELD_OUT, search.SPLIT_SEED)
     for trained_on, measured_on in seen:
@@ -90,7 +92,7 @@ def test_a_point_that_diverges_does_not_end_the_search(monkeypatch, capsys, tmp_
     lines = capsys.readouterr().out.splitlines()
     assert left.value.code == 0
     assert [line.split()[0] for line in lines if "best" in line] == ["10"]
-    points = json.loads((tmp_path / "search" / "l2-paper.json").read_text())
+    points = json.loads((tmp_path / "search" / "l2-paper-digits-wrn16-2-wrn16-1.json").read_text())
     assert [bool(point["failure"]) for point in points] == [False, True, False]
     assert "diverged: the loss from 1" in points[1]["failure"] and not points[1]["records"]
 
