@@ -312,8 +312,9 @@ def _begin(directory: Path, config: RunConfig, force: bool) -> dict[str, Any] | 
         if done is not None:
             return done
         path.unlink()
-    for old in (*directory.glob("*.tmp"), directory / "diverged.json"):  # killed while writing; and
-        old.unlink(missing_ok=True)  # what it ended in before
+    # What a process wrote half that was killed, and how the run ended before.
+    for old in (*directory.glob("*.tmp"), directory / "diverged.json"):
+        old.unlink(missing_ok=True)
     write_record(directory / "config.json", config.as_json())
     return None
 
