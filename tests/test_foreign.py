@@ -134,6 +134,13 @@ def test_a_teacher_with_dropout_wants_a_protocol_that_leaves_it_alone(data, teac
     chex.assert_trees_all_equal(ours.variables, theirs.variables)
 
 
+@pytest.mark.parametrize("method", ["activation-boundary", "fsp", "kd+attention"])
+def test_networks_without_taps(data, method):
+    teacher = Network(Foreign(6), init_variables(Foreign(6), jax.random.key(0), SHAPE))
+    with pytest.raises(InputError, match="compares taps, of which neither network has one"):
+        distill(Foreign(), teacher, data[0], method=method, batch_size=16)
+
+
 def test_float64_makes_all_parameters_float64(x64):
     variables = init_variables(prepared(Foreign(), "float64", None), jax.random.key(0), SHAPE)
     assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {jnp.dtype("float64")}

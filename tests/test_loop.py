@@ -297,21 +297,6 @@ def test_positions_that_do_not_match(digits):
         _distill(digits, Network(Coarse(), variables))
 
 
-@pytest.mark.parametrize("method", ["activation-boundary", "fsp", "kd+attention"])
-def test_networks_without_taps(digits, method):
-    from flax import linen as nn
-
-    class Plain(nn.Module):
-        @nn.compact
-        def __call__(self, images):
-            return nn.Dense(10)(images.mean(axis=(1, 2)))
-
-    variables = Plain().init(jax.random.key(0), jnp.zeros((1, *SHAPE)))
-    with pytest.raises(InputError, match="compares taps, of which neither network has one"):
-        distill(Plain(), Network(Plain(), variables), digits[0], method=method, epochs=(1, 1),
-                batch_size=16)  # fmt: skip
-
-
 def test_a_workdir_that_cannot_be_written(digits, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="cannot write to .*file"):
