@@ -21,6 +21,18 @@ Rates = Mapping[tuple[str, str, str], float]
 
 
 def rates(records: Mapping[str, Record], device: str) -> Rates:
+    """What the records say of that device; and of what it has no record of what others say, times
+    the median ratio of what both have."""
+    here, borrowed = measured(records, device), defaultdict(list)
+    for other in {record["environment"]["device"] for record in records.values()} - {device}:
+        there = measured(records, other)
+        ratios = [here[key] / there[key] for key in here.keys() & there.keys()]
+        for key in there.keys() - here.keys() if ratios else ():
+            borrowed[key].append(there[key] * statistics.median(ratios))
+    return {key: statistics.median(values) for key, values in borrowed.items()} | dict(here)
+
+
+def measured(records: Mapping[str, Record], device: str) -> Rates:
     """What the records say of that device: medians, evaluation and compilation included.
 
     Runs that were trained in one program with others do not count.
@@ -36,15 +48,10 @@ def rates(records: Mapping[str, Record], device: str) -> Rates:
     return {key: statistics.median(values) for key, values in found.items()}
 
 
-def is_guess(job: Job, known: Rates) -> bool:
-    """Whether a phase of the run has no record of its method, so that `seconds` takes another's."""
-    return any((job.run.dataset, job.run.method, phase) not in known for phase in job.steps)
-
-
 def seconds(job: Job, known: Rates) -> float | None:
     """About how long a run takes; None: nothing is known of its data set.
 
-    A phase of a method that has no record takes as long as the others' median.
+    A phase of a method that has no record at all takes as long as the others' median.
     """
     run = job.run
     others = [rate for (dataset, _, _), rate in known.items() if dataset == run.dataset]

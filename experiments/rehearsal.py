@@ -19,7 +19,7 @@ from abflax.models import MODELS
 from abflax.record import device_name
 from abflax.step import init_variables
 from experiments import cli
-from experiments.cost import is_guess, rates, seconds, total
+from experiments.cost import Rates, measured, rates, seconds, total
 from experiments.layout import Record, architecture
 from experiments.plan import Job, unfinished
 from experiments.teachers import read
@@ -37,7 +37,7 @@ def forecast(
       teachers: architecture -> identity, as far as they are known.
     """
     device = device_name(jax.devices()[0])
-    known = rates(records, device)
+    known, here = rates(records, device), measured(records, device)
     waiting = unfinished(plan, teachers, records)
     left: dict[RunConfig, list[Job]] = defaultdict(list)
     for job in waiting:
@@ -49,8 +49,8 @@ def forecast(
     for group in left.values():
         seeds = ",".join(str(job.seed) for job in group)
         steps, each = sum(group[0].steps.values()), seconds(group[0], known)
-        guess = "?" * (each is not None and is_guess(group[0], known))
-        table.add_row(*group[0].words, seeds, f"{steps:,}", _duration(each) + guess)
+        told = _duration(each) + "?" * (each is not None and not _is_measured(group[0], here))
+        table.add_row(*group[0].words, seeds, f"{steps:,}", told)
     if left:
         console.print(table, soft_wrap=True)
     steps = sum(sum(job.steps.values()) for job in waiting)
@@ -64,13 +64,18 @@ def forecast(
         + (f" for {len(waiting) - unknown}, unknown for {unknown}" * (0 < unknown < len(waiting))),
         soft_wrap=True,
     )
-    guesses = sum(is_guess(job, known) for job in waiting) if unknown < len(waiting) else 0
-    if guesses:
+    guesses = sum(not _is_measured(job, here) for job in waiting)
+    if guesses and unknown < len(waiting):
         console.print(
-            f"?: {guesses} runs of methods that have no record of this device: as long as the "
-            "others' median; Jacobian matching takes several times that (experiments/BENCH.md)",
+            f"?: {guesses} runs of methods that this device has no record of: in proportion to "
+            "another's, or as long as other methods",
             soft_wrap=True,
         )
+
+
+def _is_measured(job: Job, here: Rates) -> bool:
+    """Whether a device has recorded all phases of the run's method."""
+    return all((job.run.dataset, job.run.method, phase) in here for phase in job.steps)
 
 
 def start_every_cell(

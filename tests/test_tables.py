@@ -258,6 +258,14 @@ def test_seconds_are_those_of_the_records_by_the_arithmetic():
     records = dict([record(run, 0, 0.1), record(run, 1, 0.1, phases=other)])
     known = cost.rates(records, "abacus")  # of a step: 3 and 5 s; 1 and 1 s
     assert cost.rates(records, "quill") == {}
+    attention = dataclasses.replace(run, method="attention")
+    slower = {"environment": {"device": "quill"}}
+    elsewhere = dict([record(run, 2, 0.1, **slower), record(attention, 2, 0.1, **slower)])
+    lent = cost.rates(records | elsewhere, "abacus")  # quill takes 3 and 1 s, not 4 and 1, for both
+    assert lent["digits", "attention", "classify"] == pytest.approx(
+        known["digits", "activation-boundary", "classify"] * (1 + 4 / 3) / 2
+    )
+    assert cost.measured(records | elsewhere, "abacus") == known
     both = {name: each | {"environment": each["environment"] | {"abreast": 2}}
             for name, each in records.items()}  # fmt: skip
     assert cost.rates(both, "abacus") == {}  # whose seconds they are is not known
