@@ -1,6 +1,8 @@
 """The command line: bad input gets one sentence and exit code 2, and nothing is written."""
 
 import json
+import os
+import subprocess
 import sys
 from types import SimpleNamespace
 
@@ -158,6 +160,16 @@ def test_numbers_that_are_none_leave_with_1(command, tmp_path):
     assert err.startswith("error: the loss is not finite at step 0 of phase joint")
     code, out, _ = command("list", "--workdir", str(tmp_path))
     assert code == 0 and "diverged" in out
+
+
+@pytest.mark.parametrize(("given", "level"), [({}, "3"), ({"TF_CPP_MIN_LOG_LEVEL": "0"}, "0")])
+def test_xlas_log_is_quiet_unless_asked_for(given, level):
+    """Before JAX is imported, which would choose for itself."""
+    code = "import experiments, os, sys; print('jax' in sys.modules, os.environ['%s'])"
+    bare = {name: value for name, value in os.environ.items() if not name.startswith("TF_CPP")}
+    told = subprocess.run([sys.executable, "-c", code % "TF_CPP_MIN_LOG_LEVEL"], env=bare | given,
+                          capture_output=True, text=True, check=True)  # fmt: skip
+    assert told.stdout == f"False {level}\n"
 
 
 @pytest.mark.parametrize("there", [True, False])
