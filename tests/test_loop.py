@@ -364,10 +364,10 @@ def test_a_checkpoint_of_eight_devices_goes_on_with_one(digits, teacher, tmp_pat
 def test_data_of_other_contents_is_another_run(digits, teacher, tmp_path):
     train, test = digits
     fewer = train.take(np.arange(32)), test.take(np.arange(9))
-    for data in (digits, (train, fewer[1]), (fewer[0], test)):
+    for data in (digits, (train, fewer[1]), (fewer[0], test), (train, None)):
         with pytest.raises(Interrupted):
             _distill(data, teacher, workdir=tmp_path, reporter=_StopAt(1))
-    assert len(list((tmp_path / "runs").iterdir())) == 3
+    assert len(list((tmp_path / "runs").iterdir())) == 4
     assert dataclasses.replace(train, num_classes=11, name=None).name != train.name
 
 
