@@ -16,22 +16,27 @@ examples:
 from __future__ import annotations
 
 import argparse
+import itertools
 import statistics
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from abflax import BusyError, InputError, NonFiniteError, distill
-from abflax.data import PHOTOGRAPHS, holdout
+from abflax import BusyError, InputError, Network, NonFiniteError, distill
+from abflax.data import PHOTOGRAPHS, Dataset, Photographs, holdout
 from abflax.lock import Lock
 from abflax.methods import METHODS
 from abflax.models import MODELS
+from abflax.progress import Reporter
 from abflax.record import require_writable, write_record
 from experiments import cli
 from experiments.statistics import mean_and_std
 from experiments.teachers import find_teacher, read, setting_of
+
+Record = dict[str, Any]
 
 HELD_OUT, SPLIT_SEED = 0.1, 0
 
@@ -53,6 +58,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--grid", type=grid_type, default=(0.01, 0.1, 1.0, 10.0, 100.0), metavar="W,W,…",
         help="transfer weights (default 0.01,0.1,1,10,100)")  # fmt: skip
     add("--seeds", type=cli.seeds_type, default=(0,), metavar="N")
+    add("--abreast", type=int, default=1, metavar="N",
+        help="train up to N points of the grid in one program (default 1)")  # fmt: skip
     add("--workdir", type=Path, default=cli.WORKDIR, help="default ./workdir")
     return parser.parse_args(arguments)
 
@@ -68,11 +75,20 @@ def grid_type(text: str) -> tuple[float, ...]:
     return weights
 
 
+def batched(weights: Sequence[float], most: int) -> Iterator[tuple[float, ...]]:
+    """The weights in groups of `most`, in order."""
+    left = iter(weights)
+    while group := tuple(itertools.islice(left, most)):
+        yield group
+
+
 def main(console: Console) -> None:
     arguments = parse()
     photographs = arguments.dataset in PHOTOGRAPHS
     setting = setting_of(arguments.protocol, arguments.student) if photographs else "cifar"
     _require_transfer(arguments.method, arguments.protocol, setting)
+    if arguments.abreast < 1:
+        raise InputError(f"--abreast must be at least 1, not {arguments.abreast}")
     MODELS[arguments.student]
     teacher = find_teacher(
         arguments.teacher, arguments.dataset, arguments.teacher_weights, arguments.workdir
@@ -88,37 +104,77 @@ def main(console: Console) -> None:
     path = arguments.workdir / "search" / f"{'-'.join(of)}.json"
     require_writable(path.parent)
     with Lock(path.with_suffix(".lock"), f"the search {path.stem}"), live.shown():
-        for weight in arguments.grid:
-            records, failure = [], None
+        for weights in batched(arguments.grid, arguments.abreast):
+            records: dict[float, list[Record]] = {weight: [] for weight in weights}
+            failures: dict[float, str] = {}
             for seed in arguments.seeds:
-                try:
-                    result = distill(
-                        MODELS[arguments.student](num_classes=data.num_classes),
-                        teacher,
-                        fitted,
-                        test=validation,
-                        method=arguments.method,
-                        protocol=arguments.protocol,
-                        setting=setting,
-                        epochs=arguments.epochs,
-                        batch_size=arguments.batch_size,
-                        fraction=arguments.fraction,
-                        evaluate_every=sum(arguments.epochs),  # phases' ends are enough here
-                        seeds=seed,
-                        workdir=arguments.workdir,
-                        reporter=live,
-                        transfer_weight=weight,
-                    )
-                    records.append(result.record)
-                except NonFiniteError as error:  # a point that diverges is a point that loses
-                    failure = str(error)
-                except BusyError as error:  # the other points first
-                    busy.append(error)
-            points.append({"transfer_weight": weight, "records": records, "failure": failure})
+                found = attempt(
+                    weights, seed, arguments, setting, teacher, fitted, validation, live
+                )
+                for weight, outcome in found.items():
+                    if isinstance(outcome, NonFiniteError):  # a point that diverges loses
+                        failures[weight] = str(outcome)
+                    elif isinstance(outcome, BusyError):  # the other points first
+                        busy.append(outcome)
+                    else:
+                        records[weight].append(outcome)
+            points += [
+                {
+                    "transfer_weight": weight,
+                    "records": records[weight],
+                    "failure": failures.get(weight),
+                }
+                for weight in weights
+            ]
         cli.require_all([record for point in points for record in point["records"]], busy)
         write_record(path, points)
     console.print(_table(points, arguments), soft_wrap=True)
     console.print(f"points: {path}", soft_wrap=True)
+
+
+def attempt(
+    weights: tuple[float, ...],
+    seed: int,
+    arguments: argparse.Namespace,
+    setting: str,
+    teacher: Network,
+    fitted: Dataset | Photographs,
+    validation: Dataset | Photographs,
+    reporter: Reporter,
+) -> dict[float, Record | NonFiniteError | BusyError]:
+    """Trains a student for each weight, all in one program; where one fails, those that are not
+    finished are tried alone, which tells whose error it is."""
+    try:
+        result = distill(
+            MODELS[arguments.student](num_classes=fitted.num_classes),
+            teacher,
+            fitted,
+            test=validation,
+            method=arguments.method,
+            protocol=arguments.protocol,
+            setting=setting,
+            epochs=arguments.epochs,
+            batch_size=arguments.batch_size,
+            fraction=arguments.fraction,
+            evaluate_every=sum(arguments.epochs),  # phases' ends are enough here
+            seeds=seed,
+            abreast=tuple({"transfer_weight": weight} for weight in weights[1:]),
+            workdir=arguments.workdir,
+            reporter=reporter,
+            transfer_weight=weights[0],
+        )
+        return {
+            weight: each.record
+            for weight, each in zip(weights, (result, *result.abreast), strict=True)
+        }
+    except (BusyError, NonFiniteError) as error:
+        if len(weights) == 1:
+            return {weights[0]: error}
+    alone = (
+        attempt((weight,), seed, arguments, setting, teacher, fitted, validation, reporter)
+        for weight in weights
+    )
+    return {weight: outcome for each in alone for weight, outcome in each.items()}
 
 
 def best(points: list[dict[str, Any]]) -> float:

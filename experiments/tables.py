@@ -29,6 +29,14 @@ SCALES: Mapping[str, Scale] = {
         caveat="Transfer weights are starting values here, which no search has tuned yet: that is "
         "no comparison of methods.",
     ),
+    # The paper's own length, at which learning rates fall, and its share of the data, with networks
+    # that two CPU cores carry.
+    "medium": Scale(
+        "the paper's 20+100 epochs on 10 % of the training images, for smaller networks; protocol "
+        "paper; about half an hour a run on one CPU core",
+        seeds=3,
+        caveat="The paper's numbers are of larger networks.",
+    ),
     # Protocol official: its records and searched weights are shared with the README's commands,
     # and activation boundaries are learned as the authors' published code does it.
     "small": Scale(
@@ -74,7 +82,12 @@ _PAPER = RunConfig(dataset="cifar10", student="wrn16-2", teacher="wrn22-4", prot
 _SMALL = RunConfig(
     dataset="cifar10", student="wrn16-1", teacher="wrn16-2", protocol="official", epochs=(1, 1)
 )
-_PAIR, _SMALL_PAIR = "wrn22-4 → wrn16-2", "wrn16-2 → wrn16-1"
+_MEDIUM = dataclasses.replace(
+    _PAPER, student="wrn10-1", teacher="wrn16-2", fraction=0.1, evaluate_every=10
+)
+_PAIR, _SMALL_PAIR, _MEDIUM_PAIR = (
+    "wrn22-4 → wrn16-2", "wrn16-2 → wrn16-1", "wrn16-2 → wrn10-1",
+)  # fmt: skip
 _LAYERS = ("layer1", "layer2", "layer3")
 _ALL = (
     "cross-entropy", "kd", "fitnet", "fsp", "attention", "jacobian", "activation-boundary",
@@ -235,12 +248,20 @@ _BOTH = (
         f"{_SMALL_PAIR}, all training images", caveat=f"{_SCHEDULES} {_EDGES}",
     ),
     _table(
+        1, "medium", dataclasses.replace(_MEDIUM, fraction=1.0, evaluate_every=1),
+        _methods(*_FEW), _epochs((1, 5), (3, 12)), f"{_MEDIUM_PAIR}, all training images",
+    ),
+    _table(
         2, "paper", _PAPER, _methods(*_ALL),
         _shares(
             (0.1, (2000, 10000), 100), (1, (200, 1000), 10), (5, (40, 200), 2),
             (10, (20, 100), 1), (20, (20, 100), 1), (100, (20, 100), 1),
         ),
         f"{_PAIR}, 12,000, 1,200, 240, then 120 epochs, a sixth of them initialising",
+    ),
+    _table(
+        2, "medium", _MEDIUM, _methods(*_ALL, "nst", "l2"), _shares((10, (20, 100), 10)),
+        f"{_MEDIUM_PAIR}, 20+100 epochs",
     ),
     _table(  # 1.8 h
         2, "small", _SMALL, _methods(*_FEW),
@@ -272,6 +293,10 @@ _BOTH = (
         f"{_PAIR}, 10 % of the training images, 20+100 epochs; fsp of one layer alone is of that "
         "layer with itself",
     ),
+    _table(
+        6, "medium", _MEDIUM, _by_layers("fitnet", *_FEW[2:]), _WHICH_LAYERS,
+        f"{_MEDIUM_PAIR}, 10 % of the training images, 20+100 epochs",
+    ),
     _table(  # 1.5 h
         6, "small", _SMALL, _by_layers(*_FEW[2:]), _WHICH_LAYERS,
         f"{_SMALL_PAIR}, all training images, 1+1 epochs", caveat=_SCHEDULES,
@@ -282,6 +307,11 @@ _BOTH = (
         _INSIDE, _methods(*_DISTANCES),
         "wrn16-4 → wrn16-4, no connectors, all training images, 20+100 epochs", "columns",
     ),
+    _table(
+        7, "medium", dataclasses.replace(_MEDIUM, student="wrn16-2"),
+        _INSIDE, _methods(*_DISTANCES),
+        "wrn16-2 → wrn16-2, no connectors, 10 % of the training images, 20+100 epochs", "columns",
+    ),
     _table(  # 1.7 h
         7, "small", dataclasses.replace(_SMALL, student="wrn16-2"),
         _INSIDE, _methods(*_DISTANCES),
@@ -291,6 +321,10 @@ _BOTH = (
     _table(
         8, "paper", _TENTH, _methods("activation-boundary"), _MARGINS,
         f"{_PAIR}, 10 % of the training images, 20+100 epochs", "columns",
+    ),
+    _table(
+        8, "medium", _MEDIUM, _methods("activation-boundary"), _MARGINS,
+        f"{_MEDIUM_PAIR}, 10 % of the training images, 20+100 epochs", "columns",
     ),
     _table(  # 1.1 h
         8, "small", _SMALL, _methods("activation-boundary"), _MARGINS,
