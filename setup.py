@@ -1,8 +1,22 @@
-"""Installation. `pip install -e .` is enough to run everything; the extras are listed below."""
+"""Installs the library. The commands in `experiments` run from a checkout."""
 
 from pathlib import Path
 
 from setuptools import find_packages, setup
+
+TFDS = [
+    "tensorflow-datasets>=4.9.10",
+    # tensorflow-datasets 4.9.10 imports it on Python 3.11, but does not install it.
+    "importlib_resources",
+    "array-record>=0.8",
+]
+DIGITS = ["scikit-learn>=1.5"]
+TENSORBOARD = ["tensorboardX>=2.6"]
+EXPORT = ["flatbuffers>=24"]  # jax.export writes files with it, but JAX does not install it
+EXPERIMENTS = [
+    *TFDS, *DIGITS, *TENSORBOARD, *EXPORT,
+    "matplotlib>=3.9", "rich>=13.9", "tyro>=1.0", "docstring-parser>=0.16",
+]  # fmt: skip
 
 setup(
     name="abflax",
@@ -12,11 +26,10 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
-    packages=find_packages(include=["abflax*", "experiments*"]),
-    package_data={
-        "abflax": ["py.typed"],
-        "experiments": ["*.json", "teachers/*", "records/*.json", "records/diverged/*.json"],
-    },
+    packages=find_packages(include=["abflax*"]),
+    # Said outright, so that an editable installation is a path that type checkers follow.
+    package_dir={"": "."},
+    package_data={"abflax": ["py.typed"]},
     install_requires=[
         # jaxlib 0.10.2 miscompiles on CPUs (jax-ml/jax#39103), and jax 0.10.2 asks for it. jaxlib
         # is named too, so that no resolver pairs it with another jax.
@@ -25,22 +38,20 @@ setup(
         "flax>=0.12.6",
         "optax>=0.2.8",
         "orbax-checkpoint>=0.12",
-        "chex>=0.1.91",
-        "tensorflow-datasets>=4.9.10",
-        # tensorflow-datasets 4.9.10 imports it on Python 3.11, but does not install it.
-        "importlib_resources",
-        "array-record>=0.8",
         "pillow>=11",
         "psutil>=6",
+        "pydantic>=2.10",
         "safetensors>=0.5",
-        "flatbuffers>=24",  # jax.export writes files with it, but JAX does not install it
-        "scikit-learn>=1.5",
-        "matplotlib>=3.9",
-        "rich>=13.9",
-        "tensorboardX>=2.6",
     ],
     extras_require={
+        "tfds": TFDS,
+        "digits": DIGITS,
+        "tensorboard": TENSORBOARD,
+        "export": EXPORT,
+        "experiments": EXPERIMENTS,
         "test": [
+            *EXPERIMENTS,
+            "chex>=0.1.91",
             "pytest>=8",
             "pytest-xdist>=3.6",
             "hypothesis>=6.100",
@@ -50,7 +61,7 @@ setup(
             "ipykernel>=6",
         ],
         "docs": ["pdoc>=15"],
-        "prepare": ["tensorflow>=2.16"],  # only to download and prepare a TFDS data set
+        "prepare": [*TFDS, "tensorflow>=2.16"],  # only to download and prepare a TFDS data set
         "torch": ["torch>=2.4"],  # only to read .pt and .pth files
         "cuda": ["jax[cuda12]>=0.10.1,!=0.10.2"],
         "tpu": ["jax[tpu]>=0.10.1,!=0.10.2"],

@@ -2,12 +2,13 @@
 
 from abflax.config import Resources, RunConfig, Seeds
 from abflax.data import Dataset, load
+from abflax.distillation import distill, distill_group
 from abflax.errors import BusyError, DiskError, InputError, LostError, NonFiniteError
-from abflax.evaluation import evaluate
-from abflax.interrupt import Interrupted
-from abflax.loop import Result, distill
-from abflax.networks import Network
+from abflax.models.network import Network
+from abflax.runtime.preemption import Interrupted
 from abflax.taps import Tapped
+from abflax.training.evaluation import evaluate
+from abflax.training.run_directory import Result
 
 __version__ = "0.1.0"
 
@@ -26,6 +27,7 @@ __all__ = [
     "Seeds",
     "Tapped",
     "distill",
+    "distill_group",
     "evaluate",
     "load",
 ]

@@ -1,4 +1,4 @@
-"""What a run is: the configuration whose hash names it, and what it runs on."""
+"""What a run is: the configuration whose hash names it, and the resources it runs on."""
 
 from __future__ import annotations
 
@@ -6,19 +6,22 @@ import dataclasses
 import hashlib
 import itertools
 import json
+from collections.abc import Mapping
 from typing import Any
 
-from abflax.errors import InputError, unknown
-from abflax.methods import METHODS
-from abflax.settings import require_types
+from abflax.errors import InputError, require_field_types, unknown
+from abflax.methods import METHODS, Phase
 
 PRECISIONS = ("float32", "bfloat16", "float64")
 """What a run's networks may compute in."""
 
+NO_TEST = "none"
+"""The value of `RunConfig.test` for a run without held-out data."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Seeds:
-    """Each source of randomness, so that one can be varied alone.
+    """One seed for each source of randomness, so that each can be varied alone.
 
     A teacher that was trained with its student's `weights` seed began from the same weights
     wherever the two have layers of one name and shape: give teachers a seed of their own.
@@ -36,7 +39,7 @@ class Seeds:
     subset: int = 0
 
     def __post_init__(self) -> None:
-        require_types(self)
+        require_field_types(self)
         if min(dataclasses.astuple(self)) < 0:
             raise InputError(f"seeds must be whole numbers >= 0: {self}")
 
@@ -46,30 +49,31 @@ class Seeds:
         return cls(seed, seed, seed, seed)
 
 
-NO_TEST = "none"
-"""In place of the held-out data's name, where there are none."""
-
-
 @dataclasses.dataclass(frozen=True)
 class RunConfig:
     """Everything that changes a run's numbers, and nothing else.
 
     Attributes:
       dataset: name of the training data.
-      student: name of the student's architecture, and where it is tapped if it was told.
-      teacher: name of the teacher and what identifies its weights; None: there is none.
-      test: name of the held-out data; None: the test split of `dataset`; `NO_TEST`: there is none.
-      views: how many of an image's crops and flips are ever shown; None: all, as in the paper.
-      method, protocol, setting: see `abflax.methods`.
-      options: the method's options, sorted by name.
-      epochs: of initialise and classify; a joint phase has their sum.
-      batch_size: examples per step, over all devices.
-      fraction: share of the training data used, class-balanced.
-      per_class: examples of each class used, all of it where a class has fewer; None: all.
+      student: name of the student's architecture, with its tap paths where they were given.
+      teacher: name of the teacher, which identifies its weights; None: there is none.
+      method: a name in `abflax.methods.METHODS`, or several joined by "+".
+      protocol: a name in `abflax.methods.PROTOCOLS`: the choices that papers leave open.
+      setting: of the protocol: "cifar", or "transfer" for a teacher of other classes.
+      options: the method's options, fields of its terms, sorted by name.
+      epochs: of the initialise and the classify phase; a joint phase has their sum.
+      batch_size: examples a step, over all devices.
+      fraction: share of the training data used, class-balanced, in (0, 1].
       evaluate_every: epochs between evaluations; the ends of phases are always evaluated.
       seeds: see `Seeds`.
-      precision: of the networks' computation; parameters, statistics and losses are float32 (or
-        float64).
+      precision: of the networks' computation, in `PRECISIONS`; parameters, statistics and losses
+        are float32 (or float64).
+      test: name of the held-out data; None: the test split of `dataset`; `NO_TEST`: none.
+      views: how many of an image's crops and flips are ever shown; None: all, as in the paper.
+      per_class: examples of each class used, all of it where a class has fewer; None: all.
+
+    Raises:
+      ValueError: for a value that cannot be right.
     """
 
     dataset: str
@@ -90,7 +94,7 @@ class RunConfig:
     per_class: int | None = None
 
     def __post_init__(self) -> None:
-        require_types(self)
+        require_field_types(self)
         if min(self.epochs) < 0 or sum(self.epochs) < 1:
             raise InputError(
                 f"epochs must be two numbers >= 0, initialise + classify, and not both 0; "
@@ -111,44 +115,83 @@ class RunConfig:
             raise unknown("precision", self.precision, PRECISIONS)
         self.phases()
 
-    def phases(self) -> tuple[Any, ...]:
+    @classmethod
+    def create(cls, **settings: Any) -> RunConfig:
+        """A configuration whose settings may be fields or options of the method.
+
+        Args:
+          **settings: fields of `RunConfig`, and fields of the method's terms (`margin`, `layers`,
+            `temperature`, …) or `transfer_weight`, which become its `options`. An integer for
+            `seeds` stands for all four.
+
+        Raises:
+          ValueError: for a name that is neither, with the near matches; or a wrong value.
+
+        Example:
+          >>> RunConfig.create(dataset="digits", student="wrn10-1", margin=2.0).options
+          (('margin', 2.0),)
+        """
+        fields = {field.name for field in dataclasses.fields(cls)} - {"options"}
+        own = {name: value for name, value in settings.items() if name in fields}
+        options = {name: value for name, value in settings.items() if name not in fields}
+        if type(own.get("seeds")) is int:
+            own["seeds"] = Seeds.all(own["seeds"])
+        return cls(**own, options=tuple(sorted(options.items())))
+
+    def replace(self, **settings: Any) -> RunConfig:
+        """This configuration with some settings changed, as `create` takes them.
+
+        Another method starts without options.
+        """
+        given = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        options = {} if "method" in settings else dict(self.options)
+        del given["options"]
+        return self.create(**given | options | settings)
+
+    def phases(self) -> tuple[Phase, ...]:
         """The method's phases. Raises `ValueError` for an unknown method, protocol or option."""
         make = METHODS[self.method]
         return make(protocol=self.protocol, setting=self.setting, **dict(self.options))
 
     @property
-    def lengths(self) -> dict[str, int]:
-        """The epochs of a phase, by its name."""
+    def needs_teacher(self) -> bool:
+        """Whether one of the method's terms compares with a teacher."""
+        return any(phase.needs_teacher for phase in self.phases())
+
+    @property
+    def phase_epochs(self) -> Mapping[str, int]:
+        """Phase name -> its epochs."""
         initialise, classify = self.epochs
         return {"initialise": initialise, "classify": classify, "joint": initialise + classify}
 
     @property
-    def lesson(self) -> dict[str, Any]:
-        """What runs have in common that are taught together (`distill`'s `abreast`): the batches,
-        the teacher, and the epochs while it drifts, so that it says the same to all."""
+    def group_key(self) -> dict[str, Any]:
+        """What runs trained in one program have in common: batches, teacher, drift of the teacher.
+
+        The teacher's running statistics drift in the phases in which it uses batch statistics.
+        """
         names = ("dataset", "fraction", "per_class", "views", "batch_size", "test", "teacher",
                  "precision")  # fmt: skip
-        lesson: dict[str, Any] = {name: getattr(self, name) for name in names}
+        key: dict[str, Any] = {name: getattr(self, name) for name in names}
         for name in ("order", "augmentation", "subset"):
-            lesson[f"the seed of {name}"] = getattr(self.seeds, name)
+            key[f"the seed of {name}"] = getattr(self.seeds, name)
         phases = self.phases()
-        lengths = [self.lengths[phase.name] for phase in phases]
-        lesson["the epochs in which the teacher's statistics drift"] = tuple(
+        lengths = [self.phase_epochs[phase.name] for phase in phases]
+        ends = itertools.accumulate(lengths)
+        key["the epochs in which the teacher's statistics drift"] = tuple(
             (end - length, end)
-            for phase, length, end in zip(
-                phases, lengths, itertools.accumulate(lengths), strict=True
-            )
+            for phase, length, end in zip(phases, lengths, ends, strict=True)
             if phase.teacher_batch_statistics and length
         )
-        return lesson
+        return key
 
     @property
-    def arguments(self) -> dict[str, Any]:
-        """The keywords with which `abflax.distill` makes this run, of its networks and data."""
+    def settings(self) -> dict[str, Any]:
+        """The settings with which `abflax.distill` trains this run, given its networks and data."""
         given = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        for name in ("dataset", "student", "teacher", "test"):
+        for name in ("dataset", "student", "teacher", "test", "options"):
             del given[name]
-        return given | dict(given.pop("options"))
+        return given | dict(self.options)
 
     def as_json(self) -> dict[str, Any]:
         """The configuration as plain JSON values."""
@@ -156,7 +199,7 @@ class RunConfig:
 
     @classmethod
     def from_json(cls, given: dict[str, Any]) -> RunConfig:
-        """The inverse of `as_json`: what a record's `config` says."""
+        """The inverse of `as_json`: the configuration in a record's `config`."""
         tuples = {name: _as_tuples(given[name]) for name in ("options", "epochs")}
         return cls(**{**given, **tuples, "seeds": Seeds(**given["seeds"])})
 
@@ -164,25 +207,25 @@ class RunConfig:
     def hash(self) -> str:
         """Twelve hexadecimal digits of SHA-256 over all that changes a number.
 
-        Method, protocol, setting and options enter as the phases that they stand for: the same
-        objective under another spelling is the same run (but that layers count as they are named:
-        "last" is not "layer3"), and a constant that changes in a protocol makes another. Other
-        fields enter where they differ from their defaults, so that one that is added later changes
-        no hash; defaults therefore never change.
+        Method, protocol, setting and options are replaced by the phases that they stand for: the
+        same objective under another name is the same run (except that layers count as they are
+        named: "last" is not "layer3"), and a constant that changes in a protocol makes another.
+        Other fields count only where they differ from their defaults, so a field that is added
+        later changes no hash. Defaults therefore never change.
         """
-        given: dict[str, Any] = {"phases": [phase.described() for phase in self.phases()]}
+        given: dict[str, Any] = {"phases": [phase.as_json() for phase in self.phases()]}
         plain = self.as_json()
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            spelt_out = field.name in ("method", "protocol", "setting", "options")
-            if not spelt_out and (field.default is dataclasses.MISSING or value != field.default):
+            in_phases = field.name in ("method", "protocol", "setting", "options")
+            if not in_phases and (field.default is dataclasses.MISSING or value != field.default):
                 given[field.name] = plain[field.name]
         text = json.dumps(given, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def _as_tuples(value: Any) -> Any:
-    """JSON's lists are tuples here, at every depth."""
+    """JSON's lists as tuples, at every depth."""
     return tuple(map(_as_tuples, value)) if isinstance(value, list) else value
 
 
@@ -192,26 +235,24 @@ class Resources:
 
     Attributes:
       devices: how many of each process's devices; None: all.
-      steps_per_dispatch: None: 1 on CPUs; on accelerators 100, of photographs 8.
-      checkpoint_seconds: the longest time between two checkpoints; every evaluation makes one
-        too.
-      keep_targets: ask the teacher once for each of the `views`, and keep what it said.
+      steps_per_dispatch: optimization steps that one call of the compiled program makes; None: 1 on
+        CPUs, 100 on accelerators, 8 there for images that are decoded as they are needed.
+      checkpoint_seconds: the longest time between two checkpoints; every evaluation saves one too.
+      cache_targets: compute the teacher's targets once for each of the `views`, and keep them.
       tensorboard: write the history as TensorBoard events too, beside the record.
-      workers: processes that decode photographs; None: one a core, 16 at most.
+      workers: processes that decode images; None: one a core, 16 at most.
     """
 
     devices: int | None = None
     steps_per_dispatch: int | None = None
     checkpoint_seconds: float = 60.0
-    keep_targets: bool = False
+    cache_targets: bool = False
     tensorboard: bool = False
     workers: int | None = None
 
     def __post_init__(self) -> None:
-        require_types(self)
-        if self.workers is not None and self.workers < 1:
-            raise InputError(f"workers must be at least 1, not {self.workers}")
-        if self.steps_per_dispatch is not None and self.steps_per_dispatch < 1:
-            raise InputError(
-                f"steps_per_dispatch must be at least 1, not {self.steps_per_dispatch}"
-            )
+        require_field_types(self)
+        for name in ("workers", "steps_per_dispatch"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InputError(f"{name} must be at least 1, not {value}")

@@ -8,11 +8,18 @@ is one sentence that names it. `NonFiniteError` stops a run whose numbers are no
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
-from collections.abc import Iterable
+import functools
+import importlib
+import reprlib
+import typing
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import jax
 import numpy as np
+import pydantic
 
 
 class InputError(ValueError):
@@ -62,6 +69,22 @@ def unknown(kind: str, name: object, known: Iterable[str]) -> UnknownNameError:
     return UnknownNameError(f"unknown {kind} '{name}'; {hint}")
 
 
+def import_extra(module: str, extra: str) -> Any:
+    """Imports a module of a package that is not always installed.
+
+    Args:
+      module: its full name.
+      extra: the extra of abflax that installs the package.
+
+    Raises:
+      ValueError: if it is not installed.
+    """
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        raise InputError(f"{error.name} is not installed: pip install 'abflax[{extra}]'") from error
+
+
 def require_same_shape(
     what: str, student: jax.Array | np.ndarray, teacher: jax.Array | np.ndarray
 ) -> None:
@@ -69,3 +92,54 @@ def require_same_shape(
     ours, theirs = tuple(student.shape), tuple(teacher.shape)
     if ours != theirs:
         raise InputError(f"{what}: the student's shape {ours} is not the teacher's {theirs}")
+
+
+def require_types(values: Mapping[str, Any], kinds: Mapping[str, Any]) -> None:
+    """Raises `InputError` for the first value that is not of the type that its name asks for.
+
+    A float is a finite number, whole ones included; a bool is not a number; a list is not a tuple.
+
+    Args:
+      values: name -> value.
+      kinds: name -> type annotation, for every name in `values`.
+    """
+    try:
+        _validator(tuple((name, kinds[name]) for name in values)).model_validate(dict(values))
+    except pydantic.ValidationError as error:
+        name = error.errors()[0]["loc"][0]
+        found = (each["msg"] for each in error.errors() if each["loc"][0] == name)
+        reasons = " or ".join(dict.fromkeys(found)).replace("Input should be", "must be")
+        value = reprlib.repr(values[str(name)])
+        raise InputError(f"{name} {reasons.replace('or must be', 'or')}, not {value}") from None
+
+
+def require_field_types(settings: Any) -> None:
+    """Raises `InputError` for a field of a dataclass whose value is not of the annotated type."""
+    fields = {each.name: getattr(settings, each.name) for each in dataclasses.fields(settings)}
+    require_types(fields, type_hints(type(settings)))
+
+
+def require_instances(values: Mapping[str, tuple[Any, Any]]) -> None:
+    """Raises `InputError` for the first value that is not an instance of its class.
+
+    Args:
+      values: name -> (value, class or union of classes).
+    """
+    for name, (value, kind) in values.items():
+        if not isinstance(value, kind):
+            kinds = (each for each in typing.get_args(kind) or (kind,) if each is not type(None))
+            names = " or ".join(each.__name__ for each in kinds)
+            raise InputError(f"{name} must be {names}, not {reprlib.repr(value)}")
+
+
+type_hints: Callable[[Any], dict[str, Any]] = functools.cache(typing.get_type_hints)
+"""The annotations of a class, evaluated."""
+
+
+@functools.lru_cache(maxsize=256)
+def _validator(kinds: tuple[tuple[str, Any], ...]) -> type[pydantic.BaseModel]:
+    strict = pydantic.ConfigDict(
+        strict=True, arbitrary_types_allowed=True, allow_inf_nan=False, protected_namespaces=()
+    )
+    fields: dict[str, Any] = {name: (kind, ...) for name, kind in kinds}
+    return pydantic.create_model("Settings", __config__=strict, **fields)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,97 +14,13 @@ import safetensors.numpy
 from flax import linen as nn
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from abflax.compatibility import require_fits
 from abflax.errors import InputError
-from abflax.files import write_whole
-from abflax.models import MODELS, MobileNetV1, MobileNetV2, ResNet, WideResNet
-from abflax.networks import Network
-from abflax.step import abstract_variables
-
-_Patterns = tuple[tuple[str, str], ...]
-
-
-_WIDE_RESNET: _Patterns = (
-    (r"stem", r"conv1"),
-    (r"norm", r"bn1"),
-    (r"classifier", r"fc"),
-    (r"group(\d+)_block(\d+)/norm(\d)", r"block\1.layer.\2.bn\3"),
-    (r"group(\d+)_block(\d+)/conv(\d)", r"block\1.layer.\2.conv\3"),
-    (r"group(\d+)_block(\d+)/shortcut", r"block\1.layer.\2.convShortcut"),
-)
-
-
-_RESNET: _Patterns = (  # as torchvision names them
-    (r"stem", r"conv1"),
-    (r"stem_norm", r"bn1"),
-    (r"classifier", r"fc"),
-    (r"stage(\d+)_block(\d+)/norm(\d)", r"layer\1.\2.bn\3"),
-    (r"stage(\d+)_block(\d+)/conv(\d)", r"layer\1.\2.conv\3"),
-    (r"stage(\d+)_block(\d+)/shortcut", r"layer\1.\2.downsample.0"),
-    (r"stage(\d+)_block(\d+)/shortcut_norm", r"layer\1.\2.downsample.1"),
-)
-
-
-_MOBILENET_V1: _Patterns = (
-    (r"stem", r"model.0.0"),
-    (r"stem_norm", r"model.0.1"),
-    (r"classifier", r"fc"),
-    (r"block(\d+)/depthwise", r"model.\1.0"),
-    (r"block(\d+)/depthwise_norm", r"model.\1.1"),
-    (r"block(\d+)/pointwise", r"model.\1.3"),
-    (r"block(\d+)/pointwise_norm", r"model.\1.4"),
-)
-
-
-def _mobilenet_v2(model: Any) -> _Patterns:
-    """The names of the published code of activation boundaries, or torchvision's."""
-    last = sum(model.stage_sizes) + 1
-    ends = (
-        (r"stem", r"features.0.0"),
-        (r"stem_norm", r"features.0.1"),
-        (r"last", rf"features.{last}.0"),
-        (r"last_norm", rf"features.{last}.1"),
-        (r"classifier", r"classifier.1"),
-    )
-    if model.first_expansion:
-        return ends + (
-            (r"block(\d+)/expand", r"features.\1.conv.0"),
-            (r"block(\d+)/expand_norm", r"features.\1.conv.1"),
-            (r"block(\d+)/depthwise", r"features.\1.conv.3"),
-            (r"block(\d+)/depthwise_norm", r"features.\1.conv.4"),
-            (r"block(\d+)/project", r"features.\1.conv.6"),
-            (r"block(\d+)/project_norm", r"features.\1.conv.7"),
-        )
-    return ends + (
-        (r"block1/depthwise", r"features.1.conv.0.0"),
-        (r"block1/depthwise_norm", r"features.1.conv.0.1"),
-        (r"block1/project", r"features.1.conv.1"),
-        (r"block1/project_norm", r"features.1.conv.2"),
-        (r"block(\d+)/expand", r"features.\1.conv.0.0"),
-        (r"block(\d+)/expand_norm", r"features.\1.conv.0.1"),
-        (r"block(\d+)/depthwise", r"features.\1.conv.1.0"),
-        (r"block(\d+)/depthwise_norm", r"features.\1.conv.1.1"),
-        (r"block(\d+)/project", r"features.\1.conv.2"),
-        (r"block(\d+)/project_norm", r"features.\1.conv.3"),
-    )
-
-
-# Architecture -> (Flax path -> published name: patterns on the module's path, first match wins),
-# and a module by whose published name state dicts of different architectures are told apart.
-_NAMES: Mapping[type[nn.Module], tuple[Callable[[Any], _Patterns], str]] = {
-    WideResNet: (lambda _: _WIDE_RESNET, "group1_block0/conv2"),
-    ResNet: (lambda _: _RESNET, "stage1_block0/conv3"),
-    MobileNetV1: (lambda _: _MOBILENET_V1, "block1/pointwise"),
-    MobileNetV2: (_mobilenet_v2, "block1/depthwise"),
-}
-_LEAVES = {
-    "kernel": "weight",
-    "scale": "weight",
-    "bias": "bias",
-    "mean": "running_mean",
-    "var": "running_var",
-}
-_IGNORED = "num_batches_tracked"
+from abflax.models import MODELS
+from abflax.models.checks import require_fits
+from abflax.models.network import Network
+from abflax.models.torch_names import IGNORED, PUBLISHED_NAMES, torch_name_of
+from abflax.models.variables import abstract_variables
+from abflax.storage.files import write_whole
 
 
 def from_torch(name: str, state_dict: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -130,12 +45,12 @@ def from_torch(name: str, state_dict: Mapping[str, Any], prefix: str = "") -> di
     for key, value in state_dict.items():
         if not isinstance(key, str):
             raise InputError(f"state dict for {name}: {key!r} is no name")
-        if not key.endswith(_IGNORED):
+        if not key.endswith(IGNORED):
             given[key.removeprefix(prefix)] = _array(f"state dict for {name}: '{key}'", value)
     model, image_shape = _architecture(name, given)
     flat, used = {}, set()
     for path, leaf in flatten_dict(abstract_variables(model, image_shape)).items():
-        torch_name = _torch_name(model, path)
+        torch_name = torch_name_of(model, path)
         if torch_name not in given:
             raise _missing(name, torch_name, given)
         value = _from_layout(given[torch_name])
@@ -161,16 +76,16 @@ def to_torch(model: nn.Module, variables: Any) -> dict[str, np.ndarray]:
     Raises:
       ValueError: for an architecture without published names.
     """
-    if type(model) not in _NAMES:
+    if type(model) not in PUBLISHED_NAMES:
         raise InputError(f"there are no published names for {type(model).__name__}")
     return {
-        _torch_name(model, path): _to_layout(np.asarray(leaf))
+        torch_name_of(model, path): _to_layout(np.asarray(leaf))
         for path, leaf in flatten_dict(variables).items()
     }
 
 
 def read_state_dict(path: str | Path) -> dict[str, np.ndarray]:
-    """name -> array, from `.npz`, `.safetensors`, or `.pt`/`.pth` where torch is installed.
+    """Name -> array, from `.npz`, `.safetensors`, or `.pt`/`.pth` where torch is installed.
 
     Nothing in a file is ever executed: pickled objects are refused.
 
@@ -253,14 +168,16 @@ def _array(what: str, value: Any) -> np.ndarray:
 def _architecture(
     name: str, state_dict: Mapping[str, np.ndarray]
 ) -> tuple[nn.Module, tuple[int, int, int]]:
-    """The module whose number of classes the classifier tells, and the shape of an image whose
-    number of channels the stem tells."""
+    """Makes the module that a state dict fits, and finds the shape of its images.
+
+    The classifier's shape gives the number of classes, the stem's the number of channels.
+    """
     model = MODELS[name]()
-    if type(model) not in _NAMES:
+    if type(model) not in PUBLISHED_NAMES:
         raise InputError(f"there are no published names for {name}")
     needed = {}
     for *path, axes in (("params", "classifier", "bias", 1), ("params", "stem", "kernel", 4)):
-        torch_name = _torch_name(model, tuple(path))
+        torch_name = torch_name_of(model, tuple(path))
         if torch_name not in state_dict:
             raise _missing(name, torch_name, state_dict)
         shape = needed[path[1]] = state_dict[torch_name].shape
@@ -269,26 +186,15 @@ def _architecture(
     return MODELS[name](num_classes=needed["classifier"][0]), (32, 32, needed["stem"][1])
 
 
-def _torch_name(model: nn.Module, path: tuple[str, ...]) -> str:
-    """The published name of a Flax leaf: (collection, modules …, leaf)."""
-    _, *modules, leaf = path
-    here = "/".join(modules)
-    patterns, _ = _NAMES[type(model)]
-    for pattern, replacement in patterns(model):
-        if match := re.fullmatch(pattern, here):
-            return f"{match.expand(replacement)}.{_LEAVES[leaf]}"
-    raise AssertionError(f"{type(model).__name__} has a module without published name: {here}")
-
-
 def _missing(name: str, torch_name: str, given: Mapping[str, Any]) -> InputError:
     """That an entry is missing, and of which architecture the others are named like."""
 
     def named_like(architecture: str) -> bool:
         model = MODELS[architecture]()
-        if type(model) not in _NAMES:
+        if type(model) not in PUBLISHED_NAMES:
             return False
-        _, module = _NAMES[type(model)]
-        return _torch_name(model, ("params", *module.split("/"), "kernel")) in given
+        _, module = PUBLISHED_NAMES[type(model)]
+        return torch_name_of(model, ("params", *module.split("/"), "kernel")) in given
 
     like = [] if named_like(name) else [other for other in MODELS if named_like(other)]
     hint = f"; these are named like the weights of {like[0]}" if like else ""

@@ -8,7 +8,7 @@ show their mean and standard deviation.
 A network is a run's hash, an architecture whose weights the repository ships, or
 ARCHITECTURE=FILE. Its teacher is the one that taught the run, if it is shipped or among the runs.
 
-examples:
+Examples:
   python -m experiments.analyse 3fa1b2c4d5e6 --dataset digits
   python -m experiments.analyse 3fa1b2c4d5e6 8c0d1e2f3a4b   # two seeds
   python -m experiments.analyse wrn16-2 --examples 1000     # the shipped teacher, alone
@@ -17,49 +17,64 @@ examples:
 
 from __future__ import annotations
 
-import argparse
+import dataclasses
 import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+import tyro
 from rich.console import Console
 
 from abflax import Dataset, Network, load
 from abflax.data import DATASETS
 from abflax.errors import InputError, unknown
-from abflax.files import write_whole
-from abflax.record import read_record, require_writable
-from experiments import analysis_plots, cli
-from experiments.analysis_report import arrays, look, summarise, tables
-from experiments.layout import architecture
-from experiments.teachers import find_teacher
+from abflax.storage.files import write_whole
+from abflax.training.record import read_record, require_writable
+from experiments.analysis import figures
+from experiments.analysis.report import arrays, look, summarise, tables
+from experiments.common import cli
+from experiments.common.networks import architecture, find_teacher
 
 
-def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    """The command line."""
-    parser = cli.Parser("experiments.analyse", __doc__)
-    add = parser.add_argument
-    add("networks", nargs="+", metavar="NETWORK", help="run, architecture or ARCHITECTURE=FILE")
-    add("--dataset", help=f"{' or '.join(DATASETS)} (default: the run's, else cifar10)")
-    add("--data-dir", help="of TensorFlow Datasets; default: TFDS_DATA_DIR")
-    add("--teacher", help="architecture, or none (default: the run's)")
-    add("--teacher-weights", help="file or run; default: what the repository ships")
-    add("--examples", type=int, help="how many held-out images (default all)")
-    add("--groups", type=int, default=5, help="of images, by agreement (default 5)")
-    add("--distance-images", type=int, default=100, metavar="N",
-        help="whose distances are measured (default 100; 0: none)")  # fmt: skip
-    add("--distance-neurons", type=int, default=32, metavar="N",
-        help="of each layer, drawn at random (default 32)")  # fmt: skip
-    add("--workdir", type=Path, default=cli.WORKDIR, help="where all goes (default ./workdir)")
-    add("--json", action="store_true", help="print the result as JSON, and no table")
-    return parser.parse_args(arguments)
+@dataclasses.dataclass(frozen=True)
+class Arguments:
+    """The command line.
+
+    Attributes:
+      networks: runs, architectures or ARCHITECTURE=FILE.
+      dataset: left out: the run's, or cifar10.
+      data_dir: folder of TensorFlow Datasets; left out: TFDS_DATA_DIR.
+      teacher: architecture, or none; left out: the run's.
+      teacher_weights: file or run; left out: what the repository ships.
+      examples: how many held-out images; left out: all.
+      groups: of images, by agreement.
+      distance_images: images whose distances to the boundaries are measured; 0: none.
+      distance_neurons: neurons of each layer, drawn at random.
+      workdir: where runs are, and pictures go.
+      json: print the result as JSON, and no table.
+    """
+
+    networks: Annotated[tuple[str, ...], tyro.conf.Positional]
+    dataset: str | None = None
+    data_dir: str | None = None
+    teacher: str | None = None
+    teacher_weights: str | None = None
+    examples: int | None = None
+    groups: int = 5
+    distance_images: int = 100
+    distance_neurons: int = 32
+    workdir: Path = cli.WORKDIR
+    json: bool = False
 
 
 def main(console: Console) -> None:
-    arguments = parse()
+    """Runs the command."""
+    arguments = cli.parse(Arguments, "experiments.analyse", __doc__)
+    if not arguments.networks:
+        raise InputError("name at least one network: a run, an architecture, ARCHITECTURE=FILE")
     for name in ("groups", "distance_neurons"):
         if getattr(arguments, name) < 1:
             raise InputError(f"{name} must be at least 1, not {getattr(arguments, name)}")
@@ -88,7 +103,7 @@ def main(console: Console) -> None:
     write_whole(directory / "analysis.json", (json.dumps(summary, indent=1) + "\n").encode())
     named: dict[str, Any] = dict(arrays(found))
     np.savez_compressed(directory / "analysis.npz", **named)
-    pictures = analysis_plots.draw(found, summary, directory)
+    pictures = figures.draw(found, summary, directory)
     if arguments.json:
         json.dump(summary, sys.stdout, indent=1)
         return
@@ -99,12 +114,12 @@ def main(console: Console) -> None:
     console.print(f"{directory}: analysis.json, analysis.npz, {written}", soft_wrap=True)
 
 
-def _run(arguments: argparse.Namespace, name: str) -> Path:
+def _run(arguments: Arguments, name: str) -> Path:
     return arguments.workdir / "runs" / name
 
 
 def _network(
-    arguments: argparse.Namespace, name: str, record: dict[str, Any] | None, dataset: str
+    arguments: Arguments, name: str, record: dict[str, Any] | None, dataset: str
 ) -> Network:
     """What one NETWORK argument stands for."""
     if record is not None:
@@ -116,7 +131,7 @@ def _network(
 
 
 def _teacher(
-    arguments: argparse.Namespace, records: list[dict[str, Any] | None], dataset: str
+    arguments: Arguments, records: list[dict[str, Any] | None], dataset: str
 ) -> Network | None:
     """The teacher that was asked for, else the one that taught the runs, else none."""
     if arguments.teacher == "none":

@@ -5,7 +5,7 @@ PyTorch is installed the same work (`steps`, on CPUs in float32), written as its
 runs in turn with ours; a ratio is the median over pairs. `epochs`, `cache` and `precision` are
 measured once. Use an idle machine.
 
-examples:
+Examples:
   python -m experiments.bench
   python -m experiments.bench --sections steps --batch 128 --repetitions 20
   python -m experiments.bench --sections depthwise --repetitions 3
@@ -16,7 +16,6 @@ examples:
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import functools
 import importlib.util
@@ -24,23 +23,23 @@ import json
 import statistics
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from rich.console import Console
 
 from abflax.errors import InputError, unknown
-from abflax.files import write_whole
 from abflax.losses import neuron_selectivity
 from abflax.losses.nst import channel_patterns
 from abflax.methods import METHODS
-from abflax.record import environment
-from experiments import cli
+from abflax.storage.files import write_whole
+from abflax.training.record import environment
 from experiments.benchmark import depthwise_work, scaling, whole
 from experiments.benchmark.jax_work import Bench
 from experiments.benchmark.report import PUBLISHED, page, section
 from experiments.benchmark.timing import Work, alternate, compiled, median_ratio, peak_flops
+from experiments.common import cli
 
 Rows = list[dict[str, Any]]
 Section = Callable[[Bench, int], Rows]
@@ -49,28 +48,38 @@ STUDENTS = (1, 2, 4, 8)
 VMAPPED = 2
 
 
-def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    """The command line."""
-    parser = cli.Parser("experiments.bench", __doc__)
-    add = parser.add_argument
-    add("--teacher", default="wrn22-4")
-    add("--student", default="wrn16-2")
-    add("--batch", type=int, default=128, metavar="IMAGES", help="a step (default 128)")
-    add("--precision", default="float32", choices=("float32", "bfloat16"))
-    either = parser.add_mutually_exclusive_group()
-    either.add_argument("--sections", help=f"default {','.join(SECTIONS)}")
-    either.add_argument(
-        "--record", type=Path, metavar="FILE",
-        help="measure what a finished run of CIFAR's images made of its time instead",
-    )  # fmt: skip
-    add("--repetitions", type=int, default=10, help="of each measurement (default 10)")
-    add("--workdir", type=Path, default=cli.WORKDIR, help="bench.json goes there")
-    add("--publish", action="store_true", help="see below")
-    return parser.parse_args(arguments)
+@dataclasses.dataclass(frozen=True)
+class Arguments:
+    """The command line.
+
+    Attributes:
+      teacher: its architecture.
+      student: its architecture.
+      batch: images a step.
+      precision: of the networks.
+      sections: some of the sections, by their names; left out: all.
+      record: the record of a finished run of CIFAR's images: measure what it made of its time
+        instead.
+      repetitions: of each measurement.
+      workdir: where bench.json goes.
+      publish: keep the measurements in experiments/records/bench, and rebuild experiments/BENCH.md.
+    """
+
+    teacher: str = "wrn22-4"
+    student: str = "wrn16-2"
+    batch: int = 128
+    precision: Literal["float32", "bfloat16"] = "float32"
+    sections: cli.Names | None = None
+    record: Path | None = None
+    repetitions: int = 10
+    workdir: Path = cli.WORKDIR
+    publish: bool = False
 
 
 def main(console: Console) -> None:
-    arguments = parse()
+    """Runs the command."""
+    choices = {"sections": {name: _first_line(measure) for name, measure in SECTIONS.items()}}
+    arguments = cli.parse(Arguments, "experiments.bench", __doc__, choices)
     if arguments.batch < 1 or arguments.repetitions < 1:
         raise InputError("--batch and --repetitions must be at least 1")
     jax.config.update("jax_enable_compilation_cache", False)  # compile times are measured
@@ -98,12 +107,14 @@ def main(console: Console) -> None:
         console.print(f"{publish(found)}", soft_wrap=True)
 
 
-def asked(arguments: argparse.Namespace) -> tuple[Bench, dict[str, Section]]:
+def asked(arguments: Arguments) -> tuple[Bench, dict[str, Section]]:
     """What is measured, on what."""
     if arguments.record is not None:
+        if arguments.sections is not None:
+            raise InputError("give --sections or --record, not both")
         record = whole.read(arguments.record)
         return whole.bench_of(record), {"whole": lambda bench, _: whole.whole(record, bench)}
-    wanted = arguments.sections.split(",") if arguments.sections else tuple(SECTIONS)
+    wanted = arguments.sections or tuple(SECTIONS)
     for name in wanted:
         if name not in SECTIONS:
             raise unknown("section", name, SECTIONS)
@@ -113,10 +124,15 @@ def asked(arguments: argparse.Namespace) -> tuple[Bench, dict[str, Section]]:
     return bench, {name: SECTIONS[name] for name in wanted}
 
 
+def _first_line(measure: Section) -> str:
+    """The first line of a section's docstring."""
+    return (measure.__doc__ or "").partition("\n")[0]
+
+
 def publish(found: dict[str, Any]) -> Path:
     """Keeps the measurements of this device and setting, and rebuilds the page.
 
-    Sections that were kept before of the same commit, versions and setting stay.
+    Sections published before of the same commit, versions and setting stay.
     """
     setting = found["setting"]
     device = "-".join(found["environment"]["device"].replace(",", "").split()).lower()
@@ -138,13 +154,15 @@ def publish(found: dict[str, Any]) -> Path:
 
 
 def steps(bench: Bench, repetitions: int) -> Rows:
-    """Teacher, initialise (asking the teacher, and on kept bits), classify, evaluation; kept bits
-    once more beside a PyTorch that asks its teacher, as its users do."""
+    """Teacher, initialise (with the teacher, and on cached bits), classify, evaluation.
+
+    Cached bits once more beside a PyTorch that runs its teacher, as its users do.
+    """
     initialise, classify = bench.phases
     works = {
-        "teacher": bench.ask(),
+        "teacher": bench.teacher_forward(),
         "initialise": bench.train(initialise),
-        "initialise, kept bits": bench.train(initialise, kept=True),
+        "initialise, kept bits": bench.train(initialise, cached=True),
         "classify": bench.train(classify),
         "evaluate": bench.evaluate(),
     }
@@ -190,8 +208,10 @@ def methods(bench: Bench, repetitions: int) -> Rows:
 
 
 def seeds(bench: Bench, repetitions: int) -> Rows:
-    """Initialise steps of several students in one program, each in turn with that of one: written
-    out one after another, as they are here, and batched by `jax.vmap`."""
+    """Initialise steps of several students in one program, in turn with that of one.
+
+    Written out one after another, as `distill_group` does it, and batched by `jax.vmap`.
+    """
     initialise = bench.phases[0]
     one = bench.train(initialise)
     rows: Rows = []

@@ -1,28 +1,26 @@
-"""The idea in two dimensions: whose activation boundaries are where (after the paper's Figure 1).
+"""Draw the activation boundaries of networks in two dimensions (after the paper's Figure 1).
 
-A teacher learns to tell the two arms of a spiral apart. Students with a narrower first layer
-learn from it by l2 on activations and by activation boundaries, 320 steps each, then both by the
-same distillation of logits, 320 steps. Above: decision regions, and the activation boundaries of
-the tapped layer's neurons; below: how strongly the teacher responds, which is what l2 weighs, and
-where each student's neurons fire otherwise than the teacher's.
+A teacher learns to separate the two arms of a spiral. Students with a narrower first layer learn
+from it by l2 on activations or by activation boundaries, 320 steps each, then both by the same
+distillation of logits, 320 steps. Above: decision regions, and the activation boundaries of the
+tapped layer's neurons; below: how strongly the teacher responds, which l2 weighs, and where each
+student's neurons do not fire as the teacher's do.
 
-It illustrates, and proves nothing: problem and sizes were chosen, with this figure in sight, so
-that the boundaries show. The students differ much in where they fire, and here not in error. The
-transfer weight of each method is the best of 10, 30, 100, 300, 1000 by the mean error of seeds 0,
-1, 2 on other points than those that the figure measures; the figure's seeds are others too. Less
-than a minute on two CPU cores.
+The figure is an illustration, not evidence: problem and sizes were chosen so that it shows the
+boundaries. The students differ much in where they fire, but here not in error. The transfer weight
+of each method is the best of 10, 30, 100, 300, 1000 by the mean error of three seeds, 0 to 2. The
+figure measures on other points, with other seeds. Less than a minute on two CPU cores.
 
-examples:
+Examples:
   python -m experiments.figure1
   python -m experiments.figure1 --seeds 10 --workdir /tmp/abflax
 """
 
 from __future__ import annotations
 
-import argparse
+import dataclasses
 import json
 import time
-from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
@@ -40,11 +38,11 @@ from rich.table import Table
 from abflax import Dataset, Network, Resources, Result, Tapped, distill
 from abflax.errors import InputError
 from abflax.losses import activation_indicator
-from abflax.record import require_writable
 from abflax.taps import run_model
-from experiments import cli
-from experiments.plots import COLOURS, STYLE
-from experiments.statistics import mean_and_std, percent
+from abflax.training.record import require_writable
+from experiments.common import cli
+from experiments.common.plots import COLOURS, STYLE
+from experiments.common.stats import mean_and_std, percent
 
 TEACHER, STUDENT = (32, 12), (24, 12)  # neurons of both hidden layers; the second is tapped
 POINTS = {"teacher": 2048, "student": 512, "test": 8192}
@@ -56,7 +54,7 @@ _GRID = 300
 
 
 class Mlp(nn.Module):
-    """Dense layers with ReLUs; it knows nothing of taps."""
+    """Dense layers with ReLUs, without taps."""
 
     widths: tuple[int, ...]
 
@@ -75,7 +73,7 @@ def network(widths: tuple[int, ...]) -> Tapped:
 
 
 def spiral(count: int, seed: int) -> Dataset:
-    """Points drawn evenly from the square, and which of two arms each lies on."""
+    """Draws points evenly from the square, labelled with the arm that each lies on."""
     points = np.random.default_rng(seed).uniform(-_SQUARE, _SQUARE, (count, 2))
     return Dataset(points.reshape(count, 1, 1, 2).astype(np.float32), arm(points), 2)
 
@@ -87,27 +85,30 @@ def arm(points: np.ndarray) -> np.ndarray:
     return (turns % 2 < 1).astype(int)
 
 
-def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    """The command line."""
-    parser = cli.Parser("experiments.figure1", __doc__)
-    parser.add_argument("--seeds", type=cli.seeds_type, default=(3, 4, 5, 6, 7), metavar="N",
-                        help="how many, or a list such as 0,3 (default 3,4,5,6,7)")  # fmt: skip
-    parser.add_argument("--workdir", type=Path, default=cli.WORKDIR, help="default ./workdir")
-    return parser.parse_args(arguments)
+@dataclasses.dataclass(frozen=True)
+class Arguments(cli.Arguments):
+    """The command line.
+
+    Attributes:
+      seeds: how many, or a list such as 0,3.
+    """
+
+    seeds: cli.SeedList = (3, 4, 5, 6, 7)
 
 
 def main(console: Console) -> None:
-    arguments = parse()
+    """Trains the teacher and all students, draws the figure and prints a table."""
+    arguments = cli.parse(Arguments, "experiments.figure1", __doc__)
     began = time.perf_counter()
     require_writable(arguments.workdir)
     cli.cache_compilation(arguments.workdir)
-    teacher, taught = train_teacher()
+    teacher, teacher_run = train_teacher()
     results = {
         method: [train_student(teacher, method, seed) for seed in arguments.seeds]
         for method in TRANSFER_WEIGHTS
     }
     picture = arguments.workdir / "figure1.png"
-    figure = draw(teacher, taught, results)
+    figure = draw(teacher, teacher_run, results)
     figure.savefig(picture, dpi=200)
     plt.close(figure)
     table = Table(box=None, header_style="bold")
@@ -117,7 +118,7 @@ def main(console: Console) -> None:
         table.add_row(method, *(mean_and_std(shares(runs, key)) for key in _MEASURES))
     console.print(table)
     console.print(
-        f"teacher: {percent(taught.record['result']['test_error'])} % error; "
+        f"teacher: {percent(teacher_run.record['result']['test_error'])} % error; "
         f"seeds: {json.dumps(arguments.seeds)}"
     )
     seconds = time.perf_counter() - began
@@ -125,7 +126,7 @@ def main(console: Console) -> None:
 
 
 def train_teacher() -> tuple[Network, Result]:
-    """The teacher, on points and labels."""
+    """Trains the teacher on points and labels."""
     result = distill(
         network(TEACHER),
         None,
@@ -144,10 +145,13 @@ def train_teacher() -> tuple[Network, Result]:
 def train_student(
     teacher: Network, method: str, seed: int, transfer_weight: float | None = None, test: int = 3
 ) -> Result:
-    """A student of one method.
+    """Trains a student by one method.
 
     Args:
-      transfer_weight: None: the one that the figure has.
+      teacher: the teacher.
+      method: a name in `TRANSFER_WEIGHTS`.
+      seed: of all randomness in training.
+      transfer_weight: None: the figure's.
       test: the seed of the held-out points; the figure's is 3, and the weights were chosen on 1.
     """
     return distill(
@@ -166,53 +170,53 @@ def train_student(
     )
 
 
-# Dense layers alone run as fast in a loop on CPUs, so many steps go out at once.
+# On CPUs dense layers are as fast inside a loop, so one dispatch makes many steps.
 _RESOURCES = Resources(devices=1, steps_per_dispatch=100)
 _MEASURES = ("test_error", "initialise_agreement", "agreement")
 
 
 def shares(runs: list[Result], key: str) -> list[float]:
-    """One number a run, of its record's result."""
-    found = [run.record["result"][key] for run in runs]
-    return [each["layer1"] if isinstance(each, dict) else each for each in found]
+    """One number for each run, from the result in its record."""
+    values = [run.record["result"][key] for run in runs]
+    return [value["layer1"] if isinstance(value, dict) else value for value in values]
 
 
-def draw(teacher: Network, taught: Result, results: dict[str, list[Result]]) -> Figure:
-    """The picture: the first seed's students, and all seeds' numbers."""
+def draw(teacher: Network, teacher_run: Result, results: dict[str, list[Result]]) -> Figure:
+    """Draws the figure: the first seed's students, and the numbers of all seeds."""
     if not all(results.values()):
         raise InputError("there is no student to draw")
     line = np.linspace(-_SQUARE, _SQUARE, _GRID, dtype=np.float32)
     grid = np.stack(np.meshgrid(line, line), axis=-1).reshape(-1, 1, 1, 2)
-    theirs = _on_grid(teacher, grid)
+    teacher_grid = _on_grid(teacher, grid)
     seeds = len(next(iter(results.values())))
     with plt.rc_context(STYLE | {"font.size": 8.5, "axes.grid": False, "axes.titlesize": 9}):
         figure, axes = plt.subplots(2, 3, figsize=(7.2, 7.0),
                                     layout=ConstrainedLayoutEngine(hspace=0.05),
                                     sharex=True, sharey=True)  # fmt: skip
-        _regions(axes[0, 0], line, theirs, theirs["taps"])
-        error = percent(taught.record["result"]["test_error"], 1)
+        _regions(axes[0, 0], line, teacher_grid, teacher_grid["taps"])
+        error = percent(teacher_run.record["result"]["test_error"], 1)
         axes[0, 0].set_title(f"teacher\nerror {error} %")
-        strength = np.square(np.maximum(theirs["taps"], 0)).sum(axis=-1)
+        strength = np.square(np.maximum(teacher_grid["taps"], 0)).sum(axis=-1)
         shown = axes[1, 0].pcolormesh(line, line, strength, cmap="cividis", rasterized=True)
         _bar(figure, shown, axes[1, 0], "Σ σ(T)², no unit")
         axes[1, 0].set_title("how strongly\nthe teacher responds")
         for column, (method, runs) in enumerate(results.items(), start=1):
             model = Network(network(STUDENT), runs[0].variables)
-            ours = _on_grid(model, grid)
-            _regions(axes[0, column], line, ours, theirs["taps"])
+            student_grid = _on_grid(model, grid)
+            _regions(axes[0, column], line, student_grid, teacher_grid["taps"])
             axes[0, column].set_title(
                 f"student: {method}\nerror {mean_and_std(shares(runs, 'test_error'), 1)} %"
             )
-            fires = [
-                np.asarray(activation_indicator(jnp.asarray(each["taps"])))
-                for each in (ours, theirs)
-            ]
-            otherwise = 100 * (fires[0] != fires[1]).mean(axis=-1)
+            student_fires, teacher_fires = (
+                np.asarray(activation_indicator(jnp.asarray(values["taps"])))
+                for values in (student_grid, teacher_grid)
+            )
+            disagreement = 100 * (student_fires != teacher_fires).mean(axis=-1)
             shown = axes[1, column].pcolormesh(
-                line, line, otherwise, cmap="Greys", vmin=0, vmax=50, rasterized=True
+                line, line, disagreement, cmap="Greys", vmin=0, vmax=50, rasterized=True
             )
             agreement = mean_and_std(shares(runs, "agreement"), 1)
-            axes[1, column].set_title(f"where it fires otherwise\nagreement {agreement} %")
+            axes[1, column].set_title(f"where student and teacher differ\nagreement {agreement} %")
             _bar(figure, shown, axes[1, column], "neurons, %")
         for axis in axes[1]:
             axis.set_xlabel("x₁")
@@ -244,7 +248,7 @@ def _on_grid(model: Network, grid: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def _regions(axis: Axes, line: np.ndarray, own: dict[str, np.ndarray], teacher: np.ndarray) -> None:
-    """Regions of both classes, a network's boundaries, and the teacher's."""
+    """Draws the regions of both classes, a network's boundaries, and the teacher's."""
     colours = ListedColormap(["#cfe4f3", "#fbeccb"])
     axis.pcolormesh(line, line, own["class"], cmap=colours, vmin=0, vmax=1, rasterized=True)
     lines = [(teacher, COLOURS[5], "--")]

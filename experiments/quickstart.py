@@ -6,28 +6,26 @@ boundaries first; three seeds each. Error and agreement are measured on 500 held
 
 About two minutes on two CPU cores, compilation included.
 
-examples:
+Examples:
   python -m experiments.quickstart
   python -m experiments.quickstart --seeds 5 --workdir /tmp/abflax
 """
 
 from __future__ import annotations
 
-import argparse
+import dataclasses
 import time
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from abflax import Dataset, Network, distill, load
-from abflax.loop import Result
+from abflax import Dataset, Network, Result, distill, load
 from abflax.models import MODELS
-from abflax.record import require_writable
+from abflax.training.record import require_writable
 from abflax.weights import load_network
-from experiments import cli, plots
-from experiments.statistics import mean_and_std, percent
+from experiments.common import cli, plots
+from experiments.common.stats import mean_and_std, percent
 
 TEACHER, STUDENT = "wrn16-1", "wrn10-1"
 METHODS = ("cross-entropy", "kd", "activation-boundary")
@@ -37,38 +35,42 @@ FRACTION = 0.1
 # The published factor 3/1000 is made for a wrn22-4 on 32×32 images. A wrn16-1 on 8×8 has 64 times
 # fewer neurons in each tap, so 64 is the same weight on the mean over neurons.
 OPTIONS: dict[str, dict[str, Any]] = {"activation-boundary": {"transfer_weight": 64.0}}
-# Of the teacher. With a student's own seed both would begin from the same weights.
+# The teacher's. With a student's seed both would start from the same weights.
 TEACHER_SEED = 1000
 
 
-def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    """The command line."""
-    parser = cli.Parser("experiments.quickstart", __doc__, trains=True)
-    parser.add_argument("--seeds", type=cli.seeds_type, default=(0, 1, 2), metavar="N",
-                        help="how many, or a list such as 0,3 (default 3)")  # fmt: skip
-    parser.add_argument("--workdir", type=Path, default=cli.WORKDIR, help="default ./workdir")
-    parser.add_argument("--force", action="store_true", help="run again what is finished")
-    return parser.parse_args(arguments)
+@dataclasses.dataclass(frozen=True)
+class Arguments(cli.Arguments):
+    """The command line.
+
+    Attributes:
+      seeds: how many, or a list such as 0,3.
+      force: train finished runs again.
+    """
+
+    seeds: cli.SeedList = (0, 1, 2)
+    force: bool = False
 
 
 def main(console: Console) -> None:
-    arguments = parse()
+    """Trains the teacher and all students, prints a table and draws a picture."""
+    arguments = cli.parse(Arguments, "experiments.quickstart", __doc__)
     began = time.perf_counter()
     require_writable(arguments.workdir)
     cli.cache_compilation(arguments.workdir)
     train, test = load("digits", "train"), load("digits", "test")
-    live = cli.progress(arguments, console)
+    reporter = cli.progress(arguments, console)
     common: dict[str, Any] = {
         "test": test,
         "protocol": "official",
         "workdir": arguments.workdir,
         "force": arguments.force,
-        "reporter": live,
+        "reporter": reporter,
     }
-    with live.shown():
-        taught = teach(train, **common)
-        assert taught.directory is not None
-        teacher = load_network(TEACHER, taught.directory / "student.safetensors")
+    with reporter.shown():
+        teacher_run = teach(train, **common)
+        assert teacher_run.directory is not None
+        teacher = load_network(TEACHER, teacher_run.directory / "student.safetensors")
         records = {
             method: [
                 learn(method, teacher, train, seeds=seed, evaluate_every=5, **common).record
@@ -76,7 +78,7 @@ def main(console: Console) -> None:
             ]
             for method in METHODS
         }
-    console.print(_table(records, taught.record), soft_wrap=True)
+    console.print(_table(records, teacher_run.record), soft_wrap=True)
     picture = arguments.workdir / "quickstart.png"
     title = (
         f"{STUDENT} taught by {TEACHER} on {100 * FRACTION:g} % of the digits"
@@ -88,7 +90,7 @@ def main(console: Console) -> None:
 
 
 def teach(data: Dataset, **common: Any) -> Result:
-    """The teacher's run."""
+    """Trains the teacher."""
     return distill(
         MODELS[TEACHER](), None, data, method="cross-entropy", epochs=(0, TEACHER_EPOCHS),
         batch_size=64, evaluate_every=4, seeds=TEACHER_SEED, **common,
@@ -96,18 +98,18 @@ def teach(data: Dataset, **common: Any) -> Result:
 
 
 def learn(method: str, teacher: Network, data: Dataset, **settings: Any) -> Result:
-    """A student's run."""
+    """Trains a student."""
     return distill(
         MODELS[STUDENT](), teacher, data, method=method, epochs=EPOCHS, batch_size=32,
         fraction=FRACTION, **OPTIONS.get(method, {}), **settings,
     )  # fmt: skip
 
 
-def _table(records: dict[str, list[dict[str, Any]]], taught: dict[str, Any]) -> Table:
-    """Method by method: error, agreement, seconds; means over the seeds."""
+def _table(records: dict[str, list[dict[str, Any]]], teacher: dict[str, Any]) -> Table:
+    """Error, agreement and seconds of each method; means over the seeds."""
     title = (
         f"{STUDENT} on {100 * FRACTION:g} % of the digits; teacher {TEACHER}, all of them: "
-        f"{percent(taught['result']['test_error'])} % error\n"
+        f"{percent(teacher['result']['test_error'])} % error\n"
         "layers: the share of held-out neurons that fire where the teacher's do"
     )
     table = Table(title=title, title_justify="left", box=None, header_style="bold")
@@ -118,8 +120,8 @@ def _table(records: dict[str, list[dict[str, Any]]], taught: dict[str, Any]) -> 
         results = [run["result"] for run in runs]
         table.add_row(
             method,
-            mean_and_std([each["test_error"] for each in results]),
-            *(mean_and_std([each["agreement"][layer] for each in results], 1) for layer in layers),
+            mean_and_std([run["test_error"] for run in results]),
+            *(mean_and_std([run["agreement"][layer] for run in results], 1) for layer in layers),
             f"{sum(run['seconds'] for run in runs) / len(runs):.0f}",
         )
     return table

@@ -2,7 +2,7 @@
 
 Nothing is typed by hand: a number stands there because a record under experiments/records says so.
 
-examples:
+Examples:
   python -m experiments.results
   python -m experiments.results --add workdir
       copy the finished CIFAR-10 runs of a workdir into the records first
@@ -10,39 +10,52 @@ examples:
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from rich.console import Console
 
-from experiments import archive, cli, figures
-from experiments.cells import Filled, fill, identities, markdown
-from experiments.layout import Record
-from experiments.plan import jobs, unfinished
-from experiments.tables import EVERY_METHOD, SCALES, TABLES
-from experiments.teachers import is_shipped
+from experiments.common import cli
+from experiments.common.networks import is_shipped
+from experiments.paper_tables import figures
+from experiments.paper_tables import records as stored
+from experiments.paper_tables.cells import Filled, fill, identities, markdown
+from experiments.paper_tables.definitions import EVERY_METHOD, SCALES, TABLES
+from experiments.paper_tables.plan import jobs, unfinished
+from experiments.paper_tables.spec import Record
 
 HERE = Path(__file__).parent
 RESULTS, FIGURES, README = HERE / "RESULTS.md", HERE / "figures", HERE.parent / "README.md"
 _BEGIN, _END = "<!-- results: begin -->", "<!-- results: end -->"
 
 
+@dataclasses.dataclass(frozen=True)
+class Arguments:
+    """The command line.
+
+    Attributes:
+      add: a workdir whose finished runs are copied first.
+    """
+
+    add: Path | None = None
+
+
 def main(console: Console) -> None:
-    parser = cli.Parser("experiments.results", __doc__)
-    parser.add_argument("--add", type=Path, metavar="WORKDIR", help="copy its finished runs first")
-    arguments = parser.parse_args()
+    """Runs the command."""
+    arguments = cli.parse(Arguments, "experiments.results", __doc__)
     if arguments.add:
-        added, outdated = archive.new(archive.finished(arguments.add))
-        page(archive.committed() | added)  # raises where they do not go together
-        archive.add(added)
-        ended, _ = archive.new(archive.diverged(arguments.add), archive.DIVERGED)
-        archive.add(ended, archive.DIVERGED)
+        added, outdated = stored.new(stored.finished(arguments.add))
+        page(stored.committed() | added)  # raises where they do not go together
+        stored.add(added)
+        ended, _ = stored.new(stored.diverged(arguments.add), stored.DIVERGED)
+        stored.add(ended, stored.DIVERGED)
         console.print(
             f"{len(added)} records added"
             + f", {len(ended)} of runs that diverged" * bool(ended)
             + f", {outdated} outdated left" * bool(outdated)
         )
-    records, diverged = archive.committed(), archive.committed(archive.DIVERGED)
+    records, diverged = stored.committed(), stored.committed(stored.DIVERGED)
     RESULTS.write_text(page(records, diverged))
     README.write_text(with_table(README.read_text(), overview(records, diverged)))
     FIGURES.mkdir(exist_ok=True)

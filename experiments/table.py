@@ -1,6 +1,6 @@
 """The paper's tables, with error bars: run what is missing, then show them.
 
-examples:
+Examples:
   python -m experiments.table 1 --scale small
       train what Table 1 still needs at a size for two CPU cores, and print it
   python -m experiments.table all --scale paper --dry-run
@@ -9,8 +9,8 @@ examples:
       the second of eight shares of the runs, for a job array on one workdir
   python -m experiments.table all --scale paper --steps 2
       show that every cell starts: two steps of each phase, of which nothing is kept
-  python -m experiments.table 6,8 --scale small --abreast 4
-      up to four runs of a seed in one program: their teacher is asked once for all
+  python -m experiments.table 6,8 --scale small --group 4
+      up to four runs of a seed in one program, with one forward pass of the teacher for all
   python -m experiments.table 6 --teacher-weights wrn22-4=teacher.safetensors
   python -m experiments.table 4,5 --teacher-weights resnet50=resnet50.pth
       transfer learning; --student-weights mobilenet-v1=FILE for the row of pre-trained students
@@ -25,64 +25,122 @@ picture of the whole table go to WORKDIR/tables.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
+from collections import ChainMap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import tyro
 from rich.console import Console
 
-from abflax import Network, NonFiniteError, Resources, distill
+from abflax import Network, NonFiniteError, Resources, distill_group
 from abflax.config import RunConfig
 from abflax.errors import BusyError, InputError, unknown
-from abflax.files import write_whole
 from abflax.models import MODELS
-from abflax.progress import Reporter
-from abflax.record import require_writable
+from abflax.runtime.reporter import Reporter
+from abflax.storage.files import write_whole
 from abflax.taps import Model
+from abflax.training.record import require_writable
 from abflax.weights import load_network
-from experiments import archive, cli, figures
-from experiments.cells import Filled, fill, identities, markdown
-from experiments.layout import Record, Table, architecture, pretrained
-from experiments.plan import Job, jobs, share, together, unfinished
-from experiments.rehearsal import forecast, start_every_cell
-from experiments.tables import SCALES, TABLES
-from experiments.teachers import begun, find_teacher, is_shipped, read
+from experiments.common import cli
+from experiments.common.networks import (
+    architecture,
+    find_teacher,
+    is_shipped,
+    pretrained,
+    pretrained_backbone,
+    read,
+)
+from experiments.paper_tables import figures
+from experiments.paper_tables import records as stored
+from experiments.paper_tables.cells import Filled, fill, identities, markdown
+from experiments.paper_tables.definitions import SCALES, TABLES
+from experiments.paper_tables.dry_run import forecast, start_every_cell
+from experiments.paper_tables.plan import Job, group_jobs, jobs, share, unfinished
+from experiments.paper_tables.spec import Record, Table
 
 
-def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    """The command line."""
+def read_share(text: str) -> tuple[int, int]:
+    """Reads "2/8" as (2, 8)."""
+    parts = text.split("/")
+    if len(parts) == 2 and all(part.isdigit() for part in parts):
+        index, count = map(int, parts)
+        if 1 <= index <= count:
+            return index, count
+    raise ValueError(f"'{text}' is not K/N with 1 <= K <= N, such as 2/8")
+
+
+def read_weights(text: str) -> dict[str, str]:
+    """Reads "wrn22-4=FILE,…" as {"wrn22-4": "FILE", …}."""
+    pairs = [part.partition("=") for part in text.split(",")]
+    for name, _, file in pairs:
+        if not file:
+            raise ValueError(f"'{name}' is not NAME=FILE, such as wrn22-4=teacher.npz")
+    return {name: file for name, _, file in pairs}
+
+
+Share = Annotated[
+    tuple[int, int], cli.text(read_share, "K/N", lambda share: "/".join(map(str, share)))
+]
+Weights = Annotated[
+    dict[str, str],
+    cli.text(read_weights, "NAME=FILE,…", lambda files: ",".join(map("=".join, files.items()))),
+]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Arguments(cli.Arguments):
+    """The command line.
+
+    Attributes:
+      tables: number of a table, several such as 1,3, or all.
+      scale: paper, medium or small.
+      rows: some of the rows, by their names.
+      columns: some of the columns.
+      methods: some of the methods.
+      seeds: how many, or a list such as 0,3; left out: what the scale says.
+      group: train up to N runs that see the same batches in one program.
+      only: a share of the runs.
+      dry_run: print what would run, and run nothing.
+      steps: make K steps of every cell, and keep nothing.
+      teacher_weights: of teachers, files or runs.
+      student_weights: published weights that students begin with.
+      data_dir: folder of TensorFlow Datasets; left out: TFDS_DATA_DIR.
+      resources: what changes the runs' speed.
+    """
+
+    tables: Annotated[str, tyro.conf.Positional]
+    scale: str = "paper"
+    rows: cli.Names | None = None
+    columns: cli.Names | None = None
+    methods: cli.Names | None = None
+    seeds: cli.SeedList | None = None
+    group: int = 1
+    only: Share = (1, 1)
+    dry_run: bool = False
+    steps: int | None = None
+    teacher_weights: Weights = dataclasses.field(default_factory=dict)
+    student_weights: Weights = dataclasses.field(default_factory=dict)
+    data_dir: str | None = None
+    resources: Resources = Resources()
+
+    def __post_init__(self) -> None:
+        if self.group < 1:
+            raise InputError(f"--group must be at least 1, not {self.group}")
+        if self.dry_run and self.steps is not None:
+            raise InputError("give --dry-run or --steps, not both")
+        if self.group > 1 and (self.dry_run or self.steps is not None):
+            raise InputError("--dry-run and --steps are of runs alone: leave --group out")
+
+
+def parse() -> Arguments:
+    """Reads the command line."""
     choices = {
         "tables": _titles(),
         "scales": {name: scale.summary for name, scale in SCALES.items()},
     }
-    parser = cli.Parser("experiments.table", __doc__, choices, trains=True)
-    add = parser.add_argument
-    add("tables", metavar="N", help="number of a table, several such as 1,3, or all")
-    add("--scale", default="paper", help=f"{' or '.join(SCALES)} (default paper)")
-    add("--rows", type=cli.names_type, metavar="NAMES", help="some of the rows, by their names")
-    add("--columns", type=cli.names_type, metavar="NAMES", help="some of the columns")
-    add("--methods", type=cli.names_type, metavar="NAMES", help="some of the methods")
-    add("--seeds", type=cli.seeds_type, metavar="N",
-        help="how many, or a list such as 0,3 (default 5; 2 at scale small)")  # fmt: skip
-    add("--abreast", type=int, default=1, metavar="N",
-        help="train up to N runs that see the same batches in one program (default 1)")  # fmt: skip
-    add("--only", type=share_type, default=(1, 1), metavar="K/N", help="a share of the runs")
-    add("--dry-run", action="store_true", help="tell what would run, and run nothing")
-    add("--steps", type=int, metavar="K", help="make K steps of every cell, and keep nothing")
-    add("--teacher-weights", type=weights_type, action="append", default=[], metavar="NAME=FILE",
-        help="a teacher's weights: file or run; may be given again")  # fmt: skip
-    add("--student-weights", type=weights_type, action="append", default=[], metavar="NAME=FILE",
-        help="published weights that a student begins with")  # fmt: skip
-    add("--data-dir", help="of TensorFlow Datasets; default: TFDS_DATA_DIR")
-    add("--workdir", type=Path, default=cli.WORKDIR, help="where all goes (default ./workdir)")
-    add("--devices", type=int, help="how many (default all)")
-    add(
-        "--steps-per-dispatch", type=int, help="default: 1 on CPUs; elsewhere 100, of photographs 8"
-    )
-    add("--checkpoint-seconds", type=float, default=60.0)
-    return parser.parse_args(arguments)
+    return cli.parse(Arguments, "experiments.table", __doc__, choices)
 
 
 def _titles() -> dict[str, str]:
@@ -95,63 +153,38 @@ def _titles() -> dict[str, str]:
     return found
 
 
-def share_type(text: str) -> tuple[int, int]:
-    """ "2/8" -> (2, 8)."""
-    parts = text.split("/")
-    if len(parts) == 2 and all(part.isdigit() for part in parts):
-        index, count = map(int, parts)
-        if 1 <= index <= count:
-            return index, count
-    raise argparse.ArgumentTypeError(f"'{text}' is not K/N with 1 <= K <= N, such as 2/8")
-
-
-def weights_type(text: str) -> tuple[str, str]:
-    """ "wrn22-4=FILE" -> ("wrn22-4", "FILE")."""
-    name, _, weights = text.partition("=")
-    if not weights:
-        raise argparse.ArgumentTypeError(f"'{text}' is not NAME=FILE, such as wrn22-4=t.npz")
-    return name, weights
-
-
 def main(console: Console) -> None:
+    """Runs the command."""
     arguments = parse()
     whole = find_tables(arguments.tables, arguments.scale)
     chosen = [table.select(arguments.rows, arguments.columns, arguments.methods) for table in whole]
     given = dict(arguments.teacher_weights)
-    given |= {pretrained(name): file for name, file in arguments.student_weights}
+    given |= {pretrained(name): file for name, file in arguments.student_weights.items()}
     require_used(given, chosen)
-    if arguments.abreast < 1:
-        raise InputError(f"--abreast must be at least 1, not {arguments.abreast}")
-    if arguments.dry_run and arguments.steps is not None:
-        raise InputError("give --dry-run or --steps, not both")
-    if arguments.abreast > 1 and (arguments.dry_run or arguments.steps is not None):
-        raise InputError("--dry-run and --steps are of runs alone: leave --abreast out")
     seeds = arguments.seeds or range(SCALES[arguments.scale].seeds)
     teachers = look_for_teachers(chosen, given, arguments.workdir, {})
     there = {name for table in chosen for name in table.teachers
              if name in given or is_shipped(name, table.run.dataset)}  # fmt: skip
-    groups = share(together(jobs(chosen, seeds, there), arguments.abreast), *arguments.only)
+    groups = share(group_jobs(jobs(chosen, seeds, there), arguments.group), *arguments.only)
     mine = [job for group in groups for job in group]
     if arguments.steps is not None:
         cli.cache_compilation(arguments.workdir)
         start_every_cell(
-            console, mine, arguments.steps, teachers, arguments.data_dir, _resources(arguments)
+            console, mine, arguments.steps, teachers, arguments.data_dir, arguments.resources
         )
         return
-    records = archive.committed() | archive.finished(arguments.workdir)
+    records = stored.committed() | stored.finished(arguments.workdir)
     if arguments.dry_run:
-        known: dict[str, str] = {}
-        for table in chosen:
-            known |= identities(table, records, _names(teachers))
-        forecast(console, mine, known, records)
+        names = [identities(table, records, _names(teachers)) for table in chosen]
+        forecast(console, mine, dict(ChainMap(*names)), records)
         return
     require_writable(arguments.workdir)
     cli.cache_compilation(arguments.workdir)
-    live = cli.progress(arguments, console)
-    with live.shown():
-        left, failures = run(mine, chosen, given, teachers, records, arguments, live)
-    records = archive.committed() | archive.finished(arguments.workdir)
-    diverged = archive.committed(archive.DIVERGED) | archive.diverged(arguments.workdir)
+    reporter = cli.progress(arguments, console)
+    with reporter.shown():
+        left, failures = run(mine, chosen, given, teachers, records, arguments, reporter)
+    records = stored.committed() | stored.finished(arguments.workdir)
+    diverged = stored.committed(stored.DIVERGED) | stored.diverged(arguments.workdir)
     teachers = look_for_teachers(whole, given, arguments.workdir, teachers)
     for table, part in zip(whole, chosen, strict=True):
         show(console, fill(part, records, _names(teachers), diverged))
@@ -173,7 +206,7 @@ def find_tables(names: str, scale: str) -> list[Table]:
     known = TABLES[scale]
     every = [name for name, table in known.items() if table.teacher_run is not None]
     wanted: dict[str, Table] = {}
-    for name in cli.names_type(names):
+    for name in cli.read_names(names):
         if name not in known and name != "all":
             raise unknown("table", name, [*known, "all"])
         wanted |= {each: known[each] for each in (every if name == "all" else [name])}
@@ -191,11 +224,20 @@ def require_used(given: Mapping[str, str], tables: Sequence[Table]) -> None:
 def look_for_teachers(
     tables: Sequence[Table], given: Mapping[str, str], workdir: Path, found: Mapping[str, Network]
 ) -> dict[str, Network]:
-    """architecture -> teacher: those found before, given, shipped, or trained in the workdir; and
-    so for students with published weights, which must be given."""
+    """Finds teachers that are given, shipped or trained in the workdir, and students' weights.
+
+    Args:
+      tables: whose networks are looked for.
+      given: architecture -> file or run; students' published weights are always given.
+      workdir: where runs are.
+      found: those found before.
+
+    Returns:
+      Architecture -> network.
+    """
     found = dict(found)
     for name in {name for table in tables for name in table.given if name in given} - set(found):
-        load = load_network if architecture(name) == name else begun
+        load = load_network if architecture(name) == name else pretrained_backbone
         found[name] = load(architecture(name), given[name])
     for job in jobs(tables, ()):
         name, dataset = job.run.student, job.run.dataset
@@ -204,7 +246,7 @@ def look_for_teachers(
             continue
         if name in given or is_shipped(name, dataset):
             found[name] = find_teacher(name, dataset, given.get(name), workdir)
-        elif trained.hash in archive.finished(workdir):
+        elif trained.hash in stored.finished(workdir):
             found[name] = find_teacher(name, dataset, trained.hash, workdir)
     return found
 
@@ -215,25 +257,33 @@ def run(
     given: Mapping[str, str],
     teachers: dict[str, Network],
     records: Mapping[str, Record],
-    arguments: argparse.Namespace,
+    arguments: Arguments,
     reporter: Reporter,
 ) -> tuple[list[tuple[Job, str]], list[str]]:
-    """Runs what is not finished. Returns (what was left to others or for later, and why; what went
-    wrong).
+    """Runs what is not finished.
 
     Args:
-      teachers: those that are there; those that are trained here come to them.
+      mine: the jobs.
+      tables: those that they belong to.
+      given: architecture -> weights, see `look_for_teachers`.
+      teachers: those that are there; those that are trained here are added.
+      records: hash -> record, of what is finished.
+      arguments: of the command.
+      reporter: shows progress.
+
+    Returns:
+      (job, reason) for what was left to others or for later, and what went wrong.
     """
     left: list[tuple[Job, str]] = []
     failures: list[str] = []
     # A teacher's record is of no use without the weights, which a workdir has.
-    here = archive.finished(arguments.workdir)
+    here = stored.finished(arguments.workdir)
 
     def is_left(job: Job) -> bool:
         config = job.configuration(_names(teachers))
         return config is None or config.hash not in (here if job.teaches else records)
 
-    for group in together([job for job in mine if is_left(job)], arguments.abreast):
+    for group in group_jobs([job for job in mine if is_left(job)], arguments.group):
         if None in (job.configuration(_names(teachers)) for job in group):
             teachers |= look_for_teachers(tables, given, arguments.workdir, teachers)
         ready = []
@@ -254,11 +304,13 @@ def run(
 def attempt(
     group: Sequence[Job],
     teachers: Mapping[str, Network],
-    arguments: argparse.Namespace,
+    arguments: Arguments,
     reporter: Reporter,
 ) -> list[tuple[Job, BusyError | NonFiniteError]]:
-    """Trains a group, and returns what went wrong: where it did, those that are left are tried
-    alone, which tells whose error it is."""
+    """Trains a group, and returns (job, error) for what went wrong.
+
+    After an error the jobs that are left are tried alone, which shows whose error it is.
+    """
     if not group:
         return []
     try:
@@ -267,7 +319,7 @@ def attempt(
     except (BusyError, NonFiniteError) as error:
         if len(group) == 1:
             return [(group[0], error)]
-    found = archive.finished(arguments.workdir)
+    found = stored.finished(arguments.workdir)
     left = [job for job in group if _configured(job, teachers).hash not in found]
     return [wrong for job in left for wrong in attempt([job], teachers, arguments, reporter)]
 
@@ -275,33 +327,33 @@ def attempt(
 def train(
     group: Sequence[Job],
     teachers: Mapping[str, Network],
-    arguments: argparse.Namespace,
+    arguments: Arguments,
     reporter: Reporter,
 ) -> None:
-    """Trains the students of jobs that have their lesson in common, in one program."""
+    """Trains the students of jobs with the same group key in one program."""
     run = group[0].run
     data, test = (read(run.dataset, split, arguments.data_dir) for split in ("train", "test"))
-    first, *others = (_keywords(job, teachers, data.num_classes) for job in group)
-    distill(
+    settings = [_settings(job, teachers, data.num_classes) for job in group]
+    distill_group(
+        settings,
+        student=settings[0]["student"],
         teacher=teachers[run.teacher] if run.teacher is not None else None,
         data=data,
         test=test,
-        abreast=tuple(others),
         workdir=arguments.workdir,
-        resources=_resources(arguments),
+        resources=arguments.resources,
         reporter=reporter,
-        **first,
     )
 
 
-def _keywords(job: Job, teachers: Mapping[str, Network], classes: int) -> dict[str, Any]:
-    """What a job's own student is trained with."""
+def _settings(job: Job, teachers: Mapping[str, Network], classes: int) -> dict[str, Any]:
+    """The student of a job, and the settings it is trained with."""
     config = _configured(job, teachers)
     model = MODELS[architecture(job.run.student)](num_classes=classes)
     student: Model | Network = model
     if job.run.student in teachers and job.run.student != config.student:
         student = dataclasses.replace(teachers[job.run.student], model=model)
-    return {"student": student, **config.arguments}
+    return {"student": student, **config.settings}
 
 
 def _named(job: Job) -> str:
@@ -341,12 +393,8 @@ def write(filled: Filled, folder: Path) -> None:
 
 
 def _names(teachers: Mapping[str, Network]) -> dict[str, str]:
-    """architecture -> identity."""
+    """Architecture -> identity."""
     return {name: str(network.name) for name, network in teachers.items()}
-
-
-def _resources(arguments: argparse.Namespace) -> Resources:
-    return Resources(arguments.devices, arguments.steps_per_dispatch, arguments.checkpoint_seconds)
 
 
 if __name__ == "__main__":

@@ -33,7 +33,8 @@ settings.register_profile("quick", max_examples=10, derandomize=True, deadline=N
 settings.register_profile("slow", max_examples=300, deadline=None, database=None)
 settings.load_profile("quick")
 
-FIXTURES = Path(__file__).parent / "fixtures"
+ROOT = Path(__file__).parent.parent
+FIXTURES = ROOT / "tests" / "fixtures"
 
 
 @pytest.fixture(scope="session")
@@ -78,7 +79,7 @@ def under(prefix: str, entries: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 def draw_variables(model: nn.Module, image_shape: tuple[int, ...]) -> Any:
     """Variables of a network, scales and variances about 1, without compiling what draws them."""
-    from abflax.step import abstract_variables
+    from abflax.models.variables import abstract_variables
 
     draw = np.random.default_rng(0)
 
@@ -93,7 +94,7 @@ def draw_variables(model: nn.Module, image_shape: tuple[int, ...]) -> Any:
 def save_random_network(name: str, path: Path, replaced: dict[str, np.ndarray] | None = None):
     """Writes a fresh network for the digits, as a published state dict."""
     from abflax.models import MODELS
-    from abflax.step import init_variables
+    from abflax.models.variables import init_variables
     from abflax.weights import to_torch
 
     model = MODELS[name]()

@@ -1,18 +1,19 @@
-"""One run by several processes: its numbers, and what happens when one of them is struck.
+"""Train one run in several processes: its numbers, and what happens if one of them is killed.
 
-Each process is the command line, with one CPU device and a workdir of its own, so that nothing is
-shared but the loopback address. In float64 wrn10-2 teaches wrn10-1 on a tenth of the digits, 1 + 1
-epochs, 8 steps, a checkpoint after each. Two and four processes must have the losses of one; and
-when one of two is killed, or asked to stop, the other must stop as well, and both go on to the bits
-of a run that nothing disturbed. Writes tests/several.json, and tests/RELIABILITY.md from it. Ten
-minutes on two cores.
+Each process is the command line, with one CPU device and a workdir of its own, so that they share
+only the loopback address. In float64 wrn10-2 teaches wrn10-1 on a tenth of the digits, 1 + 1
+epochs, 8 steps, a checkpoint after each. Two and four processes must have the losses of one. If one
+of two gets SIGKILL or SIGTERM, the other must stop as well; started again, both must end with the
+bits of an undisturbed run. Writes tests/several.json, and tests/RELIABILITY.md from it. Ten minutes
+on two cores.
 
-examples:
+Examples:
   python -m tests.several
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
@@ -30,9 +31,9 @@ import numpy as np
 import safetensors.numpy
 from rich.console import Console
 
-from abflax.record import environment, write_record
-from experiments import cli
-from experiments.archive import short
+from abflax.training.record import environment, write_record
+from experiments.common import cli
+from experiments.paper_tables.records import short
 from tests.conftest import save_random_network
 
 HERE = Path(__file__).parent
@@ -44,14 +45,20 @@ ARGUMENTS = (
     "--batch-size", "32", "--epochs", "1+1", "--protocol", "official", "--precision", "float64",
     "--checkpoint-seconds", "0", "--tensorboard",
 )  # fmt: skip
-# Which of two processes is struck, by what, and after which step: 4 is the last of its phase.
+# Which of two processes gets which signal after which step: 4 is the last of its phase.
 STRIKES = ((1, signal.SIGKILL, 2), (0, signal.SIGKILL, 5), (1, signal.SIGTERM, 6))
 
 
-def main(console: Console) -> None:
-    from tests import crash  # which has the page, and asks here for a section of it
+@dataclasses.dataclass(frozen=True)
+class Arguments:
+    """The command line, which has no flags."""
 
-    cli.Parser("tests.several", __doc__).parse_args()
+
+def main(console: Console) -> None:
+    """Trains all runs, and writes what happened."""
+    from tests import crash  # which imports this file for a section of its page
+
+    cli.parse(Arguments, "tests.several", __doc__)
     with tempfile.TemporaryDirectory() as folder:
         for facts in observe(Path(folder)):
             console.print(json.dumps(facts), soft_wrap=True)
@@ -60,10 +67,11 @@ def main(console: Console) -> None:
 
 
 def observe(base: Path) -> Iterator[dict[str, Any]]:
-    """Yields what is known so far; the last is all."""
+    """Yields what is known so far; the last value holds all facts."""
     save_random_network("wrn10-2", base / "teacher.npz")
-    made_by = environment(jax.local_devices())
-    facts: dict[str, Any] = {"environment": made_by, "numbers": {}, "strikes": []}
+    facts: dict[str, Any] = {
+        "environment": environment(jax.local_devices()), "numbers": {}, "strikes": []
+    }  # fmt: skip
     one, two, four = (Several(base, f"of{count}", count) for count in (1, 2, 4))
     one.finish()
     two.finish()
@@ -71,17 +79,17 @@ def observe(base: Path) -> Iterator[dict[str, Any]]:
     yield facts
     for process, number, step in STRIKES:
         struck = Several(base, f"struck{step}", 2)
-        blow = struck.strike(process, number, step)
-        left = struck.step()
+        strike = struck.strike(process, number, step)
+        step_on_disk = struck.step()
         struck.finish()
-        blow |= {
-            "on_disk": left,
+        strike |= {
+            "on_disk": step_on_disk,
             "same_bits": struck.weights() == two.weights(),
             "same_record": struck.record() == two.record(),
             "tidy": struck.names() == two.names(),
             "elsewhere": struck.elsewhere(),
         }
-        facts["strikes"].append(blow)
+        facts["strikes"].append(strike)
         yield facts
     four.finish()
     facts["numbers"]["4"] = _compared(one, four)
@@ -89,7 +97,7 @@ def observe(base: Path) -> Iterator[dict[str, Any]]:
 
 
 class Several:
-    """One run by so many processes; what the first wrote, and whether the others wrote anything."""
+    """One run by `count` processes; what the first wrote, and whether the others wrote anything."""
 
     def __init__(self, base: Path, name: str, count: int) -> None:
         self._count, self._weights = count, base / "teacher.npz"
@@ -98,15 +106,16 @@ class Several:
             workdir.mkdir(parents=True, exist_ok=True)
 
     def start(self) -> list[subprocess.Popen]:
+        """Starts all processes."""
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             coordinator = f"127.0.0.1:{free.getsockname()[1]}"
-        place = ["--coordinator", coordinator, "--processes", str(self._count), "--process"]
         started = []
         for process, workdir in enumerate(self._workdirs):
             command = [sys.executable, "-m", "experiments.run", *ARGUMENTS, "--teacher-weights",
                        self._weights, "--workdir", workdir]  # fmt: skip
-            command += [*place, str(process)] if self._count > 1 else []
+            if self._count > 1:
+                command += ["--distributed", f"{coordinator},{self._count},{process}"]
             with (workdir.parent / f"{process}.log").open("a") as log:
                 started.append(
                     subprocess.Popen(
@@ -117,20 +126,21 @@ class Several:
         return started
 
     def finish(self) -> None:
-        """Lets it run to its end."""
-        if codes := [code for each in self.start() if (code := each.wait(timeout=3000))]:
+        """Starts all processes and waits for their end."""
+        codes = [process.wait(timeout=3000) for process in self.start()]
+        if any(codes):
             raise RuntimeError(f"exit codes {codes}: {self.log(0)}")
 
     def strike(self, process: int, number: signal.Signals, step: int) -> dict[str, Any]:
-        """Starts it, strikes one process after a step, and tells how all of them ended."""
+        """Starts all, sends one process a signal after a step, and returns how all ended."""
         started = self.start()
         while self.step() < step:
-            if any(each.poll() is not None for each in started):
+            if any(running.poll() is not None for running in started):
                 raise RuntimeError(self.log(0))
             time.sleep(0.005)
         began = time.monotonic()
         started[process].send_signal(number)
-        exits = [each.wait(timeout=300) for each in started]
+        exits = [running.wait(timeout=300) for running in started]
         return {
             "signal": number.name,
             "process": process,
@@ -141,26 +151,29 @@ class Several:
         }
 
     def log(self, process: int) -> str:
+        """What a process has printed."""
         return (self._workdirs[process].parent / f"{process}.log").read_text()
 
     def step(self) -> int:
-        """Of the newest checkpoint."""
-        found = self._workdirs[0].glob("runs/*/checkpoints/*")
-        return max((int(path.name) for path in found if path.name.isdigit()), default=-1)
+        """The step of the newest checkpoint."""
+        paths = self._workdirs[0].glob("runs/*/checkpoints/*")
+        return max((int(path.name) for path in paths if path.name.isdigit()), default=-1)
 
     def elsewhere(self) -> list[str]:
-        """What processes other than the first have written, but for compiled programs."""
+        """What processes other than the first have written, except for compiled programs."""
         files = [path for workdir in self._workdirs[1:] for path in workdir.rglob("*")]
         return [path.name for path in files if path.is_file() and "compiled" not in path.parts]
 
     def names(self) -> list[str]:
+        """The names in the run's folder."""
         return sorted(path.name for path in self._folder().iterdir())
 
     def weights(self) -> bytes:
+        """The student's weights, as a file."""
         return (self._folder() / "student.safetensors").read_bytes()
 
     def record(self) -> dict[str, Any]:
-        """Without the times, and the state of the repository at that time."""
+        """The record without its times and the repository's commit."""
         record = json.loads((self._folder() / "record.json").read_text())
         for timed in (record, *record["phases"]):
             timed.pop("seconds")
@@ -193,53 +206,53 @@ def _numbers(tree: Any) -> list[np.ndarray]:
 
 
 def section() -> str:
-    """Of RELIABILITY.md."""
+    """The section of RELIABILITY.md about several processes."""
     facts = json.loads(FACTS.read_text())
     numbers = "\n".join(
-        f"| {count} | {found['history']:.1e} | {found['weights']:.1e} |"
-        for count, found in facts["numbers"].items()
+        f"| {count} | {differences['history']:.1e} | {differences['weights']:.1e} |"
+        for count, differences in facts["numbers"].items()
     )
     strikes = "\n".join(
-        f"| {each['signal']} to process {each['process']} after step {each['step']} | "
-        f"{', '.join(map(str, each['exits']))} | {each['seconds']:.1f} s | "
-        f"{'the same bits and record' if holds(each) else 'DIFFERS'} |"
-        for each in facts["strikes"]
+        f"| {strike['signal']} to process {strike['process']} after step {strike['step']} | "
+        f"{', '.join(map(str, strike['exits']))} | {strike['seconds']:.1f} s | "
+        f"{'the same bits and record' if holds(strike) else 'DIFFERS'} |"
+        for strike in facts["strikes"]
     )
-    made = facts["environment"]
+    origin = facts["environment"]
     return f"""## Several processes
 
 One run by several processes (`jax.distributed`, CPU devices, loopback), from the command line
 (`python -m tests.several`; the same as tests: `python -m pytest -n 0 -m slow
-tests/test_processes.py`). Both phases in float64, largest difference from one process, relative
-where a number exceeds 1 (losses, gradient norms, held-out errors, agreements; weights):
+tests/runtime/test_distributed.py`). Both phases in float64, largest difference from one process,
+relative where a number exceeds 1 (losses, gradient norms, held-out errors, agreements; weights):
 
 | processes | history | weights |
 | ---: | ---: | ---: |
 {numbers}
 
-Of two processes one is struck; exit codes of both, seconds until both have left, and what the same
-command makes of it afterwards. Only the first process writes: the others' workdirs held
-{"nothing" if not written(facts) else ", ".join(written(facts))} but compiled programs.
+One of two processes gets a signal; exit codes of both, seconds until both have ended, and the
+result after both were started again. Only the first process writes: the others' workdirs held
+{"nothing" if not written(facts) else ", ".join(written(facts))} except compiled programs.
 
-| struck | exit codes | after | started again |
+| signal | exit codes | after | started again |
 | --- | --- | ---: | --- |
 {strikes}
 
-69: another process is lost, seen by the collectives; 134 (-6 here) where JAX's runtime sees it
-first. A process that falls silent without closing its connections is taken for dead after 30 s.
-Device: {made["device"]}; jax {made["jax"]}; commit {short(made["commit"])}.
+69: a collective has found that another process is lost; 134 (-6 here): JAX's runtime has found it
+first. A process that stops without closing its connections counts as lost after 30 s.
+Device: {origin["device"]}; jax {origin["jax"]}; commit {short(origin["commit"])}.
 """
 
 
 def holds(strike: dict[str, Any]) -> bool:
-    """Whether a struck run ended as if nothing had happened."""
+    """Whether a run ended like an undisturbed one."""
     return strike["same_bits"] and strike["same_record"] and strike["tidy"]
 
 
 def written(facts: dict[str, Any]) -> list[str]:
     """What processes other than the first have written."""
-    found = [*facts["numbers"].values(), *facts["strikes"]]
-    return sorted({name for each in found for name in each["elsewhere"]})
+    runs = [*facts["numbers"].values(), *facts["strikes"]]
+    return sorted({name for run in runs for name in run["elsewhere"]})
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ import abflax
 from abflax import Dataset, load
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 WITH_EXAMPLES = [
     ".".join(path.relative_to(ROOT).with_suffix("").parts)
     for path in sorted((ROOT / "abflax").rglob("*.py"))
@@ -116,12 +116,14 @@ def test_the_pages_links_lead_to_files_and_their_commands_to_modules():
     for page in PAGES:
         text = page.read_text()
         prose = re.sub(r"^```.*?^```|`[^`\n]*`", "", text, flags=re.DOTALL | re.MULTILINE)
-        targets = re.findall(r"\]\((?!https?:)([^)#\s]+)", prose)
-        targets += re.findall(r"`((?:tests|abflax|experiments)/[\w./-]+)`", text)
+        links = re.findall(r"\]\((?!https?:)([^)#\s]+)", prose)
+        targets = {page.parent / link.replace("\\", "") for link in links}
         added = re.findall(r"^```python (\S+)$", text, re.MULTILINE)  # by who follows the page
-        for target in set(targets) - set(added):
-            assert (ROOT / target).exists(), f"{page.name}: {target}"
-        for name in re.findall(r"python -m (experiments\.\w+)", text):
+        named = re.findall(r"`((?:tests|abflax|experiments)/[\w./-]+)`", text)
+        targets |= {ROOT / name for name in set(named) - set(added)}
+        for target in targets:
+            assert target.exists(), f"{page.name}: {target}"
+        for name in re.findall(r"python -m (experiments[.\w]*\w)", text):
             assert (ROOT / f"{name.replace('.', '/')}.py").is_file(), f"{page.name}: {name}"
 
 
@@ -129,7 +131,7 @@ def test_the_pages_links_lead_to_files_and_their_commands_to_modules():
 def test_the_contributions_of_the_page_work(tmp_path):
     """A method, a model and a data set are added to a copy as told there; their tests pass."""
     page = (ROOT / "CONTRIBUTING.md").read_text()
-    for name in ("abflax", "experiments", "tests"):
+    for name in ("abflax", "docs", "experiments", "tests"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "README.md"):
         shutil.copyfile(ROOT / name, tmp_path / name)

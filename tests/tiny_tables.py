@@ -3,7 +3,7 @@
 import dataclasses
 
 from abflax.config import RunConfig, Seeds
-from experiments.layout import Axis, Point, Table
+from experiments.paper_tables.spec import Axis, Point, Table
 
 RUN = RunConfig(
     dataset="digits",

@@ -5,11 +5,11 @@ from abflax.analysis.measures import (
     ErrorSplit,
     by_channel,
     by_class,
+    dead_neurons,
     error_by_agreement,
     first_order_distance,
     matching,
     pattern_digests,
-    silent,
 )
 
 __all__ = [
@@ -25,5 +25,5 @@ __all__ = [
     "first_order_distance",
     "matching",
     "pattern_digests",
-    "silent",
+    "dead_neurons",
 ]

@@ -18,12 +18,12 @@ from abflax.analysis.measures import (
     matching,
     pattern_digests,
 )
-from abflax.compatibility import require_classes, require_fits, require_runs
-from abflax.data import Dataset, Preprocessing, normalise
+from abflax.data import Dataset, Preprocessing, normalize
 from abflax.errors import InputError, unknown
 from abflax.losses import activation_indicator
 from abflax.metrics import misclassified
-from abflax.networks import Network, prepared
+from abflax.models.checks import require_classes, require_fits, require_runs
+from abflax.models.network import Network, configure_model
 from abflax.taps import Model, run_model
 
 _BATCH = 250
@@ -174,7 +174,7 @@ def _checked(what: str, network: Network, data: Dataset) -> Model:
     require_runs(what, network.model, data.image_shape, train=False, dropout=False)
     require_classes(what, network.model, data.image_shape, data.num_classes)
     require_fits(f"{what}'s weights", network.model, network.variables, data.image_shape)
-    return prepared(network.model, "float32", None)
+    return configure_model(network.model, "float32", None)
 
 
 def _batches(data: Dataset) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
@@ -189,14 +189,17 @@ def _batches(data: Dataset) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray
 
 @functools.lru_cache(maxsize=16)
 def _observe(models: tuple[Model, ...], preprocessing: Preprocessing) -> Any:
-    """(variables of each model, images, labels, which are valid) -> what is seen of each, and
-    what matches; indicators leave the device as bits."""
+    """Compiles the measurement of a batch: what each model's neurons do, and what matches.
+
+    Returns a function of (variables of each model, images, labels, which are valid). Indicators
+    leave the device as bits.
+    """
 
     @jax.jit
     def observe(
         variables: Any, images: jax.Array, labels: jax.Array, valid: jax.Array
     ) -> dict[str, Any]:
-        images = normalise(images, preprocessing)
+        images = normalize(images, preprocessing)
 
         def count(booleans: jax.Array) -> jax.Array:
             return jnp.einsum("b...,b->...", booleans, valid, preferred_element_type=jnp.int32)
@@ -251,7 +254,7 @@ def _distance(model: Model, preprocessing: Preprocessing, layer: str) -> Any:
     @jax.jit
     def distance(variables: Any, images: jax.Array, neuron: jax.Array) -> jax.Array:
         def value(images: jax.Array) -> jax.Array:
-            forward = run_model(model, variables, normalise(images, preprocessing), train=False)
+            forward = run_model(model, variables, normalize(images, preprocessing), train=False)
             return forward.taps[layer].reshape(len(images), -1)[:, neuron]
 
         # In evaluation mode an example depends on no other, so one pass has all gradients.

@@ -42,8 +42,9 @@ def by_channel(per_neuron: np.ndarray) -> np.ndarray:
 
 
 def by_class(per_example: np.ndarray, labels: np.ndarray, num_classes: int) -> np.ndarray:
-    """The mean over each class's examples, `[examples]` -> `[num_classes]`; NaN for a class
-    without any.
+    """Averages over each class's examples, `[examples]` -> `[num_classes]`.
+
+    A class without examples has NaN.
 
     Raises:
       ValueError: if there is not one label for each example.
@@ -55,7 +56,7 @@ def by_class(per_example: np.ndarray, labels: np.ndarray, num_classes: int) -> n
     return np.where(counts, sums / np.maximum(counts, 1), np.nan)
 
 
-def silent(firing_rate: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def dead_neurons(firing_rate: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Which neurons never fire, and which always do: booleans of the rate's shape.
 
     On ReLU networks the first contribute nothing, the second are linear; neither has a boundary
@@ -133,11 +134,12 @@ def first_order_distance(values: jax.Array, gradients: jax.Array) -> jax.Array:
 
 
 def pattern_digests(bits: np.ndarray) -> list[bytes]:
-    """Sixteen bytes that identify each example's activation pattern; as many distinct ones as
-    there are distinct patterns (two among 2¹⁴ of them collide with probability 2⁻¹⁰¹).
+    """Computes sixteen bytes that identify each example's activation pattern.
+
+    Two of 2¹⁴ different patterns have the same bytes with probability 2⁻¹⁰¹.
 
     Args:
-      bits: `[batch, …]`, booleans, or such as `np.packbits` has packed.
+      bits: `[batch, …]`, booleans, or bytes from `np.packbits`.
     """
     rows = np.ascontiguousarray(bits).reshape(len(bits), -1)
     return [hashlib.blake2b(row.tobytes(), digest_size=16).digest() for row in rows]

@@ -4,32 +4,32 @@
 maps a name to what prepares the photographs that `load_photographs` reads.
 """
 
-from abflax.data.augmentation import Preprocessing, augment, draw_views, normalise, view
-from abflax.data.dataset import Dataset, holdout, shots, subset
-from abflax.data.decoders import Batches
+from abflax.data.augmentation import Preprocessing, augment, draw_views, normalize, view
+from abflax.data.dataset import Dataset, few_shot_subset, holdout, subset
+from abflax.data.decoders import DecodedBatches
 from abflax.data.folder import Folder, read_folder
-from abflax.data.photographs import Photographs
-from abflax.data.published import PHOTOGRAPHS, load_photographs
+from abflax.data.image_files import ImageFiles
 from abflax.data.registry import DATASETS, load
 from abflax.data.stream import Stream
+from abflax.data.tfds_images import IMAGE_DATASETS, load_image_files
 
 __all__ = [
     "DATASETS",
-    "PHOTOGRAPHS",
-    "Batches",
+    "IMAGE_DATASETS",
+    "DecodedBatches",
     "Dataset",
     "Folder",
-    "Photographs",
+    "ImageFiles",
     "Preprocessing",
     "Stream",
     "augment",
     "draw_views",
     "holdout",
     "load",
-    "load_photographs",
-    "normalise",
+    "load_image_files",
+    "normalize",
     "read_folder",
-    "shots",
+    "few_shot_subset",
     "subset",
     "view",
 ]

@@ -7,8 +7,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from abflax.errors import InputError
-from abflax.settings import require_types
+from abflax.errors import InputError, require_field_types
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +31,7 @@ class Preprocessing:
     views: int | None = None
 
     def __post_init__(self) -> None:
-        require_types(self)
+        require_field_types(self)
         if not self.mean or not self.std or min(self.std) <= 0 or self.pad < 0:
             raise InputError(f"mean and std need entries, std above 0 and pad at least 0: {self}")
         if self.views is not None and not 1 <= self.views <= self.all_views:
@@ -60,7 +59,7 @@ class Preprocessing:
             )
 
 
-def normalise(images: jax.Array, preprocessing: Preprocessing) -> jax.Array:
+def normalize(images: jax.Array, preprocessing: Preprocessing) -> jax.Array:
     """(pixel − mean) / std, in the default floating dtype: float32, or float64 under x64.
 
     Args:

@@ -12,7 +12,6 @@ import numpy as np
 
 from abflax.data.augmentation import Preprocessing
 from abflax.errors import InputError
-from abflax.settings import is_of
 
 _NOTHING = Preprocessing()
 
@@ -65,7 +64,7 @@ class Dataset:
         if not np.issubdtype(labels.dtype, np.integer):
             raise InputError(f"labels must be integers, not {labels.dtype}")
         classes = int(labels.max()) + 1 if num_classes is None else num_classes
-        if not is_of(classes, int) or classes < 1:
+        if type(classes) is not int or classes < 1:
             raise InputError(f"num_classes must be a whole number above 0, not {classes!r}")
         if labels.min() < 0 or labels.max() >= classes:
             raise InputError(
@@ -108,21 +107,24 @@ class Dataset:
 
 
 class Labelled(Protocol):
-    """What has `labels` of `num_classes` and a `name`, and parts of which one can `take`: a
-    `Dataset`, or photographs."""
+    """What `Dataset` and `ImageFiles` have in common."""
 
     @property
-    def labels(self) -> np.ndarray: ...
+    def labels(self) -> np.ndarray:
+        """Integers `[examples]` in `[0, num_classes)`."""
 
     @property
-    def num_classes(self) -> int: ...
+    def num_classes(self) -> int:
+        """The number of classes."""
 
     @property
-    def name(self) -> str: ...
+    def name(self) -> str:
+        """The name in records."""
 
     def __len__(self) -> int: ...
 
-    def take(self, indices: np.ndarray, name: str | None = None) -> Self: ...
+    def take(self, indices: np.ndarray, name: str | None = None) -> Self:
+        """Selects examples."""
 
 
 _D = TypeVar("_D", bound=Labelled)
@@ -152,7 +154,7 @@ def subset(dataset: _D, fraction: float, seed: int) -> _D:
     return dataset.take(_balanced(dataset, fraction, seed), dataset.name)
 
 
-def shots(dataset: _D, per_class: int, seed: int) -> _D:
+def few_shot_subset(dataset: _D, per_class: int, seed: int) -> _D:
     """A number of examples of each class; all of them where a class has fewer.
 
     As `subset`, a function of (data, number, seed), and a smaller number's lie within a larger
@@ -163,7 +165,7 @@ def shots(dataset: _D, per_class: int, seed: int) -> _D:
 
     Examples:
       >>> data = Dataset(np.zeros((6, 8, 8, 1)), np.array([0, 0, 0, 0, 1, 1]))
-      >>> shots(data, 3, seed=0).labels.tolist()
+      >>> few_shot_subset(data, 3, seed=0).labels.tolist()
       [0, 0, 0, 1, 1]
     """
     if per_class < 1:
@@ -174,10 +176,13 @@ def shots(dataset: _D, per_class: int, seed: int) -> _D:
 def holdout(dataset: _D, share: float, seed: int) -> tuple[_D, _D]:
     """Splits training data into what is trained on and a class-balanced validation set.
 
-    What a search may look at, so that the test set stays unseen. The names of both tell the split.
+    A search measures on the validation set, so that the test set stays unseen. The names of both
+    say how the data were split.
 
     Args:
+      dataset: the training data.
       share: of each class, round(share · its size), at least 1, goes into the validation set.
+      seed: of the split.
 
     Raises:
       ValueError: unless 0 < share < 1, and something of every class is left to train on.

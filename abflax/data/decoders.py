@@ -29,8 +29,8 @@ import numpy as np
 import psutil
 
 from abflax.data import decoding
-from abflax.data.decoding import Place, Task
-from abflax.data.photographs import Photographs
+from abflax.data.decoding import ImageSource, Task
+from abflax.data.image_files import ImageFiles
 from abflax.errors import InputError
 
 _MOST_PROCESSES = 16  # by default
@@ -65,7 +65,7 @@ class Decoders:
         self.decoded = [0] * count
         self._processes: list[subprocess.Popen[bytes]] = []
         self._connections: list[Connection] = []
-        self._asked: list[deque[Ticket]] = [deque() for _ in range(count)]
+        self._asked: list[deque[PendingBatch]] = [deque() for _ in range(count)]
         for _ in range(count):
             ours, theirs = Pipe()
             command = [sys.executable, "-P", decoding.__file__, theirs.fileno(), descriptor]
@@ -80,10 +80,10 @@ class Decoders:
             self._connections.append(ours)
         os.close(descriptor)
 
-    def ask(self, tasks: Sequence[Task]) -> Ticket:
+    def ask(self, tasks: Sequence[Task]) -> PendingBatch:
         """Shares tasks out among the processes, and returns at once."""
         count = len(self._connections)
-        ticket = Ticket(list(tasks))
+        ticket = PendingBatch(list(tasks))
         for index, connection in enumerate(self._connections):
             if part := ticket.tasks[index::count]:
                 while self._asked[index] and connection.poll():  # it waits, once its answers fill
@@ -96,7 +96,7 @@ class Decoders:
                     self._gone(index)
         return ticket
 
-    def wait(self, ticket: Ticket) -> list[tuple[bool, Any]]:
+    def wait(self, ticket: PendingBatch) -> list[tuple[bool, Any]]:
         """What became of each task (see `decoding.perform`)."""
         while ticket.waiting:
             self._take(ticket.waiting[0])
@@ -135,7 +135,7 @@ class Decoders:
         )
 
 
-class Ticket:
+class PendingBatch:
     """What was asked for at once, and what has come of it.
 
     Attributes:
@@ -149,8 +149,8 @@ class Ticket:
         self.waiting: list[int] = []
 
 
-class Batches:
-    """Batches of crops in order, the next of them decoded while somebody works on one.
+class DecodedBatches:
+    """DecodedBatches of crops in order, the next of them decoded while somebody works on one.
 
     The processes start with the first batch.
 
@@ -165,7 +165,7 @@ class Batches:
 
     def __init__(
         self,
-        data: Photographs,
+        data: ImageFiles,
         crops: Callable[[int], tuple[str, Sequence[int], Sequence[tuple[int, ...]]]],
         size: int,
         ahead: int,
@@ -174,7 +174,7 @@ class Batches:
         self._data, self._crops, self._size, self._ahead = data, crops, size, ahead
         self._workers = workers
         self.decoders: Decoders | None = None
-        self._asked: dict[int, Ticket] = {}
+        self._asked: dict[int, PendingBatch] = {}
 
     def into(self, number: int, images: np.ndarray) -> None:
         """Writes a batch into the first of `images`, and has those after it decoded.
@@ -218,7 +218,7 @@ class Batches:
         return number % self._ahead * self._size
 
 
-def inspect(places: Sequence[Place], workers: int | None = None) -> list[tuple[bool, str]]:
+def inspect(places: Sequence[ImageSource], workers: int | None = None) -> list[tuple[bool, str]]:
     """(True, the SHA-256 of its bytes) of each image that can be decoded, or (False, why not)."""
     decoders = Decoders(0, 1, workers)
     try:

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-Place = str | tuple[str, str, int]
+ImageSource = str | tuple[str, str, int]
 """Where an encoded image lies: a file, or (folder of a prepared TFDS data set, split, record)."""
 
 Box = tuple[float, float, float, float]
@@ -44,7 +44,8 @@ def random_crop(data: bytes, side: int, *key: int) -> np.ndarray:
 
     Args:
       data: the encoded image.
-      key: (seed, epoch, example).
+      side: height and width of the crop, in pixels.
+      *key: (seed, epoch, example).
     """
     rng = np.random.default_rng(key)
 
@@ -100,7 +101,7 @@ def inspect(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def read(place: Place) -> bytes:
+def read(place: ImageSource) -> bytes:
     """The encoded image that lies there."""
     if isinstance(place, str):
         with open(place, "rb") as file:
@@ -148,7 +149,7 @@ def _rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-Task = tuple[str, int | None, Place, tuple[Any, ...]]
+Task = tuple[str, int | None, ImageSource, tuple[Any, ...]]
 """What a process is told: (name, slot of the shared memory or None, place, further arguments)."""
 
 _WORK: dict[str, Callable[..., Any]] = {

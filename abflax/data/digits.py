@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import numpy as np
-import sklearn.datasets
-import sklearn.model_selection
 
 from abflax.data.augmentation import Preprocessing
 from abflax.data.dataset import Dataset
+from abflax.errors import import_extra
 
 _TEST_EXAMPLES = 500
 
 
 def load_digits(split: str, data_dir: str | None = None) -> Dataset:
-    """1,797 real digits of 8×8 pixels with values 0 … 16: 1,297 to train on, 500 held out.
+    """Loads 1,797 real digits of 8×8 pixels with values 0 … 16: 1,297 for training, 500 held out.
 
-    The split is stratified and fixed. Augmentation: pad 1 and crop; a mirrored digit is none.
+    The split is stratified and fixed. Augmentation: pad 1 and crop, no flip.
     """
     del data_dir
-    digits = sklearn.datasets.load_digits()
-    train, test = sklearn.model_selection.train_test_split(
+    datasets = import_extra("sklearn.datasets", "digits")
+    model_selection = import_extra("sklearn.model_selection", "digits")
+    digits = datasets.load_digits()
+    train, test = model_selection.train_test_split(
         np.arange(len(digits.target)),
         test_size=_TEST_EXAMPLES,
         stratify=digits.target,

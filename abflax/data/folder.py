@@ -9,7 +9,7 @@ import numpy as np
 
 from abflax.data.dataset import holdout
 from abflax.data.decoders import inspect
-from abflax.data.photographs import Photographs, contents_name
+from abflax.data.image_files import ImageFiles, contents_name
 from abflax.errors import InputError
 
 MOST_BROKEN = 0.01
@@ -28,8 +28,8 @@ class Folder:
       notes: sentences on what was skipped or looks wrong.
     """
 
-    train: Photographs
-    test: Photographs
+    train: ImageFiles
+    test: ImageFiles
     notes: tuple[str, ...]
 
 
@@ -79,13 +79,13 @@ def read_folder(
     notes = []
     if broken:
         notes.append(f"{len(broken)} of {len(everything)} files were skipped: {_several(broken)}")
-    parts: dict[str, Photographs] = {}
+    parts: dict[str, ImageFiles] = {}
     for split, paths in files.items():
         good = [path for path in paths if found[path][0]]
         _require_every_class(folders[split], paths, good)
         labels = [classes.index(path.parent.name) for path in good]
         name = contents_name("photographs", labels, [found[path][1] for path in good], side)
-        parts[split] = Photographs(
+        parts[split] = ImageFiles(
             tuple(str(path.absolute()) for path in good), np.array(labels), tuple(classes), name,
             side,
         )  # fmt: skip
@@ -98,7 +98,7 @@ def read_folder(
 
 
 def _splits(root: Path, held_out: float | None) -> dict[str, Path]:
-    """split -> its folder."""
+    """Split -> its folder."""
     if not root.is_dir():
         raise InputError(f"there is no folder {root}")
     train, test = root / "train", root / "test"

@@ -11,7 +11,7 @@ import numpy as np
 
 from abflax.data.augmentation import Preprocessing
 from abflax.data.dataset import Dataset
-from abflax.errors import InputError
+from abflax.errors import InputError, import_extra
 
 _CIFAR10 = Preprocessing(mean=(125.3, 123.0, 113.9), std=(63.0, 62.1, 66.7), pad=4, flip=True)
 _CIFAR100 = Preprocessing(mean=(129.3, 124.1, 112.4), std=(68.2, 65.4, 70.4), pad=4, flip=True)
@@ -32,7 +32,7 @@ def load_cifar100(split: str, data_dir: str | None = None) -> Dataset:
 
 def _read(name: str, split: str, data_dir: str | None) -> tuple[np.ndarray, np.ndarray]:
     """Images and labels of a prepared data set; prepares it first where nothing lies there."""
-    import tensorflow_datasets as tfds  # takes seconds to import, and the digits need none of it
+    tfds = import_extra("tensorflow_datasets", "tfds")  # takes seconds to import
 
     logging.getLogger("absl").setLevel(logging.ERROR)  # it would rather have OpenCV, and says so
     where = data_folder(data_dir)
@@ -61,7 +61,7 @@ def data_folder(data_dir: str | None) -> Path:
 
 def prepare(name: str, where: Path) -> None:
     """Downloads and prepares a data set as ArrayRecord, which needs TensorFlow."""
-    import tensorflow_datasets as tfds
+    tfds = import_extra("tensorflow_datasets", "tfds")
 
     if importlib.util.find_spec("tensorflow") is None:
         raise InputError(

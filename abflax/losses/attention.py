@@ -5,12 +5,13 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from abflax.errors import require_same_shape
 from abflax.losses.dtypes import at_least_float32
 from abflax.losses.features import positions_pooled, require_feature_map, unit_length
 
 
 def attention_map(features: jax.Array) -> jax.Array:
-    """a(F) = vec(mean_c F²)/‖vec(mean_c F²)‖₂ for each example.
+    """Computes a(F) = vec(mean_c F²)/‖vec(mean_c F²)‖₂ for each example.
 
     Args:
       features: F `[batch, height, width, channels]`.
@@ -34,24 +35,29 @@ def attention_map(features: jax.Array) -> jax.Array:
 
 
 def attention_transfer(student: jax.Array, teacher: jax.Array) -> jax.Array:
-    """The mean over positions of (a(S) − a(T))² for each example; a: `attention_map`.
+    """Computes the mean over positions of (a(S) − a(T))² for each example; a: `attention_map`.
 
     The map that is larger in height and width is average-pooled to the smaller, before it is
     squared.
 
     Args:
       student: S `[batch, height, width, channels]`.
-      teacher: T `[batch, height', width', channels']`, see `positions_pooled`.
+      teacher: T `[batch, height', width', channels']`, see `positions_pooled`; or a(T) itself,
+        `[batch, height · width]`.
 
     Returns:
       `[batch]`, float32 at least.
 
     Raises:
-      ValueError: as `positions_pooled`.
+      ValueError: as `positions_pooled`, or if the positions of S and a(T) differ.
 
     References:
       Zagoruyko, Komodakis, ICLR 2017, equation (2), with the squared norm of their published
       code, and its mean over positions.
     """
-    student, teacher = positions_pooled(student, teacher)
-    return jnp.mean(jnp.square(attention_map(student) - attention_map(teacher)), axis=-1)
+    if jnp.ndim(teacher) == 2:
+        student_map, teacher_map = attention_map(student), at_least_float32(teacher)
+        require_same_shape("attention_transfer", student_map, teacher_map)
+    else:
+        student_map, teacher_map = map(attention_map, positions_pooled(student, teacher))
+    return jnp.mean(jnp.square(student_map - teacher_map), axis=-1)

@@ -90,7 +90,7 @@ def _gaussian(f: jax.Array, g: jax.Array) -> jax.Array:
 
 
 def _discrepancy(within_f: jax.Array, within_g: jax.Array, across: jax.Array) -> jax.Array:
-    """mean K(f, f') + mean K(g, g') − 2·mean K(f, g)."""
+    """Mean K(f, f') + mean K(g, g') − 2·mean K(f, g)."""
     within_f, within_g, across = (k.mean(axis=(1, 2)) for k in (within_f, within_g, across))
     return within_f + within_g - 2 * across
 

@@ -89,8 +89,7 @@ half the width; iteration lists those that the paper uses.
 
 
 def model_name(model: Model) -> str:
-    """The name under which `MODELS` has the module, or its class and fields for any other; and
-    where it is tapped, if it was told.
+    """Names a module as `MODELS` does, or any other by its class and fields, with its tap paths.
 
     Functions among the fields count by their names.
     """

@@ -44,25 +44,48 @@ def convolve(
     if groups != 1 or dilated or images.ndim != 4:
         raise NotImplementedError("convolve knows neither groups nor dilation, and two dimensions")
     static = (tuple(strides), tuple(map(tuple, padding)), others.get("precision"))
-    if kernel.shape[:2] == (1, 1) and not any(map(any, static[1])):
-        images = images[:, :: strides[0], :: strides[1]]
-        flat = images.reshape(
-            math.prod(images.shape[:-1]), images.shape[-1]
-        )  # else the gradient copies its arguments
-        out = jnp.dot(flat, kernel[0, 0], precision=static[2])
-        return out.reshape(*images.shape[:-1], kernel.shape[-1])
+    if _is_pointwise(kernel.shape[:2], static) and static[0] == (1, 1):
+        return _pointwise(images, kernel, static)
     return _convolve(images, kernel, static)
 
 
+def _is_pointwise(sides: Sequence[int], static: Any) -> bool:
+    """Whether a kernel of these sides sees one position at a time, and no padding."""
+    return tuple(sides) == (1, 1) and not any(map(any, static[1]))
+
+
+def _pointwise(images: jax.Array, kernel: jax.Array, static: Any) -> jax.Array:
+    """An unpadded 1×1 convolution as a matrix product."""
+    (rows, columns), _, precision = static
+    images = images[:, ::rows, ::columns]
+    # Flat, or else the gradient copies its arguments.
+    flat = images.reshape(math.prod(images.shape[:-1]), images.shape[-1])
+    out = jnp.dot(flat, kernel[0, 0], precision=precision)
+    return out.reshape(*images.shape[:-1], kernel.shape[-1])
+
+
 def _plain(images: jax.Array, kernel: jax.Array, static: Any) -> jax.Array:
+    """XLA's convolution; on CPUs a matrix product if it is 1×1 and unpadded.
+
+    On GPUs XLA 0.10.1 aborts when it compiles a strided slice before a matrix product
+    (openxla/xla#47381), so a strided convolution stays one there.
+    """
     strides, padding, precision = static
-    return jax.lax.conv_general_dilated(
-        images,
-        kernel,
-        strides,
-        padding,
-        dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        precision=precision,
+
+    def convolution(images: jax.Array, kernel: jax.Array) -> jax.Array:
+        return jax.lax.conv_general_dilated(
+            images,
+            kernel,
+            strides,
+            padding,
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            precision=precision,
+        )
+
+    if not _is_pointwise(kernel.shape[:2], static):
+        return convolution(images, kernel)
+    return jax.lax.platform_dependent(
+        images, kernel, cpu=lambda x, w: _pointwise(x, w, static), default=convolution
     )
 
 
@@ -92,7 +115,7 @@ def _to_kernel(images: jax.Array, cotangent: jax.Array, static: Any, sides: Any)
         return jax.linear_transpose(lambda w: _plain(images, w, static), kernel)(cotangent)[0]
 
     def in_chunks(images: jax.Array, cotangent: jax.Array) -> jax.Array:
-        chunks = math.gcd(len(images), _MOST_CHUNKS)
+        chunks = 1 if _is_pointwise(sides, static) else math.gcd(len(images), _MOST_CHUNKS)
         while chunks > 1 and math.prod(cotangent.shape[:3]) < chunks * _FEWEST_POSITIONS:
             chunks //= 2
         pieces = zip(jnp.split(images, chunks), jnp.split(cotangent, chunks), strict=True)

@@ -9,9 +9,9 @@ import jax
 from flax import linen as nn
 
 from abflax.errors import InputError
+from abflax.models.batch_norm import BatchNorm
 from abflax.models.convolution import convolve
 from abflax.models.depthwise import depthwise
-from abflax.norm import BatchNorm
 
 # N(0, √(2 / (k²·C_out))), and PyTorch's default for dense layers, as in the published code.
 _CONV_INIT = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
@@ -70,7 +70,7 @@ def require_images(images: jax.Array) -> None:
 
 
 def scaled(channels: int, width: float) -> int:
-    """channels · width, rounded to a multiple of 8 as the published MobileNets are.
+    """Channels · width, rounded to a multiple of 8 as the published MobileNets are.
 
     At least 8, and at least nine tenths of channels · width.
     """

@@ -26,6 +26,7 @@ class Separable(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+        """Returns the block's output."""
         conv, norm, _ = layers(self, train)
         channels = x.shape[-1]
         x = conv(channels, 3, self.stride, groups=channels, name="depthwise")(x)
@@ -94,6 +95,7 @@ class InvertedResidual(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> tuple[jax.Array, jax.Array]:
+        """Returns the block's output, and the pre-activation that a tap may want."""
         conv, norm, _ = layers(self, train)
         before = x
         if self.expansion is not None:

@@ -28,6 +28,7 @@ class Bottleneck(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+        """Returns the residual sum, before its ReLU."""
         conv, norm, _ = layers(self, train)
         y = nn.relu(norm(name="norm1")(conv(self.features, 1, name="conv1")(x)))
         y = nn.relu(norm(name="norm2")(conv(self.features, 3, self.stride, name="conv2")(y)))

@@ -27,6 +27,7 @@ class WideBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> tuple[jax.Array, jax.Array]:
+        """Returns the block's output, and the pre-activation that a tap may want."""
         conv, norm, _ = layers(self, train)
         before = norm(name="norm1")(x)
         active = nn.relu(before)

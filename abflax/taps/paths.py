@@ -65,8 +65,10 @@ def scanned(
     calls: Mapping[tuple[str, ...], Any],
     module: tuple[str, ...],
 ) -> tuple[int, ...]:
-    """The leading axes that `nn.scan` and `nn.vmap` have added to what a module puts out or sows:
-    the lengths of the loops around it."""
+    """Finds the leading axes that `nn.scan` and `nn.vmap` add to what a module returns or sows.
+
+    They are the lengths of the loops around it.
+    """
     outer = [leaf.shape for leaf in jax.tree.leaves(flat.get((*module, "__call__"), ()))]
     _, inner = calls.get(module, ("", outer))
     if not outer or not inner:

@@ -245,7 +245,7 @@ def in_mode(module: nn.Module, train: bool) -> tuple[nn.Module, dict[str, Any]]:
 
 
 def tap_shapes(model: Model, variables: Any, image_shape: tuple[int, ...]) -> dict[str, Any]:
-    """name -> shape of each tap for a batch of one image, without computing anything."""
+    """Name -> shape of each tap for a batch of one image, without computing anything."""
     dtype = jax.numpy.result_type(float)
     images = jax.ShapeDtypeStruct((1, *image_shape), dtype)
     run = jax.eval_shape(lambda v, x: run_model(model, v, x, train=False).taps, variables, images)

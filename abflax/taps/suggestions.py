@@ -121,14 +121,22 @@ def _chosen(candidates: Iterable[Candidate]) -> list[Candidate]:
 
 
 def marked(candidates: Iterable[Candidate]) -> dict[str, str]:
-    """{"layer1": path, …} of the marked candidates: `Tapped(model, marked(suggest(…)))`."""
+    """Collects the marked candidates as `Tapped` takes them.
+
+    Example: `Tapped(model, marked(suggest(model, …)))`.
+
+    Returns:
+      {"layer1": path, …}, the shallowest first.
+    """
     paths = [each.path for each in candidates if each.marked]
     return {f"layer{index}": path for index, path in enumerate(paths, start=1)}
 
 
 def _in_order(stored: list[tuple[str, ...]], ran: list[tuple[str, ...]]) -> list[tuple[str, ...]]:
-    """The stored keys in the order in which the modules ran; what was sown stays behind the
-    module that it follows in the store."""
+    """Sorts stored keys by the order in which the modules ran.
+
+    What was sown stays behind the module that it follows in the store.
+    """
     order, at = [key for key in ran if key in stored], 0
     for key in stored:
         if key in order:
@@ -140,7 +148,7 @@ def _in_order(stored: list[tuple[str, ...]], ran: list[tuple[str, ...]]) -> list
 
 
 def _lowest(model: Model, variables: Any, images: Any, paths: list[str]) -> dict[str, float]:
-    """path -> the smallest entry of that tap."""
+    """Path -> the smallest entry of that tap."""
 
     @jax.jit
     def lowest(variables: Any, images: Any) -> dict[str, jax.Array]:

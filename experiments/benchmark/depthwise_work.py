@@ -10,13 +10,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from abflax.methods import METHODS
+from abflax.methods.objective import bind
 from abflax.models import MODELS, layers
 from abflax.models.depthwise import depthwise
-from abflax.step import begin_phase, bind, init_variables, train_step
+from abflax.models.variables import init_variables
+from abflax.training.step import create_train_state, train_step
 from experiments.benchmark.jax_work import SPAN
-from experiments.benchmark.timing import Work, compiled, count_flops
+from experiments.benchmark.timing import Work, compiled
+from experiments.common.flops import count_flops
 
-BATCH, SHAPE = 8, (112, 112, 3)
+EVALUATION_BATCH, SHAPE = 8, (112, 112, 3)
 NETWORKS = ("mobilenet-v1", "mobilenet-v2")
 
 
@@ -36,19 +39,19 @@ def train(name: str, by_slices: bool) -> Work:
 def _train(name: str) -> Work:
     model, (phase,) = MODELS[name](), METHODS["cross-entropy"]()
     objective = bind(model, None, phase, SHAPE)
-    images = jax.random.normal(jax.random.key(1), (BATCH, *SHAPE))
-    labels = jnp.arange(BATCH) % 10
+    images = jax.random.normal(jax.random.key(1), (EVALUATION_BATCH, *SHAPE))
+    labels = jnp.arange(EVALUATION_BATCH) % 10
 
     def begin(key: jax.Array) -> Any:
         student = init_variables(model, key, SHAPE)
-        return begin_phase(objective, optimiser(student["params"]), student, {}, key, SHAPE)
+        return create_train_state(objective, optimizer(student["params"]), student, {}, key, SHAPE)
 
-    def optimiser(params: Any) -> Any:
+    def optimizer(params: Any) -> Any:
         trained = jax.tree.map(lambda _: True, {"student": params, "connectors": {}})
-        return phase.optimiser.transformation(SPAN, trained)
+        return phase.optimizer.transformation(SPAN, trained)
 
     def step(state: Any, images: jax.Array) -> Any:
-        transformation = optimiser(state.params["student"])
+        transformation = optimizer(state.params["student"])
         return train_step(objective, transformation, state, {}, images, labels)
 
     draw = np.random.default_rng(0)
@@ -58,4 +61,6 @@ def _train(name: str) -> Work:
     )
     run, seconds, held = compiled(jax.jit(step), state, images)
     flops = count_flops(step, state, images)
-    return Work(lambda: jax.block_until_ready(run(state, images)), BATCH, 1, flops, held, seconds)
+    return Work(
+        lambda: jax.block_until_ready(run(state, images)), EVALUATION_BATCH, 1, flops, held, seconds
+    )

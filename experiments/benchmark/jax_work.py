@@ -12,21 +12,31 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from abflax import parallel
-from abflax.data import Preprocessing, augment, normalise
-from abflax.feed import BATCH
-from abflax.kept import keep_targets
+from abflax.data import Preprocessing, augment, normalize
 from abflax.methods import METHODS
+from abflax.methods.objective import Objective, bind, make_targets, student_loss
+from abflax.methods.optimizer import PhaseSchedule
+from abflax.methods.phase import Phase
 from abflax.models import MODELS
-from abflax.networks import prepared
-from abflax.optim import Span
-from abflax.phase import Phase
-from abflax.step import Objective, bind, init_variables, make_targets, student_loss, train_step
+from abflax.models.network import configure_model
+from abflax.models.variables import init_variables
 from abflax.taps import Model, run_model
-from experiments.benchmark.timing import Work, compiled, count_flops
+from abflax.training import parallel
+from abflax.training.devices import (
+    AXIS,
+    default_steps_per_dispatch,
+    replicate,
+    shard_batch,
+    usable_devices,
+)
+from abflax.training.inputs import EVALUATION_BATCH
+from abflax.training.step import train_step
+from abflax.training.target_cache import cached_targets
+from experiments.benchmark.timing import Work, compiled
+from experiments.common.flops import count_flops
 
 SHAPE = (32, 32, 3)
-SPAN = Span(0, 10**6, 0, 10, 20, Fraction(10**5))
+SPAN = PhaseSchedule(0, 10**6, 0, 10, 20, Fraction(10**5))
 PREPROCESSING = Preprocessing((125.3, 123.0, 113.9), (63.0, 62.1, 66.7), 4, True)
 
 
@@ -51,70 +61,76 @@ class Bench:
 
     @functools.cached_property
     def devices(self) -> tuple[jax.Device, ...]:
-        return parallel.usable_devices()
+        """All devices."""
+        return usable_devices()
 
     @functools.cached_property
     def networks(self) -> tuple[Model, Model]:
         """(student, teacher), as a run uses them."""
         student, teacher = (
-            prepared(MODELS[name](), self.precision, parallel.AXIS)
+            configure_model(MODELS[name](), self.precision, AXIS)
             for name in (self.student, self.teacher)
         )
         return student, teacher
 
     @functools.cached_property
     def teacher_variables(self) -> Any:
+        """Random weights of the teacher, on the devices."""
         model = MODELS[self.teacher]()
         variables = jax.jit(lambda key: init_variables(model, key, SHAPE))(jax.random.key(0))
-        return parallel.replicate(variables, self.devices)
+        return replicate(variables, self.devices)
 
     @functools.cached_property
     def data(self) -> dict[str, jax.Array]:
+        """The made-up images and labels, on the devices."""
         draw = np.random.default_rng(0)
         images = draw.integers(0, 256, (self.examples, *SHAPE), dtype=np.uint8)
         labels = draw.integers(0, 10, self.examples, dtype=np.int32)
-        return parallel.replicate({"images": images, "labels": labels}, self.devices)
+        return replicate({"images": images, "labels": labels}, self.devices)
 
     @property
     def phases(self) -> tuple[Phase, ...]:
+        """The method's phases."""
         return METHODS[self.method](protocol="paper")
 
-    def program(self, phase: Phase, views: int | None = None) -> parallel.Program:
-        student, teacher = self.networks
-        return parallel.compile_phase(
-            student, teacher, phase, SPAN, _preprocessing(views), SHAPE, self.devices,
-            jnp.result_type(float),
+    def spec(self, views: int | None = None) -> parallel.InputSpec:
+        """How the images reach the networks."""
+        steps = default_steps_per_dispatch(self.devices)
+        preprocessing = dataclasses.replace(PREPROCESSING, views=views)
+        return parallel.InputSpec(preprocessing, SHAPE, self.devices, False, steps)
+
+    def program(self, phase: Phase, views: int | None = None) -> parallel.PhaseProgram:
+        """The compiled functions of a phase."""
+        return parallel.compile_phase(*self.networks, phase, SPAN, self.spec(views))
+
+    def cached_targets(self, phase: Phase, views: int) -> Any:
+        """The targets of a phase for all views of all images."""
+        teacher = self.teacher_variables
+        return cached_targets(
+            self.program(phase, views), self.spec(views), teacher["params"],
+            teacher["batch_stats"], self.data["images"], self.batch,
         )  # fmt: skip
 
-    def train(self, phase: Phase, kept: bool = False, students: int = 1) -> Work:
-        """Steps of a phase, augmentation included: one dispatch of them.
+    def train(self, phase: Phase, cached: bool = False, students: int = 1) -> Work:
+        """One dispatch of a phase's steps, augmentation included.
 
         Args:
-          phase: what is optimised.
-          kept: whether the teacher's targets are there already.
+          phase: what is optimized.
+          cached: whether the teacher's targets are cached.
           students: how many are trained in it.
         """
-        steps = parallel.default_steps_per_dispatch(self.devices)
-        views = 1 if kept else None
-        program, teacher = self.program(phase, views), self.teacher_variables
-        state = self._state(program)
+        views = 1 if cached else None
+        program, spec, state = self.program(phase, views), self.spec(views), self._state(phase)
+        steps = spec.steps_per_dispatch
         index = np.arange(steps * self.batch, dtype=np.int32).reshape(steps, self.batch)
-        examples = parallel.split(index % self.examples, self.devices)
-        targets = None
-        if views is not None:
-            stats = state.batch_stats["teacher"]
-            found = keep_targets(
-                program, teacher["params"], stats, self.data, views, self.batch, self.devices
-            )
-            targets = (found,) * students
+        examples = shard_batch(index % self.examples, self.devices)
+        inputs = parallel.StepInputs(**self.data, examples=examples, epochs=np.zeros_like(examples))
+        targets = (self.cached_targets(phase, views),) * students if views is not None else None
         fixed = (
-            teacher["params"], self.data, jax.random.key(0), examples,
-            np.zeros_like(examples), np.int32(steps), targets,
+            self.teacher_variables["params"], inputs, jax.random.key(0), np.int32(steps), targets
         )  # fmt: skip
         states = tuple(jax.tree.map(jnp.copy, state) for _ in range(students))
-        train = parallel.compile_steps(
-            (program,) * students, _preprocessing(views), self.devices, steps
-        )
+        train = parallel.compile_steps((program,) * students, spec)
         run, seconds, held = compiled(train, states, *fixed)
 
         def once() -> None:
@@ -122,14 +138,16 @@ class Bench:
             states, metrics = run(states, *fixed)
             jax.block_until_ready(metrics)
 
-        flops = self.step_flops(phase, kept) if students == 1 else None
+        flops = self.step_flops(phase, cached) if students == 1 else None
         return Work(once, steps * self.batch, steps, flops, held, seconds, len(self.devices))
 
     def vmapped(self, phase: Phase, students: int) -> Work:
-        """Steps of several students as `train` makes them on one device, but batched by `jax.vmap`
-        instead of written out one after the other."""
-        steps = parallel.default_steps_per_dispatch(self.devices)
-        objective, optimiser, state = self._on_one_device(phase)
+        """Steps of several students, as `train` makes them, but batched by `jax.vmap`.
+
+        On one device. `train` writes them out one after the other.
+        """
+        steps = default_steps_per_dispatch(self.devices)
+        objective, optimizer, state = self._on_one_device(phase)
         states = jax.tree.map(lambda leaf: jnp.stack([leaf] * students), state)
         index = jnp.arange(self.batch, dtype=jnp.int32)
         fixed = (
@@ -139,17 +157,17 @@ class Bench:
 
         def one(states: Any, teacher: Any, data: Any, key: Any, chosen: Any, epochs: Any) -> Any:
             images = augment(data["images"][chosen], chosen, epochs, key, PREPROCESSING)
-            images, labels = normalise(images, PREPROCESSING), data["labels"][chosen]
+            images, labels = normalize(images, PREPROCESSING), data["labels"][chosen]
             params, stats = teacher["params"], teacher["batch_stats"]
-            asked = make_targets(objective, params, stats, images)
+            targets = make_targets(objective, params, stats, images)
             return jax.vmap(
                 lambda state: train_step(
-                    objective, optimiser, state, params, images, labels, asked=asked
+                    objective, optimizer, state, params, images, labels, precomputed_targets=targets
                 )[0]
             )(states)
 
         def many(states: Any, *fixed: Any) -> Any:
-            if steps == 1:  # no loop: see `parallel.default_steps_per_dispatch`
+            if steps == 1:  # no loop: see `default_steps_per_dispatch`
                 return one(states, *fixed)
             return jax.lax.fori_loop(0, steps, lambda _, states: one(states, *fixed), states)
 
@@ -161,9 +179,9 @@ class Bench:
 
         return Work(once, steps * self.batch, steps, None, held, seconds)
 
-    def ask(self) -> Work:
-        """The teacher's pass alone: taps and logits of a batch."""
-        model = prepared(MODELS[self.teacher](), self.precision, None)
+    def teacher_forward(self) -> Work:
+        """The teacher's forward pass alone: taps and logits of a batch."""
+        model = configure_model(MODELS[self.teacher](), self.precision, None)
         function = lambda variables, images: _seen(run_model(model, variables, images, train=False))  # noqa: E731
         arguments = (self.teacher_variables, self._images())
         return self._jitted(function, *arguments)
@@ -172,16 +190,17 @@ class Bench:
         """Error of the student on all the made-up images, in one dispatch, without a teacher."""
         (phase,) = METHODS["cross-entropy"]()
         program = dataclasses.replace(self, method="cross-entropy")._without_teacher(phase)
-        state = self._state(program)
-        batch = BATCH * len(self.devices)
+        state = self._begin(program)
+        batch = EVALUATION_BATCH * len(self.devices)
         batches = max(1, self.examples // batch)
         index = np.arange(batches * batch, dtype=np.int32).reshape(batches, batch)
-        examples = parallel.split(index % self.examples, self.devices)
+        examples = shard_batch(index % self.examples, self.devices)
         student = (state.params, state.batch_stats)
-        arguments: tuple[Any, ...] = (
-            (student,), {}, self.data, examples, np.ones_like(examples, bool)
-        )  # fmt: skip
-        evaluation = parallel.compile_evaluation((program,), PREPROCESSING, self.devices)
+        inputs = parallel.StepInputs(
+            **self.data, examples=examples, mask=np.ones_like(examples, bool)
+        )
+        arguments: tuple[Any, ...] = ((student,), {}, inputs)
+        evaluation = parallel.compile_evaluation((program,), self.spec())
         run, seconds, held = compiled(evaluation, *arguments)
         return Work(
             lambda: jax.block_until_ready(run(*arguments)), index.size, 1, None, held, seconds,
@@ -206,7 +225,7 @@ class Bench:
             return sum((jnp.vdot(tap, tap) for tap in taps.values()), start=jnp.zeros(()))
 
         student = {"params": state.params["student"], "batch_stats": state.batch_stats["student"]}
-        given = (state.params, state.batch_stats, targets, images)
+        arguments = (state.params, state.batch_stats, targets, images)
         return {
             "teacher": self._jitted(
                 lambda v, x: make_targets(objective, v["params"], v["batch_stats"], x)[0],
@@ -219,24 +238,32 @@ class Bench:
             "forward and backward, of the taps' squares": self._jitted(
                 jax.grad(of_taps), student["params"], student["batch_stats"], images
             ),
-            "forward, connectors, loss": self._jitted(loss, *given),
-            "forward and backward, of the loss": self._jitted(jax.grad(loss), *given),
+            "forward, connectors, loss": self._jitted(loss, *arguments),
+            "forward and backward, of the loss": self._jitted(jax.grad(loss), *arguments),
         }  # fmt: skip
 
-    def step_flops(self, phase: Phase, kept: bool = False) -> float:
-        """Of one step, counted without devices; kept: without the teacher's."""
-        objective, optimiser, state = self._on_one_device(phase)
+    def step_flops(self, phase: Phase, cached: bool = False) -> float:
+        """FLOP of one step, counted without devices; without the teacher's if they are cached."""
+        objective, optimizer, state = self._on_one_device(phase)
         teacher, images = self.teacher_variables, self._images()
         labels = jnp.zeros(self.batch, jnp.int32)
-        ask = lambda x: make_targets(objective, teacher["params"], teacher["batch_stats"], x)  # noqa: E731
 
-        def step(state: Any, images: jax.Array, asked: Any) -> Any:
+        def targets(images: jax.Array) -> Any:
+            return make_targets(objective, teacher["params"], teacher["batch_stats"], images)
+
+        def step(state: Any, images: jax.Array, precomputed: Any) -> Any:
             return train_step(
-                objective, optimiser, state, teacher["params"], images, labels, asked=asked
+                objective,
+                optimizer,
+                state,
+                teacher["params"],
+                images,
+                labels,
+                precomputed_targets=precomputed,
             )
 
-        asked = jax.eval_shape(ask, images) if kept else None
-        return count_flops(step, state, images, asked)
+        precomputed = jax.eval_shape(targets, images) if cached else None
+        return count_flops(step, state, images, precomputed)
 
     def _images(self) -> jax.Array:
         return jax.random.normal(jax.random.key(1), (self.batch, *SHAPE))
@@ -248,31 +275,30 @@ class Bench:
             lambda: jax.block_until_ready(run(*arguments)), self.batch, 1, flops, held, seconds
         )
 
-    def _state(self, program: parallel.Program) -> Any:
+    def _state(self, phase: Phase) -> Any:
+        return self._begin(self.program(phase))
+
+    def _begin(self, program: parallel.PhaseProgram) -> Any:
         student = program.init(jax.random.key(2))
         stats = self.teacher_variables["batch_stats"]
         state = program.begin(student, stats, jax.random.key(3))
-        return parallel.replicate(jax.tree.map(np.array, state), self.devices)
+        return replicate(jax.tree.map(np.array, state), self.devices)
 
-    def _without_teacher(self, phase: Phase) -> parallel.Program:
+    def _without_teacher(self, phase: Phase) -> parallel.PhaseProgram:
         return parallel.compile_phase(
-            self.networks[0], None, phase, Span(0, 1, 0, 1, 1, Fraction(1)), PREPROCESSING, SHAPE,
-            self.devices, jnp.result_type(float),
-        )  # fmt: skip
+            self.networks[0], None, phase, PhaseSchedule.single_step(), self.spec()
+        )
 
     def _on_one_device(self, phase: Phase) -> tuple[Objective, optax.GradientTransformation, Any]:
         """What a step is made of, and the state before it."""
         student, teacher = (
-            prepared(MODELS[name](), self.precision, None) for name in (self.student, self.teacher)
+            configure_model(MODELS[name](), self.precision, None)
+            for name in (self.student, self.teacher)
         )
         objective = bind(student, teacher, phase, SHAPE)
-        state = self._state(self.program(phase))
-        optimiser = phase.optimiser.transformation(SPAN, jax.tree.map(lambda _: True, state.params))
-        return objective, optimiser, state.replace(opt_state=optimiser.init(state.params))
-
-
-def _preprocessing(views: int | None) -> Preprocessing:
-    return dataclasses.replace(PREPROCESSING, views=views)
+        state = self._state(phase)
+        optimizer = phase.optimizer.transformation(SPAN, jax.tree.map(lambda _: True, state.params))
+        return objective, optimizer, state.replace(opt_state=optimizer.init(state.params))
 
 
 def _seen(forward: Any) -> tuple[Any, Any, Any]:

@@ -1,4 +1,4 @@
-"""Measurements as tables, and experiments/BENCH.md from those that are kept."""
+"""Measurements as tables, and experiments/BENCH.md from those that are published."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments.archive import short
+from experiments.paper_tables.records import short
 
 PUBLISHED = Path(__file__).parent.parent / "records" / "bench"
 Found = dict[str, Any]

@@ -11,10 +11,9 @@ import numpy as np
 
 from abflax import Network, distill, load
 from abflax.data import Dataset
-from abflax.kept import keep_targets
 from abflax.models import MODELS
 from experiments.benchmark.jax_work import PREPROCESSING, SHAPE, Bench
-from experiments.statistics import mean_and_std
+from experiments.common.stats import mean_and_std
 
 Rows = list[dict[str, Any]]
 
@@ -47,17 +46,12 @@ def epochs(bench: Bench, repetitions: int) -> Rows:
 
 
 def cache(bench: Bench, repetitions: int) -> Rows:
-    """The kept targets of the initialise phase, in 1, 2, 4 and 8 views of each image; once each."""
+    """Bytes of the initialise phase's cached targets, for 1, 2, 4 and 8 views; once each."""
     del repetitions
-    teacher = bench.teacher_variables
     rows: Rows = []
     for views in VIEWS:
-        program = bench.program(bench.phases[0], views)
-        kept = keep_targets(
-            program, teacher["params"], teacher["batch_stats"], bench.data, views, bench.batch,
-            bench.devices,
-        )  # fmt: skip
-        held = sum(leaf.nbytes for leaf in jax.tree.leaves(kept))
+        targets = bench.cached_targets(bench.phases[0], views)
+        held = sum(leaf.nbytes for leaf in jax.tree.leaves(targets))
         rows.append({"name": f"{bench.examples:,} images in {views} views", "bytes": held})
     slope, intercept, away = line(VIEWS, [row["bytes"] for row in rows])
     rows.append({

@@ -38,7 +38,7 @@ class Work:
 
 
 def alternate(works: Mapping[str, Callable[[], None]], repetitions: int) -> dict[str, list[float]]:
-    """name -> seconds of each repetition; all run once in turn, again and again.
+    """Name -> seconds of each repetition; all run once in turn, again and again.
 
     A first round is not counted.
     """
@@ -67,12 +67,6 @@ def compiled(function: Any, *arguments: Any) -> tuple[Any, float, int]:
     parts = ("argument_size_in_bytes", "output_size_in_bytes", "temp_size_in_bytes")
     held = sum(getattr(memory, part) for part in parts) - memory.alias_size_in_bytes
     return program, seconds, held
-
-
-def count_flops(function: Callable[..., Any], *arguments: Any) -> float:
-    """Floating-point operations, counted on the program as it was written."""
-    costs = jax.jit(function).lower(*arguments).cost_analysis() or {}
-    return float(costs["flops"])
 
 
 def peak_flops(dtype: Any, repetitions: int = 5) -> float:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import torch
 from torch import nn
-from torch.nn import functional as F
+from torch.nn import functional
 
 
 class Block(nn.Module):
@@ -26,9 +26,10 @@ class Block(nn.Module):
         self.shortcut = None if same else nn.Conv2d(inputs, features, 1, stride, bias=False)
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns the sum, and the pre-activation before the block's first convolution."""
         before = self.norm1(x)
-        active = F.relu(before)
-        y = self.conv2(F.relu(self.norm2(self.conv1(active))))
+        active = functional.relu(before)
+        y = self.conv2(functional.relu(self.norm2(self.conv1(active))))
         return y + (x if self.shortcut is None else self.shortcut(active)), before
 
 
@@ -49,6 +50,7 @@ class WideResNet(nn.Module):
         self.classifier = nn.Linear(inputs, num_classes)
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """Returns logits and taps."""
         x, taps = self.stem(x), []
         for index, block in enumerate(self.blocks):
             x, before = block(x)
@@ -56,19 +58,20 @@ class WideResNet(nn.Module):
                 taps.append(before)
         last = self.norm(x)
         taps.append(last)
-        return self.classifier(F.relu(last).mean(dim=(2, 3))), taps
+        return self.classifier(functional.relu(last).mean(dim=(2, 3))), taps
 
 
 def hinge(student: torch.Tensor, teacher: torch.Tensor, margin: float = 1.0) -> torch.Tensor:
     """The activation transfer hinge, summed."""
     active = (teacher > 0).to(student.dtype)
     return (
-        active * F.relu(margin - student) ** 2 + (1 - active) * F.relu(margin + student) ** 2
+        active * functional.relu(margin - student) ** 2
+        + (1 - active) * functional.relu(margin + student) ** 2
     ).sum()
 
 
 def network(name: str) -> WideResNet:
-    """ "wrn22-4" -> that network."""
+    """Makes the network of a name such as "wrn22-4"."""
     depth, width = name.removeprefix("wrn").split("-")
     return WideResNet(int(depth), int(width))
 
@@ -76,7 +79,7 @@ def network(name: str) -> WideResNet:
 def work(
     teacher_name: str, student_name: str, batch: int, held_out: int
 ) -> dict[str, Callable[[], None]]:
-    """name of a piece of work -> what does it once: a step, or evaluation on `held_out` images."""
+    """Name of a piece of work -> what does it once: a step, or evaluation on `held_out` images."""
     torch.manual_seed(0)
     teacher, student = network(teacher_name).eval(), network(student_name)
     connectors = nn.ModuleList(
@@ -98,10 +101,10 @@ def work(
         with torch.no_grad():
             return teacher(images)
 
-    def update(optimiser: torch.optim.Optimizer, loss: torch.Tensor) -> None:
-        optimiser.zero_grad()
+    def update(optimizer: torch.optim.Optimizer, loss: torch.Tensor) -> None:
+        optimizer.zero_grad()
         loss.backward()
-        optimiser.step()
+        optimizer.step()
 
     def initialise(targets: Callable[[], list[torch.Tensor]]) -> None:
         student.train()
@@ -112,9 +115,9 @@ def work(
 
     def classify() -> None:
         student.train()
-        softened = F.softmax(ask()[0] / 3, dim=1)
-        ours = F.log_softmax(student(images)[0] / 3, dim=1)
-        update(classifier, F.kl_div(ours, softened, reduction="batchmean"))
+        softened = functional.softmax(ask()[0] / 3, dim=1)
+        ours = functional.log_softmax(student(images)[0] / 3, dim=1)
+        update(classifier, functional.kl_div(ours, softened, reduction="batchmean"))
 
     def evaluate() -> None:
         student.eval()
@@ -122,7 +125,7 @@ def work(
             for images, labels in zip(unseen.split(250), classes.split(250), strict=True):
                 logits = student(images)[0]
                 (logits.argmax(dim=1) != labels).sum().item()
-                F.cross_entropy(logits, labels, reduction="sum").item()
+                functional.cross_entropy(logits, labels, reduction="sum").item()
 
     return {
         "teacher": lambda: ask() and None,

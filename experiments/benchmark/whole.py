@@ -7,9 +7,9 @@ from typing import Any
 
 from abflax.config import RunConfig
 from abflax.errors import InputError
-from abflax.record import device_name, read_record
+from abflax.training.record import device_name, read_record
 from experiments.benchmark.jax_work import Bench
-from experiments.layout import architecture
+from experiments.common.networks import architecture
 
 Record = dict[str, Any]
 

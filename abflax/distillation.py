@@ -1,0 +1,260 @@
+"""The front door: `distill` trains a student, saves it and records it; `distill_group` several."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from abflax.config import NO_TEST, Resources, RunConfig
+from abflax.data import Dataset, ImageFiles
+from abflax.errors import InputError, require_instances
+from abflax.models import model_name
+from abflax.models.network import Network
+from abflax.runtime.distributed import detect_lost_process, max_over_processes, require_same
+from abflax.runtime.preemption import Interrupted, Preemption
+from abflax.runtime.reporter import NullReporter, Reporter
+from abflax.taps import Model
+from abflax.training.compatibility import require_compatible, require_groupable, require_named
+from abflax.training.group import TrainingGroup
+from abflax.training.history import phases_and_schedules
+from abflax.training.loop import train
+from abflax.training.run import Run
+from abflax.training.run_directory import Result, RunDirectory, finished_record
+
+
+def distill(  # noqa: PLR0913 - the front door
+    student: Model | Network,
+    teacher: Network | None,
+    data: Dataset | ImageFiles,
+    *,
+    test: Dataset | ImageFiles | None = None,
+    config: RunConfig | None = None,
+    workdir: str | Path | None = None,
+    force: bool = False,
+    resources: Resources | None = None,
+    reporter: Reporter | None = None,
+    **settings: Any,
+) -> Result:
+    """Trains a student, with or without a teacher, by one method, for one seed.
+
+    Where `jax.distributed` is initialized, all its processes call this with the same arguments and
+    train together: see `abflax.runtime.distributed`.
+
+    Args:
+      student: any Linen module with taps (or without, where the method needs none); one that
+        sows none gets them by path, `Tapped(module, {"layer1": "Conv_0"})`. A `Network` starts with
+        its weights; modules that these lack (a classifier over other classes) start fresh.
+      teacher: None only for methods that need none; given to those, agreement with it is measured
+        where both have the same neurons.
+      data: the training data, as `abflax.load` or `abflax.data.read_folder` gives it, or
+        `Dataset(images, labels)`.
+      test: held-out data for error and agreement; None: neither is measured.
+      config: settings to start from; None: the defaults of `abflax.RunConfig`. The names of
+        networks and data are replaced by those that are given here.
+      workdir: where `runs/HASH/` with checkpoints, record and weights goes; None: nothing is
+        written. The same call again resumes where it stopped, or returns the finished record.
+      force: train a finished run again; one that is not finished is resumed.
+      resources: see `abflax.Resources`; None: its defaults.
+      reporter: shows progress.
+      **settings: what changes the run's numbers: fields of `abflax.RunConfig` (`method`, `epochs`,
+        `seeds`, …), and fields of the method's terms (`margin`, `layers`, …); see
+        `RunConfig.create`.
+
+    Returns:
+      The record, the trained variables, and where they are saved.
+
+    Raises:
+      ValueError: if something that was given cannot be right. Nothing is written then, except
+        where targets that are to be cached do not fit, which is seen when a phase begins.
+      BusyError: if another process is training this run; a `ValueError` too.
+      NonFiniteError: if a loss or gradient is NaN or infinite.
+      LostError: if another process of the run is gone.
+      DiskError: if checkpoint, weights or record cannot be written; the same call resumes from the
+        checkpoint before.
+      Interrupted: after SIGINT or SIGTERM, when the checkpoint is written.
+
+    Examples:
+      Any two Linen modules, a tap each, and one epoch of either phase on 64 digits:
+
+      >>> from flax import linen as nn
+      >>> from abflax import Dataset, Network, Tapped, distill, load
+      >>> class Net(nn.Module):
+      ...     width: int
+      ...     @nn.compact
+      ...     def __call__(self, images):
+      ...         x = nn.relu(nn.Conv(self.width, (3, 3), strides=2)(images))
+      ...         return nn.Dense(10)(x.mean(axis=(1, 2)))
+      >>> student, teacher = (Tapped(Net(width), {"layer1": "Conv_0"}) for width in (4, 8))
+      >>> data = load("digits", "train").take(range(64))
+      >>> variables = teacher.model.init(jax.random.key(0), data.images)
+      >>> result = distill(student, Network(teacher, variables), data, epochs=(1, 1), batch_size=64)
+      >>> [entry["phase"] for entry in result.record["history"]]
+      ['initialise', 'classify']
+      >>> jax.tree.map(jax.numpy.shape, result.variables["params"]["Dense_0"])
+      {'bias': (10,), 'kernel': (4, 10)}
+    """
+    (result,) = distill_group(
+        [settings], student, teacher, data, test=test, config=config, workdir=workdir, force=force,
+        resources=resources, reporter=reporter,
+    )  # fmt: skip
+    return result
+
+
+def distill_group(  # noqa: PLR0913 - the front door
+    runs: Sequence[Mapping[str, Any]],
+    student: Model | Network,
+    teacher: Network | None,
+    data: Dataset | ImageFiles,
+    *,
+    test: Dataset | ImageFiles | None = None,
+    config: RunConfig | None = None,
+    workdir: str | Path | None = None,
+    force: bool = False,
+    resources: Resources | None = None,
+    reporter: Reporter | None = None,
+    **settings: Any,
+) -> list[Result]:
+    """Trains several runs in one program, which share batches and the teacher's forward pass.
+
+    Each is a run of its own, with the numbers of a run alone, its own directory, checkpoints and
+    record (which says how many were trained together); it may be resumed alone. A run that fails
+    leaves the others running, and its error is raised at the end; without a workdir at once.
+
+    Args:
+      runs: of each the settings in which it differs: `{"margin": 2.0}`, `{"student": other}`,
+        `{"seeds": dataclasses.replace(seeds, weights=4)}`. One that names a method has its own
+        options alone.
+      student: as `distill` takes it, of the runs that do not name another.
+      teacher: as `distill` takes it and all that follows; the same for all runs.
+      data: the training data.
+      test: held-out data.
+      config: settings to start from.
+      workdir: where runs are saved.
+      force: train finished runs again.
+      resources: see `abflax.Resources`.
+      reporter: shows progress, that of the longest run.
+      **settings: of all runs.
+
+    Returns:
+      The results, in the order of `runs`.
+
+    Raises:
+      ValueError: if two runs are the same, or cannot be trained together: of these the batches, the
+        teacher and the epochs in which its statistics drift must be the same. And as `distill`.
+
+    Example:
+      `distill_group([{"margin": 1.0}, {"margin": 2.0}], student, teacher, data, epochs=(1, 1))`
+    """
+    require_instances({
+        "teacher": (teacher, Network | None),
+        "data": (data, Dataset | ImageFiles),
+        "test": (test, Dataset | ImageFiles | None),
+        "config": (config, RunConfig | None),
+        "workdir": (workdir, str | Path | None),
+        "resources": (resources, Resources | None),
+    })  # fmt: skip
+    members = [
+        _configure(run, student, teacher, data, test, config, settings)
+        for run in _checked_runs(runs)
+    ]
+    configs = [run_config for run_config, _ in members]
+    require_groupable(configs)
+    reporter, resources = reporter or NullReporter(), resources or Resources()
+    paths: dict[str, Path | None] = dict.fromkeys((each.hash for each in configs), None)
+    if workdir is not None:
+        for each in configs:
+            require_named(each)
+        paths = {name: Path(workdir) / "runs" / name for name in paths}
+    float64 = configs[0].precision == "float64"
+    with detect_lost_process(), jax.enable_x64(float64), Preemption() as preemption:
+        # The processes of a distributed run were started with the same arguments.
+        require_same("what it was asked for", repr((configs, resources, force, workdir is None)))
+        results = {} if force else _finished(paths, reporter)
+        left = [member for member in members if member[0].hash not in results]
+        for run_config, run_student in left:
+            require_compatible(run_config, run_student, teacher, data, test)
+        if left:
+            group = TrainingGroup(
+                configs[0], teacher, data, test, resources, size=len(left),
+                keep_going=workdir is not None, reporter=reporter,
+            )  # fmt: skip
+            with contextlib.closing(group):
+                results |= _train_group(left, group, paths, force, preemption)
+        late = max_over_processes(preemption.signal)
+    if left and late:  # the signal came too late to stop this run
+        raise Interrupted(f"{', '.join(each.hash for each, _ in left)}: finished", late)
+    return [results[each.hash] for each in configs]
+
+
+def _train_group(
+    members: Sequence[tuple[RunConfig, Model | Network]],
+    group: TrainingGroup,
+    paths: Mapping[str, Path | None],
+    force: bool,
+    preemption: Preemption,
+) -> dict[str, Result]:
+    """Trains what is left of a group. Progress is that of its longest run."""
+    examples = len(group.data)
+    lengths = [phases_and_schedules(config, examples)[1][-1].end for config, _ in members]
+    longest = lengths.index(max(lengths))
+    with contextlib.ExitStack() as open_directories:
+        runs = []
+        for index, (config, student) in enumerate(members):
+            directory = RunDirectory(paths[config.hash], config, force)
+            open_directories.callback(directory.close)
+            reporter = group.reporter if index == longest else NullReporter()
+            runs.append(Run(config, student, group, directory, reporter))
+        train(runs, group, preemption)
+    errors = [run.error for run in runs if run.error is not None]
+    if errors:
+        raise next((each for each in errors if isinstance(each, Interrupted)), errors[0])
+    return {run.config.hash: run.result for run in runs if run.result is not None}
+
+
+def _configure(
+    run: Mapping[str, Any],
+    student: Model | Network,
+    teacher: Network | None,
+    data: Dataset | ImageFiles,
+    test: Dataset | ImageFiles | None,
+    config: RunConfig | None,
+    settings: Mapping[str, Any],
+) -> tuple[RunConfig, Model | Network]:
+    """The configuration and the student of one run of a group."""
+    student = run.get("student", student)
+    require_instances({"student": (student, Model | Network)})
+    own = {name: value for name, value in run.items() if name != "student"}
+    names: dict[str, Any] = {
+        "dataset": data.name,
+        "student": str(student.name) if isinstance(student, Network) else model_name(student),
+        "teacher": teacher.name if teacher is not None else None,
+        "test": NO_TEST if test is None else test.name if test.name != data.name else None,
+    }
+    for name in {*settings, *own} & {"dataset", "teacher", "test"}:
+        raise InputError(f"{name} is the same for all runs, and follows from the arguments")
+    if config is None:
+        config = RunConfig(dataset=names["dataset"], student=names["student"])
+    return config.replace(**settings).replace(**own, **names), student
+
+
+def _checked_runs(runs: Any) -> Sequence[Mapping[str, Any]]:
+    if isinstance(runs, Mapping) or not isinstance(runs, Sequence) or not runs:
+        raise InputError("runs must be a list of settings by name, one for each run")
+    for run in runs:
+        if not isinstance(run, Mapping):
+            raise InputError(f"runs must be a list of settings by name, not of {run!r}")
+    return runs
+
+
+def _finished(paths: Mapping[str, Path | None], reporter: Reporter) -> dict[str, Result]:
+    """The results of the runs that were finished before."""
+    results = {}
+    for name, path in paths.items():
+        if path is not None and (record := finished_record(path)):
+            reporter.finished(f"{name} is finished already: {path}")
+            results[name] = Result(record, None, path)
+    return results

@@ -1,0 +1,23 @@
+"""Methods and protocols: a name, the phases that it stands for, and how a phase meets two networks.
+
+`METHODS` maps a name to its phases, `PROTOCOLS` the choices that papers leave open.
+"""
+
+from abflax.methods.objective import Objective, bind
+from abflax.methods.optimizer import Optimizer, PhaseSchedule
+from abflax.methods.phase import Phase
+from abflax.methods.protocols import PROTOCOLS, Protocol, find_protocol
+from abflax.methods.registry import METHODS, Method
+
+__all__ = [
+    "METHODS",
+    "PROTOCOLS",
+    "Method",
+    "Objective",
+    "Optimizer",
+    "Phase",
+    "PhaseSchedule",
+    "Protocol",
+    "bind",
+    "find_protocol",
+]

@@ -1,0 +1,270 @@
+"""Methods, as data: a name, and the terms of the phases that it stands for."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from abflax.errors import InputError, require_types, type_hints, unknown
+from abflax.methods.phase import Phase
+from abflax.methods.protocols import Protocol, find_protocol
+from abflax.methods.terms import (
+    ActivationBoundary,
+    AttentionTransfer,
+    CrossEntropy,
+    FeatureDifference,
+    FlowOfSolution,
+    JacobianMatching,
+    KnowledgeDistillation,
+    LogitRegression,
+    NeuronSelectivity,
+    Term,
+)
+
+WeightedTerms = tuple[tuple[float, Term], ...]
+"""(weight, term), …: an objective."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """A name's meaning: which terms fill the initialise and the classify phase.
+
+    Two phases with the same terms merge into one, "joint", over all epochs.
+
+    Attributes:
+      summary: one line.
+      reference: the source.
+      initialise, classify: terms with the method's own defaults. The protocol's choices
+        (`layer_ratio`, `temperature`) and the caller's options replace their fields.
+    """
+
+    summary: str
+    reference: str
+    initialise: tuple[Term, ...]
+    classify: tuple[Term, ...]
+
+
+def _alone(*terms: Term) -> dict[str, tuple[Term, ...]]:
+    return {"initialise": terms, "classify": terms}
+
+
+def _two_stage(term: Term) -> dict[str, tuple[Term, ...]]:
+    return {"initialise": (term,), "classify": (KnowledgeDistillation(),)}
+
+
+def _joint(term: Term) -> dict[str, tuple[Term, ...]]:
+    return {"initialise": (term,), "classify": (term, KnowledgeDistillation())}
+
+
+def _power(power: float) -> Method:
+    return Method(
+        f"activations neuron by neuron, |difference|^{power:g}, then softened logits",
+        "Heo et al., AAAI 2019, Table 7",
+        **_two_stage(FeatureDifference(power=power)),
+    )
+
+
+_METHODS: Mapping[str, Method] = {
+    "cross-entropy": Method("labels alone, no teacher", "-", **_alone(CrossEntropy())),
+    "kd": Method(
+        "softened logits", "Hinton, Vinyals, Dean 2015", **_alone(KnowledgeDistillation())
+    ),
+    "fitnet": Method(
+        "the last layer's activations, then softened logits",
+        "Romero et al., ICLR 2015",
+        **_two_stage(FeatureDifference(layers=("last",))),
+    ),
+    "fsp": Method(
+        "Gram matrices between consecutive layers, then softened logits",
+        "Yim et al., CVPR 2017",
+        **_two_stage(FlowOfSolution()),
+    ),
+    "attention": Method(
+        "where each layer looks, all along",
+        "Zagoruyko, Komodakis, ICLR 2017",
+        **_joint(AttentionTransfer()),
+    ),
+    "jacobian": Method(
+        "the input-gradient of each layer's largest attention, and attention, all along",
+        "Srinivas, Fleuret, ICML 2018",
+        **_joint(JacobianMatching()),
+    ),
+    "activation-boundary": Method(
+        "whether each hidden neuron fires, then softened logits",
+        "Heo, Lee, Yun, Choi, AAAI 2019",
+        **_two_stage(ActivationBoundary()),
+    ),
+    "l2": _power(2.0),
+    "l1": _power(1.0),
+    "l0.5": _power(0.5),
+    "nst": Method(
+        "which positions each channel likes, all along",
+        "Huang, Wang 2017",
+        **_joint(NeuronSelectivity()),
+    ),
+    "dtl": Method(
+        "labels, and through an extra head the teacher's centred logits over its own classes",
+        "Srinivas, Fleuret, ICML 2018",
+        **_alone(CrossEntropy(), LogitRegression()),
+    ),
+}
+_POWER = re.compile(r"l(\d+(?:\.\d+)?)")
+
+
+class Methods(Mapping[str, Any]):
+    """name -> a callable that makes the phases; names add up with "+".
+
+    `METHODS["activation-boundary"](protocol="official", setting="cifar", margin=2.0)` is a tuple
+    of `Phase`. An option is a field of one of the method's terms (`margin`, `layers`,
+    `temperature`, …) or `transfer_weight`, a factor on every transfer loss; any other raises
+    `ValueError`, and so does an unknown method, protocol or setting.
+
+    Examples:
+      >>> phases = METHODS["activation-boundary"](protocol="official", margin=2.0)
+      >>> for phase in phases:
+      ...     print(phase.name, phase.terms)
+      initialise ((0.003, ActivationBoundary(layers=None, layer_ratio=0.5, margin=2.0)),)
+      classify ((1.0, KnowledgeDistillation(temperature=3.0, temperature_squared=False, \
+cross_entropy_share=0.0)),)
+      >>> [type(term).__name__ for _, term in METHODS["kd+nst"]()[0].terms]
+      ['KnowledgeDistillation', 'NeuronSelectivity']
+      >>> METHODS["activation-boundary"](margn=2.0)
+      Traceback (most recent call last):
+      abflax.errors.UnknownNameError: unknown option of method activation-boundary 'margn'; did \
+you mean margin?
+    """
+
+    def __getitem__(self, name: str) -> Any:
+        parts = {part: self.describe(part) for part in name.split("+")}
+
+        def phases(
+            *, protocol: str = "paper", setting: str = "cifar", **options: Any
+        ) -> tuple[Phase, ...]:
+            return _phases(name, parts, find_protocol(protocol, setting), options)
+
+        return phases
+
+    def describe(self, name: str) -> Method:
+        """The method of one name (not a sum); any power p > 0 is parsed from "lP"."""
+        if name in _METHODS:
+            return _METHODS[name]
+        if match := _POWER.fullmatch(name):
+            return _METHODS.get(_canonical(name)) or _power(float(match[1]))
+        raise unknown("method", name, _METHODS)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(_METHODS)
+
+    def __len__(self) -> int:
+        return len(_METHODS)
+
+
+METHODS = Methods()
+"""All methods by name; see `Methods`."""
+
+
+def _phases(
+    name: str, parts: Mapping[str, Method], protocol: Protocol, options: dict[str, Any]
+) -> tuple[Phase, ...]:
+    """The phases of a method, which may be the sum of several, under a protocol."""
+    kinds = {type(t) for part in parts.values() for t in (*part.initialise, *part.classify)}
+    if not protocol.same_classes:
+        kinds -= {KnowledgeDistillation}
+    transfers = any(term.transfers for part in parts.values() for term in part.initialise)
+    if "transfer_weight" in options and not transfers:
+        raise InputError(f"method {name} has no transfer loss, so no transfer_weight")
+    _require_options(name, kinds, options, transfers)
+    weight = options.get("transfer_weight", 1.0)
+    if not weight > 0:
+        raise InputError(f"transfer_weight must be above 0, not {weight}")
+
+    def terms(phase: str) -> WeightedTerms:
+        weighted = [
+            (
+                _scale(part, protocol) * weight if term.transfers else 1.0,
+                _with_options(term, protocol, options),
+            )
+            for part, method in parts.items()
+            for term in getattr(method, phase)
+        ]
+        return tuple(dict.fromkeys(weighted))
+
+    initialise, classify = terms("initialise"), terms("classify")
+    if not protocol.same_classes:
+        dtl = (protocol.transfer_scale["dtl"], LogitRegression())
+        initialise, classify = _for_other_classes(name, initialise, classify, dtl)
+    if initialise == classify:
+        return (Phase("joint", classify, protocol.joint),)
+    return (
+        Phase("initialise", initialise, protocol.initialise, protocol.teacher_batch_statistics),
+        Phase("classify", classify, protocol.classify),
+    )
+
+
+def _for_other_classes(
+    name: str, initialise: WeightedTerms, classify: WeightedTerms, dtl: tuple[float, Term]
+) -> tuple[WeightedTerms, WeightedTerms]:
+    """Adapts a method to a teacher with other classes than the student's.
+
+    KD compares the two networks' logits, so cross-entropy and DTL (Srinivas, Fleuret 2018) replace
+    it: DTL compares logits over the teacher's classes through an extra head. DTL is also added to
+    what the initialise phase transfers, as in the published code of Heo et al. 2019. A method that
+    transfers the same in both phases has a single phase, as its authors train it.
+
+    Raises:
+      ValueError: if the method is KD from the start.
+    """
+    if any(isinstance(term, KnowledgeDistillation) for _, term in initialise):
+        raise InputError(
+            f"method {name} compares logits over the same classes, which a teacher of other "
+            "classes does not have; dtl compares those over the teacher's own"
+        )
+    transfer = tuple(pair for pair in classify if not isinstance(pair[1], KnowledgeDistillation))
+    if transfer == classify:
+        return initialise, classify
+    supervised = (*transfer, (1.0, CrossEntropy()), dtl)
+    return supervised if transfer == initialise else (*initialise, dtl), supervised
+
+
+def _scale(method: str, protocol: Protocol) -> float:
+    """The factor on a method's transfer loss; a power that is not listed has that of l2."""
+    return protocol.transfer_scale.get(_canonical(method), protocol.transfer_scale["l2"])
+
+
+def _canonical(method: str) -> str:
+    """The one spelling of a method's name: l0.50 is l0.5."""
+    match = _POWER.fullmatch(method)
+    return f"l{float(match[1]):g}" if match else method
+
+
+def _with_options(term: Term, protocol: Protocol, options: dict[str, Any]) -> Term:
+    """Replaces a term's fields by the protocol's choices, then by the caller's.
+
+    Whole numbers become floats where the field is one: margin 2 and margin 2.0 are the same run.
+    """
+    hints, names = type_hints(type(term)), {field.name for field in dataclasses.fields(term)}
+    given = {"layer_ratio": protocol.layer_ratio, "temperature": protocol.temperature, **options}
+    fields = {k: float(v) if hints[k] is float else v for k, v in given.items() if k in names}
+    return dataclasses.replace(term, **fields)
+
+
+def _require_options(
+    name: str, kinds: set[type[Term]], options: Mapping[str, Any], transfers: bool
+) -> None:
+    """Raises `InputError` for an option that no term has, or whose value is of another type."""
+    hints = {
+        field.name: type_hints(kind)[field.name]
+        for kind in kinds
+        for field in dataclasses.fields(kind)
+    }
+    if transfers:
+        hints["transfer_weight"] = float
+    for option in options:
+        if option not in hints:
+            raise unknown(f"option of method {name}", option, hints)
+    try:
+        require_types(options, hints)
+    except InputError as error:
+        raise InputError(f"method {name}: option {error}") from None

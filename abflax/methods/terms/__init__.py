@@ -1,0 +1,22 @@
+"""Terms: one summand of an objective each, and what it takes of the teacher."""
+
+from abflax.methods.terms.activation_boundary import ActivationBoundary
+from abflax.methods.terms.base import LayerTerm, Term
+from abflax.methods.terms.features import FeatureDifference
+from abflax.methods.terms.jacobian import JacobianMatching
+from abflax.methods.terms.logits import CrossEntropy, KnowledgeDistillation, LogitRegression
+from abflax.methods.terms.relations import AttentionTransfer, FlowOfSolution, NeuronSelectivity
+
+__all__ = [
+    "ActivationBoundary",
+    "AttentionTransfer",
+    "CrossEntropy",
+    "FeatureDifference",
+    "FlowOfSolution",
+    "JacobianMatching",
+    "KnowledgeDistillation",
+    "LayerTerm",
+    "LogitRegression",
+    "NeuronSelectivity",
+    "Term",
+]

@@ -1,0 +1,47 @@
+"""The paper's own term."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, ClassVar
+
+import jax
+
+from abflax.errors import InputError
+from abflax.losses import activation_indicator, activation_transfer_hinge
+from abflax.methods.terms.base import LayerTerm, per_example
+from abflax.metrics import activation_agreement
+from abflax.taps import Forward
+
+
+@dataclasses.dataclass(frozen=True)
+class ActivationBoundary(LayerTerm):
+    """Σ_l w_l · Σ_neurons hinge(r_l(S_l), T_l), for each example (Heo et al. 2019, equation 4).
+
+    r_l is the connector of layer l, w_l its weight (`LayerTerm`). Targets: one boolean for each
+    of the teacher's neurons.
+
+    Attributes:
+      margin: μ > 0.
+    """
+
+    connects: ClassVar = "taps"
+    margin: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.margin > 0:
+            raise InputError(f"the margin must be above 0, not {self.margin}")
+
+    def layer_targets(self, teacher: jax.Array) -> jax.Array:
+        """Computes the teacher's indicators, booleans."""
+        return activation_indicator(teacher)
+
+    def layer_loss(self, student: jax.Array, targets: jax.Array) -> jax.Array:
+        """Sums the hinge over positions and neurons."""
+        return per_example(activation_transfer_hinge(student, targets, self.margin))
+
+    def measures(self, student: Forward, targets: dict[str, jax.Array]) -> dict[str, Any]:
+        """Measures the agreement of each layer."""
+        agree = {k: activation_agreement(student.taps[k], t) for k, t in targets.items()}
+        return {"agreement": agree}

@@ -1,0 +1,1 @@
+"""What is written to the disk: checkpoints, locks, whole files, TensorBoard events."""

@@ -1,0 +1,128 @@
+"""Whether a method, networks, data and resources go together; checked before anything is written.
+
+A single network is checked in `abflax.models.checks`, and a phase's terms against both networks'
+taps in `abflax.methods.bind`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from abflax.config import RunConfig
+from abflax.data import Dataset, ImageFiles
+from abflax.errors import InputError
+from abflax.methods import Phase
+from abflax.models.checks import (
+    require_classes,
+    require_fits,
+    require_part,
+    require_runs,
+    uses_dropout,
+)
+from abflax.models.network import Network
+from abflax.models.variables import abstract_variables
+from abflax.taps import Model, module_of
+from abflax.training.parallel import InputSpec
+
+
+def require_compatible(
+    config: RunConfig,
+    student: Model | Network,
+    teacher: Network | None,
+    data: Dataset | ImageFiles,
+    test: Dataset | ImageFiles | None,
+) -> None:
+    """Raises where method, networks and data cannot go together."""
+    if isinstance(student, Network):
+        given, student = student.variables, student.model
+        require_part("the student's weights", student, given, data.image_shape)
+    if isinstance(data, ImageFiles) and config.views is not None:
+        raise InputError(
+            "photographs show another crop in each epoch, so their views cannot be counted"
+        )
+    phases = config.phases()
+    drifts = any(phase.teacher_batch_statistics for phase in phases)
+    require_runs("the student", student, data.image_shape, train=True, dropout=True)
+    require_classes("the student", student, data.image_shape, data.num_classes)
+    if any(phase.needs_teacher for phase in phases) and teacher is None:
+        raise InputError(f"method {config.method} needs a teacher")
+    if teacher is not None:
+        require_runs("the teacher", teacher.model, data.image_shape, train=drifts, dropout=False)
+        require_fits("the teacher's weights", teacher.model, teacher.variables, data.image_shape)
+    if test is None:
+        return
+    if test.image_shape != data.image_shape:
+        raise InputError(
+            f"the test images have shape {test.image_shape}, the training images {data.image_shape}"
+        )
+    if test.num_classes > data.num_classes:
+        raise InputError(
+            f"the test images are of {test.num_classes} classes, the training images of "
+            f"{data.num_classes}"
+        )
+    ours, theirs = data.preprocessing, test.preprocessing
+    if (ours.mean, ours.std) != (theirs.mean, theirs.std):
+        raise InputError(
+            f"the test images are normalized by {theirs.mean} and {theirs.std}, the training "
+            f"images by {ours.mean} and {ours.std}"
+        )
+
+
+def require_groupable(configs: Sequence[RunConfig]) -> None:
+    """Raises `InputError` for runs that are the same, or cannot be trained in one program."""
+    first, *others = configs
+    for other in others:
+        for name, value in first.group_key.items():
+            if other.group_key[name] != value:
+                raise InputError(
+                    "runs of a group see the same batches of the same teacher, but of two of them "
+                    f"{name}: {value}, and {other.group_key[name]}"
+                )
+    hashes = [config.hash for config in configs]
+    for config in configs:
+        if hashes.count(config.hash) > 1:
+            seed = config.seeds.weights
+            raise InputError(f"{config.method}, seed {seed}, is in the group twice")
+
+
+def require_named(config: RunConfig) -> None:
+    """Raises `InputError` for a student whose run could not be found again by its name."""
+    if re.search(r"<lambda>| at 0x", config.student):
+        raise InputError(
+            f"the student {config.student} has a field without a name, so its run could not "
+            "be found again: use named functions, or no workdir"
+        )
+
+
+def require_cacheable(phases: Sequence[Phase], views: int | None) -> None:
+    """Raises `InputError` where targets depend on more than teacher, image and view."""
+    if views is None:
+        raise InputError("targets are cached for given views of each image: say how many (views)")
+    for phase in phases:
+        if phase.teacher_batch_statistics:
+            raise InputError(
+                f"in phase {phase.name} of this protocol the teacher's batch norms use the batch's "
+                "statistics, so its targets depend on the batch and cannot be cached"
+            )
+
+
+def require_synchronized(student: Model, teacher: Model | None, spec: InputSpec) -> None:
+    """Raises `InputError` where several devices would give other numbers than one."""
+    if len(spec.devices) == 1:
+        return
+    many, shape = f"{len(spec.devices)} devices: use one device", spec.image_shape
+    for model in (student, teacher):
+        if model is None:
+            continue
+        module = module_of(model)
+        has_batch_norms = bool(abstract_variables(model, shape)["batch_stats"])
+        if has_batch_norms and not hasattr(module, "axis_name"):
+            raise InputError(
+                f"{type(module).__name__} has no field axis_name, so its batch norms cannot "
+                f"be averaged over {many}"
+            )
+        if model is student and uses_dropout(model, shape):
+            raise InputError(
+                f"{type(module).__name__} has dropout, which would drop other neurons on {many}"
+            )

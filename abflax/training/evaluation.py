@@ -1,0 +1,109 @@
+"""Held-out error and agreement, each example counted once."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from abflax.data import Dataset, ImageFiles
+from abflax.methods import METHODS, PhaseSchedule
+from abflax.models.checks import require_classes, require_fits, require_runs
+from abflax.models.network import Network, configure_model
+from abflax.runtime.distributed import detect_lost_process
+from abflax.training.devices import AXIS, replicate, usable_devices
+from abflax.training.inputs import EvaluationInputs
+from abflax.training.parallel import InputSpec, PhaseProgram, compile_evaluation, compile_phase
+
+
+def evaluate(
+    network: Network, test: Dataset | ImageFiles, devices: int | None = None
+) -> dict[str, Any]:
+    """Measures a network's error on held-out data, each example counted once.
+
+    Args:
+      network: the model and its weights.
+      test: the held-out data.
+      devices: how many of each process's devices; None: all.
+
+    Returns:
+      {"test_error": share, "errors": count, "examples": count, "test_cross_entropy": nats,
+      "agreement": {}, "silent": layer -> share of neurons that fire on no example}.
+
+    Raises:
+      ValueError: if the network does not fit the data.
+    """
+    used = usable_devices(devices)
+    require_runs("the network", network.model, test.image_shape, train=False, dropout=False)
+    require_classes("the network", network.model, test.image_shape, test.num_classes)
+    require_fits("the weights", network.model, network.variables, test.image_shape)
+    model = configure_model(network.model, "float32", AXIS)
+    (phase,) = METHODS["cross-entropy"]()
+    params = {"student": network.variables["params"], "connectors": {}}
+    stats = {
+        "student": network.variables.get("batch_stats", {}),
+        "connectors": {},
+        "teacher": {},
+    }
+    student = replicate((params, stats), used)
+    with detect_lost_process(), contextlib.closing(Evaluation(test, used)) as evaluation:
+        program = compile_phase(model, None, phase, PhaseSchedule.single_step(), evaluation.spec)
+        (measured,) = evaluation((program,), (student,), {})
+    return measured
+
+
+class Evaluation:
+    """Held-out data on some devices, and the program that measures students on them."""
+
+    def __init__(
+        self,
+        test: Dataset | ImageFiles,
+        devices: tuple[jax.Device, ...],
+        workers: int | None = None,
+    ) -> None:
+        streamed = isinstance(test, ImageFiles)
+        self.spec = InputSpec(test.preprocessing, test.image_shape, devices, streamed)
+        self._inputs = EvaluationInputs(test, devices, workers)
+        self.close = self._inputs.close
+
+    def __call__(
+        self,
+        programs: tuple[PhaseProgram, ...],
+        students: tuple[tuple[Any, Any], ...],
+        teacher_params: Any,
+    ) -> tuple[dict[str, Any], ...]:
+        """Measures each student: what `evaluate` returns, and agreement with the teacher.
+
+        Args:
+          programs: of each student, compiled for these devices.
+          students: (params, batch_stats) of each student's state; they have one teacher.
+          teacher_params: the teacher's parameters.
+        """
+        measure = compile_evaluation(programs, self.spec)
+        parts: list[tuple[dict[str, Any], ...]] = []
+        pending: list[tuple[dict[str, Any], ...]] = []
+        for inputs in self._inputs:
+            pending.append(measure(students, teacher_params, inputs))
+            if len(pending) == 2:  # so at most two dispatches hold their images
+                parts.append(jax.tree.map(np.asarray, pending.pop(0)))
+        parts.append(jax.tree.map(np.asarray, pending.pop()))
+        return tuple(_summarize(each) for each in zip(*parts, strict=True))
+
+
+def _summarize(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """One student's measures, from the sums of all dispatches."""
+    fired = [part.pop("fired") for part in parts]
+    neurons = jax.tree.map(lambda *each: np.logical_or.reduce(each), *fired)
+    total = jax.tree.map(lambda *each: float(np.concatenate(each, dtype=np.float64).sum()), *parts)
+    examples = total["examples"]
+    return {
+        "test_error": total["errors"] / examples,
+        "errors": int(total["errors"]),
+        "examples": int(examples),
+        "test_cross_entropy": total["cross_entropy"] / examples,
+        "agreement": {k: v / examples for k, v in total["agreement"].items()},
+        "silent": {layer: 1 - float(each.mean()) for layer, each in neurons.items()},
+    }

@@ -1,0 +1,121 @@
+"""What runs that are trained together share: the teacher, the batches, the held-out data."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from abflax.config import Resources, RunConfig
+from abflax.data import Dataset, ImageFiles, Stream, few_shot_subset, subset
+from abflax.models.network import Network, configure_model
+from abflax.runtime.reporter import NullReporter, Reporter
+from abflax.taps import Model
+from abflax.training.devices import (
+    AXIS,
+    default_steps_per_dispatch,
+    replicate,
+    shard_batch,
+    usable_devices,
+)
+from abflax.training.evaluation import Evaluation
+from abflax.training.inputs import TrainInputs
+from abflax.training.parallel import InputSpec, compile_steps
+from abflax.training.record import environment
+from abflax.training.step import TrainState
+
+if TYPE_CHECKING:
+    from abflax.training.run import Run
+
+
+class TrainingGroup:
+    """The teacher, data, devices and compiled programs that runs share.
+
+    Args:
+      config: of any of the runs: they have its `group_key` in common.
+      teacher: None where there is none.
+      data: the training data, of which the configuration's share is used.
+      test: the held-out data; None: nothing is measured.
+      resources: see `abflax.Resources`.
+      size: how many runs there are.
+      keep_going: whether a run that fails leaves the others running.
+      reporter: told when a run fails.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        teacher: Network | None,
+        data: Dataset | ImageFiles,
+        test: Dataset | ImageFiles | None,
+        resources: Resources,
+        *,
+        size: int = 1,
+        keep_going: bool = False,
+        reporter: Reporter | None = None,
+    ) -> None:
+        self.resources, self.size, self.keep_going = resources, size, keep_going
+        self.reporter = reporter or NullReporter()
+        devices = usable_devices(resources.devices)
+        shard_batch(np.zeros((1, config.batch_size)), devices)  # raises if it does not divide
+        self.environment = environment(devices)
+        self.data = subset(data, config.fraction, config.seeds.subset)
+        if config.per_class is not None:
+            self.data = few_shot_subset(self.data, config.per_class, config.seeds.subset)
+        streamed = isinstance(data, ImageFiles)
+        default = default_steps_per_dispatch(devices, streamed)
+        self.steps_per_dispatch = resources.steps_per_dispatch or default
+        self.spec = InputSpec(
+            dataclasses.replace(data.preprocessing, views=config.views), data.image_shape, devices,
+            streamed, self.steps_per_dispatch,
+        )  # fmt: skip
+        self.teacher: Model | None = None
+        self.teacher_params: Any = {}
+        self.teacher_stats: Any = {}
+        if teacher is not None:
+            self.teacher = configure_model(teacher.model, config.precision, AXIS)
+            dtype = jnp.result_type(float)
+            # Copies: the statistics are donated with the state.
+            variables = jax.tree.map(lambda leaf: np.array(leaf, dtype), dict(teacher.variables))
+            self.teacher_stats = variables.get("batch_stats", {})
+            self.teacher_params = replicate(variables["params"], devices)
+        self.key = jax.random.key(config.seeds.augmentation)
+        stream = Stream(len(self.data), config.batch_size, config.seeds.order)
+        seed = config.seeds.augmentation
+        self.inputs = TrainInputs(self.data, stream, self.spec, seed, resources.workers)
+        self.evaluation = None if test is None else Evaluation(test, devices, resources.workers)
+
+    def close(self) -> None:
+        """Ends the processes that decode images."""
+        for each in (self.inputs, self.evaluation):
+            if each is not None:
+                each.close()
+
+    def train_steps(
+        self, runs: Sequence[Run], count: int
+    ) -> Sequence[tuple[TrainState, dict[str, Any]]]:
+        """Makes the next `count` steps of runs that are at the same step.
+
+        Returns:
+          (state, metrics) of each run. The states before are consumed.
+        """
+        programs, states, cached = zip(
+            *((run.program, run.state, run.cached_targets) for run in runs), strict=True
+        )
+        steps = compile_steps(programs, self.spec)
+        inputs = self.inputs(runs[0].step, count)
+        targets = cached if self.resources.cache_targets else None
+        trained = steps(states, self.teacher_params, inputs, self.key, count, targets)
+        return tuple(zip(*trained, strict=True))
+
+    def evaluate(self, runs: Sequence[Run]) -> Sequence[dict[str, Any]]:
+        """Measures runs on the held-out data; nothing is measured without any."""
+        if self.evaluation is None or not runs:
+            return [{} for _ in runs]
+        programs = tuple(run.program for run in runs)
+        students = tuple((run.state.params, run.state.batch_stats) for run in runs)
+        return self.evaluation(programs, students, self.teacher_params)

@@ -1,0 +1,100 @@
+"""The history of a run: how far it has come, and where its phases and evaluations are."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+from flax.traverse_util import unflatten_dict
+
+from abflax.config import RunConfig
+from abflax.errors import InputError
+from abflax.methods import Phase, PhaseSchedule
+
+
+@dataclasses.dataclass
+class TrainHistory:
+    """How far a run has come, and its results so far: the JSON part of its checkpoints.
+
+    Attributes:
+      step: steps of the run that have been made.
+      phase: index of the phase that the last of them belongs to.
+      entries: one for each evaluation; see `abflax.training.record`.
+      seconds: phase -> time spent on it, over all sittings.
+      group_size: the most runs that were trained in one program with it, itself included.
+      counted: steps since the last evaluation.
+      sums: the sums of their metrics.
+    """
+
+    step: int = 0
+    phase: int = 0
+    entries: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    seconds: dict[str, float] = dataclasses.field(default_factory=dict)
+    group_size: int = 1
+    counted: int = 0
+    sums: dict[str, float] = dataclasses.field(default_factory=dict)
+
+    def add(self, metrics: dict[str, np.ndarray], count: int) -> None:
+        """Adds up the first `count` steps of metrics, `[steps]` each, in order."""
+        for index in range(count):
+            for name, values in metrics.items():
+                self.sums[name] = self.sums.get(name, 0.0) + float(values[index])
+        self.counted += count
+
+    def take_means(self) -> dict[str, Any]:
+        """Returns the mean metrics since the last evaluation, and starts counting anew."""
+        means = {name: value / self.counted for name, value in self.sums.items()}
+        self.counted, self.sums = 0, {}
+        nested = unflatten_dict(means, sep="/")
+        loss, norm = nested.pop("loss"), nested.pop("gradient_norm")
+        return {"loss": loss, "gradient_norm": norm, "training": nested}
+
+    def add_time(self, phase: str, began: float) -> float:
+        """Adds the time since `began` to the phase's seconds, and returns now."""
+        now = time.perf_counter()
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + now - began
+        return now
+
+
+def phases_and_schedules(
+    config: RunConfig, examples: int
+) -> tuple[list[Phase], list[PhaseSchedule]]:
+    """The phases that have steps, and where each lies in the run.
+
+    Raises:
+      ValueError: if a phase has epochs, but fewer examples than one batch.
+    """
+    per_epoch = Fraction(examples, config.batch_size)
+    phases, schedules, before = [], [], 0
+    for phase in config.phases():
+        after = before + config.phase_epochs[phase.name]
+        start, end = int(before * per_epoch), int(after * per_epoch)
+        if after > before and end == start:
+            raise InputError(
+                f"{after - before} epochs of {examples} examples are less than one batch of "
+                f"{config.batch_size}, so phase {phase.name} would have no step"
+            )
+        if end > start:
+            phases.append(phase)
+            schedules.append(
+                PhaseSchedule(
+                    start, end - start, before, after - before, sum(config.epochs), per_epoch
+                )
+            )
+        before = after
+    return phases, schedules
+
+
+def evaluation_steps(
+    config: RunConfig, schedules: list[PhaseSchedule], examples: int
+) -> dict[int, int]:
+    """Step of the run -> epoch, for each evaluation; ends of phases included."""
+    ends = {each.epochs_before + each.epochs for each in schedules}
+    steps = {}
+    for epoch in range(1, sum(config.epochs) + 1):
+        if epoch in ends or epoch % config.evaluate_every == 0:
+            steps[int(epoch * Fraction(examples, config.batch_size))] = epoch
+    return {step: epoch for step, epoch in steps.items() if step > 0}

@@ -1,0 +1,176 @@
+"""The input pipeline: what each dispatch is given, from memory or from image files.
+
+A data set in memory is copied to the devices once, and a dispatch gets the indices of its
+examples. Image files are decoded ahead of time by processes of their own
+(`abflax.data.DecodedBatches`) while the devices work, and each dispatch brings its batches, uint8.
+Either way an image is a function of (seed, epoch, example) and the order one of (seed, epoch), so a
+run can resume at any step.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from abflax.data import Dataset, DecodedBatches, ImageFiles, Stream
+from abflax.data.decoders import Decoders
+from abflax.training.devices import replicate, shard_batch
+from abflax.training.parallel import InputSpec, StepInputs
+
+EVALUATION_BATCH = 250
+"""Images that a device evaluates at once."""
+
+_FILES_EVALUATION_BATCH = 50  # likewise for image files, which have some fifty times as many pixels
+_BATCHES_AHEAD = 4  # batches that are decoded ahead, at least
+
+Crops = tuple[str, list[int], list[tuple[int, ...]]]
+"""Kind of crop, examples, and a key for each: what `abflax.data.decoding` needs for a batch."""
+
+
+class TrainInputs:
+    """The training data, dispatch by dispatch.
+
+    Args:
+      data: the training data.
+      stream: their order.
+      spec: how they reach the devices.
+      seed: of the random crops.
+      workers: processes that decode image files; None: one a core, 16 at most.
+    """
+
+    def __init__(
+        self,
+        data: Dataset | ImageFiles,
+        stream: Stream,
+        spec: InputSpec,
+        seed: int,
+        workers: int | None,
+    ) -> None:
+        def crops(step: int) -> Crops:
+            (examples,), (epochs,) = (each.tolist() for each in stream.batches(step, 1))
+            return "random crop", examples, [(seed, *k) for k in zip(epochs, examples, strict=True)]
+
+        self._stream, self._spec = stream, spec
+        ahead = max(_BATCHES_AHEAD, 2 * spec.steps_per_dispatch)
+        self._images = _Images(data, spec.devices, crops, stream.batch_size, ahead, workers)
+        self.close = self._images.close
+
+    @property
+    def resident(self) -> dict[str, jax.Array]:
+        """The images and labels that are on the devices; labels alone where images are streamed."""
+        return self._images.resident
+
+    @property
+    def decoders(self) -> Decoders | None:
+        """The processes that decode; None: there are none, or they have not started."""
+        return self._images.batches.decoders if self._images.batches is not None else None
+
+    def __call__(self, step: int, count: int) -> StepInputs:
+        """The inputs of a dispatch that makes `count` steps, the first of them `step`."""
+        size = self._spec.steps_per_dispatch
+        order = self._stream.batches(step, size)
+        examples, epochs = (shard_batch(each, self._spec.devices) for each in order)
+        return StepInputs(**self._images(step, count, size), examples=examples, epochs=epochs)
+
+
+class EvaluationInputs:
+    """Held-out data, dispatch by dispatch; a data set in memory takes a single dispatch.
+
+    Args:
+      data: the held-out data.
+      devices: those that evaluate.
+      workers: processes that decode image files; None: one a core, 16 at most.
+    """
+
+    def __init__(
+        self,
+        data: Dataset | ImageFiles,
+        devices: Sequence[jax.Device],
+        workers: int | None = None,
+    ) -> None:
+        in_memory = isinstance(data, Dataset)
+        size = (EVALUATION_BATCH if in_memory else _FILES_EVALUATION_BATCH) * len(devices)
+        self._batches = -(-len(data) // size)
+        index = np.arange(self._batches * size, dtype=np.int32).reshape(self._batches, size)
+        # The last, partial batch is padded with example 0 and masked.
+        self._mask, self._examples = index < len(data), np.where(index < len(data), index, 0)
+
+        def crops(number: int) -> Crops:
+            batch = number % self._batches
+            examples = self._examples[batch][self._mask[batch]].tolist()
+            return "centre crop", examples, [()] * len(examples)
+
+        self._per_dispatch = self._batches if in_memory else 1
+        self._devices, self._passes = devices, 0
+        self._images = _Images(data, devices, crops, size, _BATCHES_AHEAD, workers)
+        self.close = self._images.close
+
+    def __iter__(self) -> Iterator[StepInputs]:
+        """The inputs of each dispatch of one pass over the data."""
+        first, self._passes = self._passes * self._batches, self._passes + 1
+        for start in range(0, self._batches, self._per_dispatch):
+            part = slice(start, start + self._per_dispatch)
+            order = (self._examples[part], self._mask[part])
+            examples, mask = (shard_batch(each, self._devices) for each in order)
+            images = self._images(first + start, self._per_dispatch, self._per_dispatch)
+            yield StepInputs(**images, examples=examples, mask=mask)
+
+
+@dataclasses.dataclass
+class _Images:
+    """The images and labels of a data set, on the devices or decoded for each dispatch.
+
+    Attributes:
+      data: the data set.
+      devices: those that need the images.
+      crops: number of a batch -> its crops; a process decodes what its own devices need.
+      size: examples in a batch.
+      ahead: batches that are decoded ahead.
+      workers: processes that decode.
+    """
+
+    data: Dataset | ImageFiles
+    devices: Sequence[jax.Device]
+    crops: Callable[[int], Crops]
+    size: int
+    ahead: int
+    workers: int | None
+
+    def __post_init__(self) -> None:
+        # Places in a batch, by device of this process.
+        places = shard_batch(np.arange(self.size)[None], self.devices)[:, 0]
+        self._shares = places.shape
+        self.batches: DecodedBatches | None = None
+
+        def local_crops(number: int) -> Crops:
+            kind, examples, keys = self.crops(number)
+            here = [place for place in places.ravel() if place < len(examples)]
+            return kind, [examples[place] for place in here], [keys[place] for place in here]
+
+        if isinstance(self.data, Dataset):
+            self.resident = replicate(self.data.arrays(), self.devices)
+        else:
+            self.resident = {"labels": replicate(self.data.labels, self.devices)}
+            self.batches = DecodedBatches(
+                self.data, local_crops, places.size, self.ahead, self.workers
+            )
+
+    def __call__(self, first: int, count: int, size: int) -> dict[str, Any]:
+        """Images and labels for `count` batches, the first of them `first`, padded to `size`."""
+        if self.batches is None:
+            return self.resident
+        devices, share = self._shares
+        images = np.zeros((size, devices * share, *self.data.image_shape), np.uint8)
+        for index in range(count):
+            self.batches.into(first + index, images[index])
+        shares = images.reshape(size, devices, share, *self.data.image_shape).swapaxes(0, 1)
+        return {"images": shares, **self.resident}
+
+    def close(self) -> None:
+        """Ends the processes that decode."""
+        if self.batches is not None:
+            self.batches.close()

@@ -1,0 +1,186 @@
+"""Records: one JSON file a run.
+
+Schema 1. A record is an object with
+
+- `schema`: 1; `hash`: the run's name; `config`: every field of `abflax.config.RunConfig`;
+- `state`: "finished"; a record is written once, when its run is;
+- `phases`: a list of {`name`, `steps`, `epochs`, `seconds`, `objective`: its terms with their
+  weights and its optimizer, fields at their defaults left out};
+- `history`: one entry an evaluation: {`epoch` and `step` (of the run), `phase`,
+  `epoch_of_phase`, `learning_rate`, `loss`, `gradient_norm` (means since the entry before),
+  `training` (what the terms measure, e.g. `agreement` of each layer as training saw it; means),
+  and where there is held-out data `test_error` (a share), `test_cross_entropy` (nats),
+  `agreement` (layer -> share of held-out neurons on whose indicator student and teacher agree;
+  only where both have the same neurons), `silent` (layer -> share of the student's neurons, each
+  a channel at a position and before any connector, that fire on no held-out image; not in
+  records made before it was measured)};
+- `result`: `test_error` and `agreement` of the last entry, `best_test_error`, `best_epoch`, and
+  `initialise_agreement`: agreement at the end of the initialise phase, if there was one;
+- `seconds`: training and evaluation, compilation included, over all sittings;
+- `environment`: `abflax`, `python`, `jax`, `jaxlib`, `flax`, `optax`, `device`, `devices` (of all
+  `processes`; that count is not in records made before there could be several), `commit` (with "+"
+  where the code was changed, null outside a repository): of the sitting that finished the run, read
+  when it began; and `abreast`, where several runs were trained in one program: how many at most;
+- `finished`: UTC, ISO 8601.
+
+A run whose numbers went wrong has another file, of `schema`, `hash`, `config`, `environment`,
+`finished`, `state`: "diverged", and `error`: where, and what is known of why.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from abflax.config import RunConfig
+from abflax.errors import InputError
+from abflax.storage.files import read_json, write_whole
+
+SCHEMA = 1
+"""The schema that records are written in, and the only one that is read."""
+
+
+def environment(devices: Sequence[jax.Device]) -> dict[str, Any]:
+    """Versions, commit and device, as records hold them."""
+    packages = ("jax", "jaxlib", "flax", "optax")
+    return {
+        "abflax": _version("abflax"),
+        "python": platform.python_version(),
+        **{name: _version(name) for name in packages},
+        "device": device_name(devices[0]),
+        "devices": len(devices),
+        "processes": len({device.process_index for device in devices}),
+        "commit": _commit(),
+    }
+
+
+def device_name(device: jax.Device) -> str:
+    """What a reader would call the device; a CPU says how many cores the process may use."""
+    if device.platform != "cpu":
+        return device.device_kind
+    model = "CPU"
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        model = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        model = platform.processor() or model
+    if hasattr(os, "sched_getaffinity"):
+        return f"{model}, {len(os.sched_getaffinity(0))} cores"
+    return f"{model}, {os.cpu_count()} cores"
+
+
+def make_record(
+    config: RunConfig,
+    phases: list[dict[str, Any]],
+    history: list[dict[str, Any]],
+    seconds: float,
+    made_by: dict[str, Any],
+) -> dict[str, Any]:
+    """The record of a finished run; see the schema above. `made_by`: from `environment`."""
+    last = history[-1]
+    result: dict[str, Any] = {}
+    if "test_error" in last:
+        best = min(history, key=lambda entry: entry["test_error"])
+        result = {
+            "test_error": last["test_error"],
+            "best_test_error": best["test_error"],
+            "best_epoch": best["epoch"],
+            "agreement": last["agreement"],
+        }
+        initialised = [entry for entry in history if entry["phase"] == "initialise"]
+        if initialised:
+            result["initialise_agreement"] = initialised[-1]["agreement"]
+    return {
+        "schema": SCHEMA,
+        "hash": config.hash,
+        "config": config.as_json(),
+        "state": "finished",
+        "phases": phases,
+        "history": history,
+        "result": result,
+        "seconds": round(seconds, 3),
+        "environment": made_by,
+        "finished": _now(),
+    }
+
+
+def make_diverged(config: RunConfig, error: str, made_by: dict[str, Any]) -> dict[str, Any]:
+    """What there is to say of a run whose numbers went wrong; see the schema above."""
+    return {
+        "schema": SCHEMA,
+        "hash": config.hash,
+        "config": config.as_json(),
+        "state": "diverged",
+        "error": error,
+        "environment": made_by,
+        "finished": _now(),
+    }
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def write_record(path: Path, record: Any) -> None:
+    """Writes a record whole or not at all. Raises `DiskError` where it cannot be written."""
+    write_whole(path, (json.dumps(record, indent=1, allow_nan=False) + "\n").encode())
+
+
+def require_writable(directory: Path) -> None:
+    """Makes a directory, and raises `InputError` where nothing can be written into it."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=directory):
+            pass
+    except OSError as error:
+        raise InputError(f"cannot write to {directory}: {error.strerror}") from error
+
+
+def read_record(path: Path) -> dict[str, Any] | None:
+    """The record at that path; None: there is none.
+
+    Raises:
+      ValueError: if there is one, but it is damaged or of another schema.
+    """
+    try:
+        record = read_json(path)
+    except FileNotFoundError:
+        return None
+    if not isinstance(record, dict) or record.get("schema") != SCHEMA:
+        raise InputError(f"{path} is no record of schema {SCHEMA}")
+    return record
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _commit() -> str | None:
+    """The commit of the repository that holds this file, and a "+" if its code was changed."""
+    here = Path(__file__).parent
+
+    def git(*arguments: str) -> str:
+        done = subprocess.run(
+            ["git", "-C", str(here), *arguments], capture_output=True, text=True, check=True
+        )
+        return done.stdout.strip()
+
+    try:
+        git("ls-files", "--error-unmatch", Path(__file__).name)  # not some other repository's
+        changed = git("status", "--porcelain", "--", "..", "../../experiments/*.py")
+        return git("rev-parse", "HEAD") + ("+" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None

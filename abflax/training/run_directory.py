@@ -1,0 +1,154 @@
+"""The folder of a run: its lock, its checkpoints, and at the end its record and weights."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from abflax.config import RunConfig
+from abflax.runtime.distributed import is_first, on_process_zero
+from abflax.storage.checkpoint import Checkpoints
+from abflax.storage.lock import Lock
+from abflax.storage.tensorboard import EventLog
+from abflax.training.record import read_record, require_writable, write_record
+from abflax.weights import save_variables
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """A finished run.
+
+    Attributes:
+      record: see `abflax.training.record`.
+      variables: the student's `params` and `batch_stats`; None where the run was finished before
+        and its directory was read instead (`directory / "student.safetensors"` has them).
+      directory: where record and weights are; None without a workdir.
+    """
+
+    record: dict[str, Any]
+    variables: Any | None
+    directory: Path | None
+
+
+@on_process_zero
+def finished_record(directory: Path) -> dict[str, Any] | None:
+    """The record of a finished run; None where something is left to do, or to tidy up."""
+    untidy = os.path.exists(directory / "checkpoints")  # False where the folder is not readable
+    return None if untidy else read_record(directory / "record.json")
+
+
+class RunDirectory:
+    """The folder of one run, or nothing at all for a run without a workdir.
+
+    Only the run that holds the folder's lock works in it. Of several processes the first writes and
+    reads, for all.
+
+    Args:
+      path: None: nothing is written.
+      config: the run's configuration.
+      force: whether a finished run is trained again.
+    """
+
+    def __init__(self, path: Path | None, config: RunConfig, force: bool = False) -> None:
+        self.path, self._config, self._force = path, config, force
+        self._lock, self._writers = contextlib.ExitStack(), contextlib.ExitStack()
+        self._checkpoints: Checkpoints | None = None
+        self._events: EventLog | None = None
+
+    def open(self) -> Result | None:
+        """Locks and tidies the folder. Returns the result if the run was finished meanwhile.
+
+        Raises:
+          BusyError: if another process is training the run.
+          DiskError: if the lock cannot be written.
+        """
+        if self.path is None:
+            return None
+        on_process_zero(require_writable)(self.path)
+        self._lock.enter_context(Lock(self.path / "lock", f"run {self._config.hash}"))
+        if (record := _tidy(self.path, self._config, self._force)) is not None:
+            self.close()
+            return Result(record, None, self.path)
+        checkpoints = Checkpoints(self.path / "checkpoints")
+        self._checkpoints = self._writers.enter_context(checkpoints)
+        return None
+
+    def log_to_tensorboard(self, entries: Sequence[dict[str, Any]]) -> None:
+        """Writes TensorBoard events from now on, beginning with the history so far."""
+        if self.path is not None and is_first():
+            events = EventLog(self.path / "events", entries)
+            self._events = self._writers.enter_context(events)
+
+    def log(self, entry: dict[str, Any]) -> None:
+        """Writes an entry of the history as TensorBoard events, if they are wanted."""
+        if self._events is not None:
+            self._events.write(entry)
+
+    def latest(self) -> dict[str, Any] | None:
+        """The description of the newest checkpoint that can be read; None: there is none."""
+        return None if self._checkpoints is None else self._checkpoints.latest()
+
+    def restore(self, target: Callable[[dict[str, Any]], Any]) -> tuple[dict[str, Any], Any]:
+        """Description and state of the newest checkpoint; see `Checkpoints.restore`."""
+        assert self._checkpoints is not None
+        return self._checkpoints.restore(target)
+
+    def save(self, step: int, state: Any, description: dict[str, Any]) -> None:
+        """Saves a checkpoint in the background."""
+        if self._checkpoints is not None:
+            self._checkpoints.save(step, state, description)
+
+    def wait(self) -> int | None:
+        """Waits until all checkpoints are on the disk. Returns the newest one's step, if any."""
+        if self._checkpoints is None:
+            return None
+        self._checkpoints.wait()
+        return self._checkpoints.latest_step()
+
+    def finish(self, record: dict[str, Any], variables: Any) -> Result:
+        """Replaces the checkpoints by the record and the student's weights."""
+        self.wait()
+        self._writers.close()
+        if self.path is not None:
+            _finish(self.path, record, variables)
+        self.close()
+        return Result(record, variables, self.path)
+
+    def diverge(self, record: dict[str, Any]) -> None:
+        """Writes how a run ended whose numbers went wrong, so that tables count it."""
+        if self.path is not None:
+            on_process_zero(write_record)(self.path / "diverged.json", record)
+
+    def close(self) -> None:
+        """Waits for what is written in the background, and releases the lock."""
+        with self._lock, self._writers:
+            pass
+
+
+@on_process_zero
+def _tidy(directory: Path, config: RunConfig, force: bool) -> dict[str, Any] | None:
+    """Tidies a run's folder. Returns its record if the run was finished meanwhile."""
+    path = directory / "record.json"
+    if path.exists():  # forced, finished by another process just now, or not tidied up
+        record = None if force else read_record(path)
+        shutil.rmtree(directory / "checkpoints", ignore_errors=True)
+        if record is not None:
+            return record
+        path.unlink()
+    # What a killed process wrote half, and how the run ended before.
+    for old in (*directory.glob("*.tmp"), directory / "diverged.json"):
+        old.unlink(missing_ok=True)
+    write_record(directory / "config.json", config.as_json())
+    return None
+
+
+@on_process_zero
+def _finish(directory: Path, record: dict[str, Any], variables: Any) -> None:
+    save_variables(directory / "student.safetensors", variables)
+    write_record(directory / "record.json", record)
+    shutil.rmtree(directory / "checkpoints", ignore_errors=True)

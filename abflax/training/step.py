@@ -1,0 +1,229 @@
+"""One optimization step and one evaluation step: pure functions of one device's share of a batch.
+
+`train_step` and `eval_step` are the two to read. `trainable_mask` may be skipped: it finds the
+parameters that a phase leaves alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+from jax.interpreters.partial_eval import dce_jaxpr
+
+from abflax.losses import activation_indicator, cross_entropy
+from abflax.methods.objective import (
+    Objective,
+    apply_connectors,
+    connected_taps,
+    make_targets,
+    student_loss,
+)
+from abflax.metrics import activation_agreement, misclassified
+from abflax.models.variables import abstract_variables, floats_in
+from abflax.taps import Forward, run_model
+
+
+@struct.dataclass
+class TrainState:
+    """All that training changes.
+
+    Attributes:
+      step: of the phase, from 0.
+      params: {"student": …, "connectors": {term: …}}.
+      batch_stats: running statistics of "student", "connectors" and "teacher".
+      opt_state: optax's.
+    """
+
+    step: jax.Array
+    params: dict[str, Any]
+    batch_stats: dict[str, Any]
+    opt_state: Any
+
+    @property
+    def student(self) -> dict[str, Any]:
+        """The student's variables: its `params` and `batch_stats`."""
+        return {"params": self.params["student"], "batch_stats": self.batch_stats["student"]}
+
+
+def create_train_state(
+    objective: Objective,
+    optimizer: optax.GradientTransformation,
+    student: Any,
+    teacher_stats: Any,
+    key: jax.Array,
+    image_shape: tuple[int, ...],
+) -> TrainState:
+    """Creates the state at the start of a phase: the given student, new connectors and optimizer.
+
+    Args:
+      objective: of the phase.
+      optimizer: of the phase.
+      student: variables, `params` and `batch_stats`.
+      teacher_stats: the teacher's running statistics.
+      key: of the connectors' initial weights.
+      image_shape: (height, width, channels).
+    """
+    dtype = jnp.result_type(float)
+    images = jnp.zeros((1, *image_shape), dtype)
+    forward = run_model(objective.student, student, images, train=False)
+    params: dict[str, Any] = {"student": student["params"], "connectors": {}}
+    stats = {"student": student["batch_stats"], "connectors": {}, "teacher": teacher_stats}
+    for index, connectors in enumerate(objective.connectors):
+        if connectors is not None:
+            variables = connectors.init(jax.random.fold_in(key, index), forward, train=False)
+            params["connectors"][f"term{index}"] = variables.get("params", {})
+            running = floats_in(dtype, variables.get("batch_stats", {}))
+            stats["connectors"][f"term{index}"] = running
+    return TrainState(jnp.zeros((), jnp.int32), params, stats, optimizer.init(params))
+
+
+def train_step(
+    objective: Objective,
+    optimizer: optax.GradientTransformation,
+    state: TrainState,
+    teacher_params: Any,
+    images: jax.Array,
+    labels: jax.Array,
+    dropout_key: jax.Array | None = None,
+    precomputed_targets: tuple[tuple[Any, ...], Any] | None = None,
+) -> tuple[TrainState, dict[str, Any]]:
+    """Makes one optimization step on one device's share of a batch.
+
+    Args:
+      objective: the phase, bound to student and teacher.
+      optimizer: of the phase.
+      state: before the step.
+      teacher_params: the teacher's weights.
+      images: normalized, `[share, height, width, channels]`.
+      labels: integers `[share]`.
+      dropout_key: for a student with dropout.
+      precomputed_targets: the result of `make_targets` for these images; None: it is computed here.
+
+    Returns:
+      The new state, and metrics averaged over the devices: "loss", "gradient_norm" and what the
+      terms measure.
+    """
+    if precomputed_targets is None:
+        stats = state.batch_stats["teacher"]
+        precomputed_targets = make_targets(objective, teacher_params, stats, images)
+    targets, teacher_stats = precomputed_targets
+    (loss, (stats, measures)), gradients = jax.value_and_grad(
+        lambda params: student_loss(
+            objective, params, state.batch_stats, targets, images, labels, dropout_key
+        ),
+        has_aux=True,
+    )(state.params)
+    stats = stats | {"teacher": teacher_stats}
+    metrics = {"loss": loss, **measures}
+    if objective.axis_name is not None:
+        gradients, stats, metrics = jax.lax.pmean((gradients, stats, metrics), objective.axis_name)
+    updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    metrics["gradient_norm"] = optax.tree.norm(gradients)
+    return TrainState(state.step + 1, params, stats, opt_state), metrics
+
+
+def teacher_forward(
+    objectives: Sequence[Objective], teacher_params: Any, teacher_stats: Any, images: jax.Array
+) -> Forward | None:
+    """Runs the teacher in evaluation mode; None where no objective can be compared with it."""
+    teacher = next((each.teacher for each in objectives if each.measured), None)
+    if teacher is None:
+        return None
+    variables = {"params": teacher_params, "batch_stats": teacher_stats}
+    return run_model(teacher, variables, images, train=False)
+
+
+def eval_step(
+    objective: Objective,
+    params: Any,
+    batch_stats: Any,
+    teacher: Forward | None,
+    images: jax.Array,
+    labels: jax.Array,
+    mask: jax.Array,
+) -> dict[str, Any]:
+    """Sums errors and agreement over the unmasked examples of a device's share, in evaluation mode.
+
+    Args:
+      objective: says which networks.
+      params: of `TrainState`.
+      batch_stats: of `TrainState`.
+      teacher: the result of `teacher_forward` for these images.
+      images: normalized, `[share, height, width, channels]`.
+      labels: integers `[share]`.
+      mask: booleans `[share]`; False for padding.
+
+    Returns:
+      "examples", "errors", "cross_entropy"; "agreement": layer -> the sum of the examples'
+      agreements; and "fired": layer -> booleans, whether each neuron of the student (before any
+      connector, which belongs to a phase and not to the student) fires on one of the examples.
+    """
+    variables = {"params": params["student"], "batch_stats": batch_stats["student"]}
+    student = run_model(objective.student, variables, images, train=False)
+    sums: dict[str, Any] = {
+        "examples": mask.sum(),
+        "errors": (misclassified(student.logits, labels) & mask).sum(),
+        "cross_entropy": jnp.where(mask, cross_entropy(student.logits, labels), 0).sum(),
+        "agreement": {},
+        "fired": {
+            layer: jax.vmap(jnp.logical_and)(activation_indicator(tap), mask).any(axis=0)
+            for layer, tap in student.taps.items()
+        },
+    }
+    if teacher is None:
+        return sums
+    connected: dict[str, jax.Array] = {}
+    for index, connectors in enumerate(objective.connectors):
+        # Where several terms connect a layer, the first term's connector counts.
+        if names := connected_taps(connectors):
+            mapped, _ = apply_connectors(connectors, index, student, params, batch_stats, False)
+            connected = {name: mapped.taps[name] for name in names} | connected
+    student = dataclasses.replace(student, taps=student.taps | connected)
+    for layer in objective.measured:
+        share = jax.vmap(activation_agreement)(student.taps[layer], teacher.taps[layer])
+        sums["agreement"][layer] = jnp.where(mask, share, 0).sum()
+    return sums
+
+
+def trainable_mask(objective: Objective, image_shape: tuple[int, ...]) -> Any:
+    """Finds which parameters the objective depends on.
+
+    The others get no gradient, so they get no weight decay either (the classifier in the initialise
+    phase, or everything behind the one layer that a term compares).
+
+    Returns:
+      A tree of booleans, shaped as `TrainState.params`.
+    """
+    teacher: Any = {"params": {}, "batch_stats": {}}
+    if objective.teacher is not None:
+        teacher = abstract_variables(objective.teacher, image_shape)
+    state = jax.eval_shape(
+        lambda student, stats, key: create_train_state(
+            objective, optax.identity(), student, stats, key, image_shape
+        ),
+        abstract_variables(objective.student, image_shape),
+        teacher["batch_stats"],
+        jax.random.key(0),
+    )
+    images = jax.ShapeDtypeStruct((2, *image_shape), jnp.result_type(float))
+    labels = jax.ShapeDtypeStruct((2,), jnp.int32)
+
+    def loss(params: Any, teacher_params: Any, images: jax.Array, labels: jax.Array) -> jax.Array:
+        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), state.batch_stats)
+        targets, _ = make_targets(objective, teacher_params, zeros["teacher"], images)
+        key = jax.random.key(0)
+        return student_loss(objective, params, zeros, targets, images, labels, key)[0]
+
+    axes = [(objective.axis_name, 1)] if objective.axis_name else None
+    arguments = (state.params, teacher["params"], images, labels)
+    jaxpr = jax.make_jaxpr(loss, axis_env=axes)(*arguments).jaxpr
+    _, used = dce_jaxpr(jaxpr, [True])
+    leaves, tree = jax.tree.flatten(state.params)
+    return jax.tree.unflatten(tree, used[: len(leaves)])

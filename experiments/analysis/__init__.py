@@ -1,0 +1,1 @@
+"""What `experiments.analyse` prints and draws."""

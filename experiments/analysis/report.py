@@ -1,0 +1,243 @@
+"""What is found out about networks, as arrays, as JSON and as tables."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from rich.table import Table
+
+from abflax import Dataset, Network
+from abflax.analysis import (
+    Activity,
+    Examination,
+    boundary_distances,
+    dead_neurons,
+    error_by_agreement,
+    examine,
+)
+from abflax.errors import InputError
+from experiments.common.stats import mean_and_std, percent
+
+_MOST_CLASSES = 20  # in a table; files have all
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Found:
+    """What was seen of each network (a seed each), and of their teacher.
+
+    Attributes:
+      examinations: one a network.
+      distances: one a network, layer -> `[images, neurons]`; {} where not measured.
+      teacher_distances: the same of the teacher.
+      data: the held-out images.
+    """
+
+    examinations: Sequence[Examination]
+    distances: Sequence[dict[str, np.ndarray]]
+    teacher_distances: dict[str, np.ndarray]
+    data: Dataset
+
+
+def look(
+    networks: Sequence[Network],
+    teacher: Network | None,
+    test: Dataset,
+    distance_images: int = 0,
+    distance_neurons: int = 32,
+) -> Found:
+    """Examines networks that are seeds of one.
+
+    Raises:
+      ValueError: where their layers differ.
+    """
+    examinations = [examine(network, test, teacher) for network in networks]
+    shapes = [
+        {layer: rate.shape for layer, rate in each.student.firing_rate.items()}
+        for each in examinations
+    ]
+    if any(each != shapes[0] for each in shapes):
+        raise InputError("the networks have different layers, so they are not seeds of one")
+    few = test.take(np.arange(min(distance_images, len(test)))) if distance_images > 0 else None
+
+    def distances(network: Network | None, layers: Sequence[str]) -> dict[str, np.ndarray]:
+        if few is None or network is None:
+            return {}
+        return {
+            layer: boundary_distances(network, few, layer, neurons=distance_neurons)
+            for layer in layers
+        }
+
+    taught = examinations[0].teacher
+    return Found(
+        examinations,
+        [distances(network, list(shapes[0])) for network in networks],
+        distances(teacher, list(taught.firing_rate) if taught else []),
+        test,
+    )
+
+
+def summarise(found: Found, groups: int) -> dict[str, Any]:
+    """All that fits into JSON: lists are over the networks."""
+    first = found.examinations[0]
+    summary: dict[str, Any] = {
+        "examples": len(found.data),
+        "error": [float(each.student.wrong.mean()) for each in found.examinations],
+        "teacher_error": float(first.teacher.wrong.mean()) if first.teacher else None,
+        "joint_patterns": [each.student.joint_patterns for each in found.examinations],
+        "unmatched": list(first.unmatched),
+        "layers": {},
+    }
+    for layer, rate in first.student.firing_rate.items():
+        entry: dict[str, Any] = {"shape": list(rate.shape)}
+        entry |= _activity([each.student for each in found.examinations], layer)
+        if first.teacher and layer in first.teacher.firing_rate:
+            entry["teacher"] = _activity([first.teacher], layer)
+        if layer in first.match:
+            matches = [each.match[layer] for each in found.examinations]
+            entry["agreement"] = [match.agreement for match in matches]
+            entry["agreement_by_class"] = [
+                [None if np.isnan(share) else float(share) for share in match.by_class]
+                for match in matches
+            ]
+        if found.distances[0]:
+            entry["distance"] = [_nearest(each[layer]) for each in found.distances]
+        if layer in found.teacher_distances:
+            entry["teacher"]["distance"] = [_nearest(found.teacher_distances[layer])]
+        summary["layers"][layer] = entry
+    if first.match:
+        summary["groups"] = [_split(each, groups) for each in found.examinations]
+    return summary
+
+
+def _activity(activities: Sequence[Activity], layer: str) -> dict[str, list[Any]]:
+    masks = [dead_neurons(each.firing_rate[layer]) for each in activities]
+    return {
+        "never": [float(never.mean()) for never, _ in masks],
+        "always": [float(always.mean()) for _, always in masks],
+        "firing_rate": [float(each.firing_rate[layer].mean()) for each in activities],
+        "patterns": [each.patterns[layer] for each in activities],
+    }
+
+
+def _nearest(distances: np.ndarray) -> dict[str, float]:
+    """Medians over the images: of all neurons looked at, and of the nearest among them."""
+    return {
+        "median": float(np.median(distances)),
+        "nearest": float(np.median(distances.min(axis=1))),
+        "neurons": distances.shape[1],
+    }
+
+
+def _split(examination: Examination, groups: int) -> dict[str, list[float]]:
+    agreement = examination.agreement_by_example()
+    student = error_by_agreement(agreement, examination.student.wrong, groups)
+    assert examination.teacher is not None
+    teacher = error_by_agreement(agreement, examination.teacher.wrong, groups)
+    differ = examination.student.predictions != examination.teacher.predictions
+    return {
+        "examples": student.examples.tolist(),
+        "agreement": student.agreement.tolist(),
+        "error": student.error.tolist(),
+        "standard_error": student.standard_error.tolist(),
+        "teacher_error": teacher.error.tolist(),
+        "differs_from_teacher": error_by_agreement(agreement, differ, groups).error.tolist(),
+    }
+
+
+def arrays(found: Found) -> dict[str, np.ndarray]:
+    """Name -> array, as `analysis.npz` holds them; what is of a network has its number first."""
+    flat: dict[str, np.ndarray] = {"labels": found.data.labels}
+    taught = found.examinations[0].teacher
+    named = {str(index): each.student for index, each in enumerate(found.examinations)}
+    for name, activity in (named | ({"teacher": taught} if taught else {})).items():
+        flat[f"{name}/predictions"] = activity.predictions
+        for layer, rate in activity.firing_rate.items():
+            flat[f"{name}/{layer}/firing_rate"] = rate
+    for index, examination in enumerate(found.examinations):
+        for layer, match in examination.match.items():
+            for field in ("by_neuron", "by_channel", "by_class", "by_example"):
+                flat[f"{index}/{layer}/agreement_{field}"] = getattr(match, field)
+        for layer, distance in found.distances[index].items():
+            flat[f"{index}/{layer}/distance"] = distance
+    for layer, distance in found.teacher_distances.items():
+        flat[f"teacher/{layer}/distance"] = distance
+    return flat
+
+
+def tables(summary: dict[str, Any]) -> list[Table]:
+    """What is printed."""
+    made = [_layer_table(summary)]
+    if "groups" in summary:
+        made.append(_group_table(summary))
+        matched = {k: v for k, v in summary["layers"].items() if "agreement" in v}
+        classes = len(next(iter(matched.values()))["agreement_by_class"][0])
+        if classes <= _MOST_CLASSES:
+            made.append(_class_table(matched, classes))
+    return made
+
+
+def _layer_table(summary: dict[str, Any]) -> Table:
+    of = len(summary["networks"])
+    title = (
+        f"{summary['networks'][0]}{f' and {of - 1} more' if of > 1 else ''} on "
+        f"{summary['examples']:,} held-out images of {summary['dataset']}: error "
+        f"{mean_and_std(summary['error'])} %"
+    )
+    if summary["teacher"]:
+        title += f"; teacher {summary['teacher']}: {percent(summary['teacher_error'])} %"
+    if summary["unmatched"]:
+        title += f"\nno agreement (other neurons): {', '.join(summary['unmatched'])}"
+    table = _table(title, "layer", "neurons", "agreement %", "never fire %", "always fire %",
+                   "patterns", "nearest boundary")  # fmt: skip
+    for layer, entry in summary["layers"].items():
+        agreement = mean_and_std(entry["agreement"], 1) if "agreement" in entry else "–"
+        rows = [(layer, entry, "×".join(map(str, entry["shape"])), agreement)]
+        if "teacher" in entry:
+            rows.append(("  teacher", entry["teacher"], "", ""))
+        for name, activity, shape, agreement in rows:
+            nearest = [each["nearest"] for each in activity.get("distance", [])]
+            table.add_row(
+                name, shape, agreement,
+                mean_and_std(activity["never"]), mean_and_std(activity["always"]),
+                f"{np.mean(activity['patterns']):,.0f}",
+                f"{np.mean(nearest):.3g}" if nearest else "–",
+            )  # fmt: skip
+    return table
+
+
+def _group_table(summary: dict[str, Any]) -> Table:
+    table = _table(
+        "images by how well the activation pattern matches the teacher's (mean over the layers)",
+        "group", "images", "agreement %", "error %", "teacher's error %", "other answer %",
+    )  # fmt: skip
+    groups = summary["groups"]
+    for index, count in enumerate(groups[0]["examples"]):
+        shares = [
+            [each[key][index] for each in groups]
+            for key in ("agreement", "error", "teacher_error", "differs_from_teacher")
+        ]
+        last = len(groups[0]["examples"]) - 1
+        name = {0: "worst", last: "best"}.get(index, str(index + 1))
+        table.add_row(name, f"{count:,}", *map(mean_and_std, shares))
+    return table
+
+
+def _class_table(layers: dict[str, Any], classes: int) -> Table:
+    table = _table("agreement by class, %", "class", *layers)
+    for label in range(classes):
+        cells = []
+        for entry in layers.values():
+            shares = [each[label] for each in entry["agreement_by_class"]]
+            cells.append("–" if None in shares else mean_and_std(shares, 1))
+        table.add_row(str(label), *cells)
+    return table
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=title, title_justify="left", box=None, header_style="bold")
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="right" if index else "left", no_wrap=True)
+    return table

@@ -1,0 +1,101 @@
+"""Teachers and students by name: their weights, their data, and the names that tables give them."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+from abflax.data import DATASETS, IMAGE_DATASETS, Dataset, ImageFiles, load, load_image_files
+from abflax.errors import InputError, unknown
+from abflax.models import MODELS
+from abflax.models.network import Network
+from abflax.training.record import read_record
+from abflax.weights import load_network
+
+SHIPPED = Path(__file__).parent.parent / "teachers"
+
+_PRETRAINED = " (ImageNet)"
+
+
+def is_shipped(name: str, dataset: str) -> bool:
+    """Whether the repository has a teacher of that architecture, trained on that data."""
+    return _shipped(name, dataset).is_file()
+
+
+def _shipped(name: str, dataset: str) -> Path:
+    return SHIPPED / f"{name}-{dataset}.npz"
+
+
+def find_teacher(name: str, dataset: str, weights: str | None, workdir: Path) -> Network:
+    """Loads a network of that architecture with its weights.
+
+    Args:
+      name: of the architecture, in `MODELS`.
+      dataset: what it was trained on; used where no weights are given.
+      weights: a file, or the hash of a finished run; None: what the repository ships for the
+        pair of name and dataset.
+      workdir: where runs are looked for.
+
+    Raises:
+      ValueError: if there are no such weights, or they do not fit.
+    """
+    MODELS[name]  # an unknown name is reported first
+    if weights is None:
+        if dataset in IMAGE_DATASETS:
+            raise InputError(f"give the published weights of {name} with --teacher-weights FILE")
+        if dataset not in DATASETS:
+            raise unknown("dataset", dataset, DATASETS)
+        if not is_shipped(name, dataset):
+            raise InputError(
+                f"no {name} trained on {dataset} is shipped; give its weights with "
+                f"--teacher-weights FILE or RUN, or train one: python -m experiments.run "
+                f"--dataset {dataset} --student {name} --method cross-entropy --epochs 0+200"
+            )
+        return load_network(name, _shipped(name, dataset))
+    run = workdir / "runs" / weights
+    if record := read_record(run / "record.json"):
+        if record["config"]["student"] != name:
+            raise InputError(f"run {weights} trained a {record['config']['student']}, not a {name}")
+        return load_network(name, run / "student.safetensors")
+    return _load_file(name, weights)
+
+
+def pretrained_backbone(name: str, path: str | Path) -> Network:
+    """Loads a student's published weights without the classifier, as the classes are others."""
+    network = _load_file(name, path)
+    params = dict(network.variables["params"])
+    params.pop("classifier")
+    return dataclasses.replace(network, variables={**network.variables, "params": params})
+
+
+def _load_file(name: str, path: str | Path) -> Network:
+    try:
+        return load_network(name, path)
+    except InputError as error:
+        raise InputError(f"{path} gives no {name}: {error}") from error
+
+
+def pretrained(architecture: str) -> str:
+    """The name in tables of the student of that architecture that starts with published weights."""
+    return architecture + _PRETRAINED
+
+
+def architecture(name: str) -> str:
+    """The architecture in a network's name, without its digest or "(ImageNet)"."""
+    return name.split(":")[0].removesuffix(_PRETRAINED)
+
+
+def read(dataset: str, split: str, data_dir: str | None) -> Dataset | ImageFiles:
+    """Reads the data set of that name, into memory or as image files."""
+    if dataset in IMAGE_DATASETS:
+        return load_image_files(dataset, split, data_dir)
+    return load(dataset, split, data_dir)
+
+
+def setting_of(protocol: str, student: str) -> str:
+    """The protocol's setting for transfer learning.
+
+    The published code has a learning rate of its own for MobileNet V2.
+    """
+    own = protocol == "official" and student.startswith("mobilenet-v2")
+    return "transfer-v2" if own else "transfer"

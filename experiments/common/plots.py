@@ -1,0 +1,287 @@
+"""Pictures: legible at the width of a page, safe for the colour-blind, deviations shown."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import textwrap
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from abflax.storage.files import write_whole
+
+# Okabe and Ito's palette, and a marker each, so that colour is never the only difference.
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000")
+MARKERS = "osD^vPX"
+_TICKS = (0.5, 1, 2, 5, 10, 20, 50, 100)
+STYLE: dict[Any, Any] = {  # to matplotlib's stubs a key is one of the names of all its settings
+    "font.size": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.3,
+    "legend.frameon": False,
+}
+Records = Mapping[str, Sequence[Mapping[str, Any]]]
+
+
+def curves(records: Records, path: Path, title: str) -> None:
+    """Test error, and the agreement of each layer, against epochs: one line a method.
+
+    Args:
+      records: method -> its records, one a seed.
+      path: of the PNG.
+      title: above the panels.
+    """
+    layers = sorted(
+        {name for runs in records.values() for name in runs[0]["history"][-1]["agreement"]}
+    )
+    panels = 1 + len(layers)
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(
+            1, panels, figsize=(3.1 * panels, 3.4), layout="constrained", squeeze=False
+        )
+        error, *agreement = axes[0]
+        styles = _styles(records)
+        _panel(error, records, lambda entry: entry["test_error"], styles)
+        error.set(title="test error", ylabel="held-out examples wrong, %")
+        _logarithmic(error, 0.5 * min(_means(records)))
+        for axis, layer in zip(agreement, layers, strict=True):
+            _panel(axis, records, _agreement(layer), styles)
+            axis.axhline(50, color="0.5", linewidth=0.8, linestyle=":")
+            axis.set(title=f"agreement, {layer}", ylim=(45, 100))
+        for axis in axes[0]:
+            _shade_initialise(axis, records)
+        if agreement:
+            agreement[0].set_ylabel("neurons that fire alike, %")
+        figure.legend(
+            *error.get_legend_handles_labels(),
+            loc="outside lower center",
+            ncols=len(records),
+        )
+        figure.suptitle(title, fontsize=11)
+        _save(figure, path, 150)
+
+
+def _agreement(layer: str) -> Callable[[Mapping[str, Any]], float | None]:
+    return lambda entry: entry["agreement"].get(layer)
+
+
+def learning_curves(
+    panels: Mapping[str, Records], names: Sequence[str], path: Path, title: str
+) -> None:
+    """Test error against epochs: a panel for each group of records, one line a method.
+
+    Args:
+      panels: title -> method -> its records, one a seed.
+      names: of all methods, also of those that are not here: each has its own look.
+      path: of the PNG.
+      title: above the panels.
+    """
+    columns = min(len(panels), 3)
+    styles = _styles(names)
+    used = {name: styles[name] for name in names if any(name in each for each in panels.values())}
+    with _figure(len(panels), columns, path, title, used) as axes:
+        for axis, (name, records) in zip(axes, panels.items(), strict=True):
+            _panel(axis, records, lambda entry: entry["test_error"], styles)
+            axis.set(title=name, ylabel="test error, %")
+            _logarithmic(axis, 0.7 * min(_means(records)))
+            _shade_initialise(axis, records)
+
+
+@dataclasses.dataclass(frozen=True)
+class Panel:
+    """Numbers over a few places, in percent.
+
+    Attributes:
+      title, ylabel, xlabel: what the panel says.
+      places: (label, where it lies; None: the axis is of names), in order.
+      series: name -> one (mean, standard deviation or None) for each place; None: there is none.
+      group: panels of one group have the same range of the y axis.
+    """
+
+    title: str
+    ylabel: str
+    xlabel: str
+    places: Sequence[tuple[str, float | None]]
+    series: Mapping[str, Sequence[tuple[float, float | None] | None]]
+    group: str
+
+
+def points(panels: Sequence[Panel], names: Sequence[str], path: Path, title: str) -> None:
+    """Means with error bars over a table's other axis, one look a series.
+
+    Numeric places are joined by lines, over a logarithmic axis; named ones stand beside each
+    other.
+
+    Args:
+      panels: see `Panel`.
+      names: of all series, also of those that are not here: each has its own look.
+      path: of the PNG.
+      title: above the panels.
+    """
+    looks = _styles(names)
+    styles = {name: looks[name] for panel in panels for name in panel.series}
+    with _figure(len(panels), min(len(panels), 2), path, title, styles) as axes:
+        for axis, panel in zip(axes, panels, strict=True):
+            _series(axis, panel, styles)
+        for group in {panel.group for panel in panels}:
+            same = [a for a, panel in zip(axes, panels, strict=True) if panel.group == group]
+            limits = [axis.get_ylim() for axis in same]
+            for axis in same:
+                low, high = min(low for low, _ in limits), max(high for _, high in limits)
+                axis.set_ylim(low - 0.03 * (high - low), high)
+
+
+def _series(axis: Axes, panel: Panel, styles: Mapping[str, tuple[str, str]]) -> None:
+    """The series of one panel, side by side where the places are names."""
+    numbers = [place for _, place in panel.places if place is not None]
+    numeric = len(numbers) == len(panel.places)
+    for index, (name, values) in enumerate(panel.series.items()):
+        colour, marker = styles[name]
+        beside = 0.0 if numeric else 0.7 * ((index + 0.5) / len(panel.series) - 0.5)
+        found = [
+            (place if numeric else position + beside, *value)
+            for position, ((_, place), value) in enumerate(zip(panel.places, values, strict=True))
+            if value is not None
+        ]
+        if found:
+            x, mean, spread = zip(*found, strict=True)
+            axis.errorbar(
+                x, mean, [np.nan if each is None else each for each in spread], color=colour,
+                capsize=3, linewidth=1.2, linestyle="-" if numeric else "none",
+            )  # fmt: skip
+            for single in (False, True):  # hollow where there is no deviation
+                chosen = [each is None for each in spread] == np.full(len(x), single)
+                axis.plot(
+                    np.array(x)[chosen], np.array(mean)[chosen], color=colour, marker=marker,
+                    markersize=6, markerfacecolor="white" if single else colour, linestyle="none",
+                )  # fmt: skip
+    labels = [label for label, _ in panel.places]
+    if numeric:
+        axis.set_xscale("log")
+        axis.set_xlim(min(numbers) / 1.2, max(numbers) * 1.2)
+        axis.set_xticks(numbers, labels=labels)
+        axis.minorticks_off()
+    else:
+        axis.set_xticks(range(len(labels)), labels=[_folded(label) for label in labels])
+        axis.set_xlim(-0.5, len(labels) - 0.5)
+        axis.grid(visible=False, axis="x")
+    axis.tick_params(axis="x", labelsize=8)
+    axis.set(title=panel.title, ylabel=panel.ylabel, xlabel=panel.xlabel)
+
+
+def _folded(label: str) -> str:
+    """On several lines, to stand beside its neighbours."""
+    return "\n".join(textwrap.fill(part, 11) for part in label.split(": "))
+
+
+@contextmanager
+def _figure(
+    panels: int, columns: int, path: Path, title: str, styles: Mapping[str, tuple[str, str]]
+) -> Iterator[list[Axes]]:
+    """The axes of a figure with one legend, which is saved when the context ends."""
+    rows = -(-panels // columns)
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(
+            rows, columns, figsize=(max(3.9 * columns, 6.0), 3.5 * rows + 0.4),
+            layout="constrained", squeeze=False,
+        )  # fmt: skip
+        flat = list(axes.flat)
+        for unused in flat[panels:]:
+            unused.set_axis_off()
+        yield flat[:panels]
+        handles = [
+            Line2D([], [], color=colour, marker=marker, markersize=5, linestyle="none", label=name)
+            for name, (colour, marker) in styles.items()
+        ]
+        figure.legend(handles=handles, loc="outside lower center", ncols=min(len(styles), 4))
+        figure.suptitle(title, fontsize=11)
+        _save(figure, path, 120)
+
+
+def _save(figure: Figure, path: Path, dpi: int) -> None:
+    """Writes the PNG, whole, and closes the figure."""
+    content = io.BytesIO()
+    # No version of matplotlib in the file: the same numbers are the same bytes.
+    figure.savefig(content, dpi=dpi, metadata={"Software": None})
+    plt.close(figure)
+    write_whole(path, content.getvalue())
+
+
+def _styles(names: Iterable[str]) -> dict[str, tuple[str, str]]:
+    """Name -> colour and marker."""
+    return {
+        name: (
+            COLOURS[index % len(COLOURS)],
+            MARKERS[(index + index // len(COLOURS)) % len(MARKERS)],
+        )
+        for index, name in enumerate(names)
+    }
+
+
+def _logarithmic(axis: Axes, low: float) -> None:
+    """A logarithmic axis of errors in percent, from a little below the smallest."""
+    axis.set_yscale("log")
+    axis.set_yticks(_TICKS, labels=[f"{tick:g}" for tick in _TICKS])
+    axis.minorticks_off()
+    axis.set_ylim(low, 110)
+
+
+def _means(records: Records) -> list[float]:
+    """The mean test error of each method at the end, in percent."""
+    return [
+        100 * float(np.mean([run["result"]["test_error"] for run in runs]))
+        for runs in records.values()
+    ]
+
+
+def _shade_initialise(axis: Axes, records: Records) -> None:
+    """Shades the epochs in which a two-stage method sees no label and no logit."""
+    ends = [
+        entry["epoch"]
+        for runs in records.values()
+        for entry in runs[0]["history"]
+        if entry["phase"] == "initialise"
+    ]
+    if ends:
+        axis.axvspan(0, max(ends), color="0.92", zorder=0, linewidth=0)
+        axis.text(0.4, 1.0, "initialise", transform=axis.get_xaxis_transform(), fontsize=8,
+                  color="0.35", va="top")  # fmt: skip
+    axis.set_xlim(left=0)
+
+
+def _panel(
+    axis: Axes,
+    records: Records,
+    value: Callable[[Mapping[str, Any]], float | None],
+    styles: Mapping[str, tuple[str, str]],
+) -> None:
+    """One line a method, with a band of one standard deviation."""
+    for method, runs in records.items():
+        table = [[(entry["epoch"], value(entry)) for entry in run["history"]] for run in runs]
+        epochs = np.array([epoch for epoch, found in table[0] if found is not None])
+        values = 100 * np.array([[f for _, f in row if f is not None] for row in table])
+        if not epochs.size:
+            continue
+        mean = values.mean(axis=0)
+        colour, marker = styles[method]
+        axis.plot(
+            epochs, mean, color=colour, marker=marker, markersize=3.5, label=method,
+            markevery=-(-len(epochs) // 20),
+        )  # fmt: skip
+        if len(runs) > 1:
+            spread = values.std(axis=0, ddof=1)
+            axis.fill_between(
+                epochs, np.maximum(mean - spread, 0.05), mean + spread, color=colour, alpha=0.2,
+                linewidth=0,
+            )  # fmt: skip
+    axis.set_xlabel("epochs")

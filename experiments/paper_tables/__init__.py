@@ -1,0 +1,1 @@
+"""The tables of the paper: their definitions, their runs and their pictures."""

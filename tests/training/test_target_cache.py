@@ -1,0 +1,129 @@
+"""Views, and the targets of each asked of the teacher once."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from abflax import InputError, Network, Resources, distill, load
+from abflax.data import Preprocessing, augment, draw_views, view
+from abflax.models import MODELS
+from abflax.models.variables import init_variables
+from abflax.training import target_cache
+
+ONE, KEPT = Resources(devices=1), Resources(devices=1, cache_targets=True)
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return load("digits", "train").take(np.arange(40))
+
+
+@pytest.fixture(scope="module")
+def teacher():
+    model = MODELS["wrn10-2"]()
+    return Network(model, init_variables(model, jax.random.key(7), (8, 8, 1)), "teacher")
+
+
+def _distill(digits, teacher, **options):
+    settings = {"protocol": "paper", "epochs": (1, 1), "batch_size": 16, "views": 3} | options
+    return distill(MODELS["wrn10-1"](), teacher, digits, **settings)
+
+
+def test_every_view_is_a_crop_or_its_mirror_and_comes_once():
+    preprocessing = Preprocessing(pad=1, flip=True)
+    assert preprocessing.all_views == 18
+    image = np.arange(9.0).reshape(1, 3, 3, 1)
+    padded = np.pad(image, [(0, 0), (1, 1), (1, 1), (0, 0)], mode="reflect")[0]
+    crops = [padded[r : r + 3, c : c + 3] for r in range(3) for c in range(3)]
+    expected = {crop.tobytes() for each in crops for crop in (each, each[:, ::-1].copy())}
+    number = jnp.arange(18)
+    found = view(jnp.repeat(image, 18, 0), jnp.full(18, 5), number, preprocessing)
+    assert {np.asarray(each, np.float64).tobytes() for each in found} == expected
+    other = view(jnp.repeat(image, 18, 0), jnp.full(18, 6), number, preprocessing)
+    assert not np.array_equal(found, other)  # each example has an order of its own
+
+
+def test_augmenting_with_views_shows_those_that_are_drawn():
+    preprocessing = Preprocessing(pad=1, flip=True, views=4)
+    images = jax.random.normal(jax.random.key(0), (64, 4, 4, 1))
+    examples, epochs, key = jnp.arange(64), jnp.full(64, 2), jax.random.key(1)
+    drawn = draw_views(examples, epochs, key, 4)
+    assert np.bincount(drawn, minlength=4).min() >= 5 and drawn.max() == 3
+    chex.assert_trees_all_equal(
+        augment(images, examples, epochs, key, preprocessing),
+        view(images, examples, drawn, preprocessing),
+    )
+
+
+@pytest.mark.parametrize(
+    ("method", "epochs"),
+    [
+        ("activation-boundary", (1, 0)),  # bits
+        pytest.param("activation-boundary", (1, 1), marks=pytest.mark.slow),  # then logits
+        pytest.param("l2", (1, 0), marks=pytest.mark.slow),  # activations
+    ],
+)
+def test_cache_targets_give_the_same_losses(digits, teacher, method, epochs):
+    asked, kept_ = (
+        _distill(digits, teacher, method=method, epochs=epochs, resources=each).record
+        for each in (ONE, KEPT)
+    )
+    assert asked["hash"] == kept_["hash"] and asked["config"]["views"] == 3
+    for one, other in zip(asked["history"], kept_["history"], strict=True):
+        chex.assert_trees_all_close(one["loss"], other["loss"], rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_devices_and_dispatches_change_nothing(digits, teacher):
+    many = Resources(devices=2, steps_per_dispatch=2, cache_targets=True)
+    runs = [
+        _distill(digits, teacher, precision="float64", resources=each).variables
+        for each in (ONE, many)
+    ]
+    chex.assert_trees_all_close(*runs, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.slow
+def test_the_teacher_is_asked_once_for_all_seeds_and_margins(digits, teacher, monkeypatch):
+    monkeypatch.setattr(target_cache, "_cache", {})
+    filled = []
+    replicate = target_cache.replicate
+    monkeypatch.setattr(
+        target_cache,
+        "replicate",
+        lambda tree, d: (filled.append(tree), replicate(tree, d))[1],
+    )
+    asked = lambda: sum(isinstance(jax.tree.leaves(tree)[0], np.ndarray) for tree in filled)
+    _distill(digits, teacher, resources=KEPT)
+    first, entries = asked(), list(target_cache._cache)
+    assert len(entries) == 2
+    bits, logits = (jax.tree.leaves(target_cache._cache[key]) for key in entries)
+    # 40 images · 3 views; wrn10-2's taps on 8×8: 32·64, 64·16, 128·4 neurons, eight to a byte.
+    assert [leaf.shape for leaf in bits] == [(120, 256), (120, 128), (120, 64)]
+    assert [(leaf.shape, leaf.dtype) for leaf in logits] == [((120, 10), np.float32)]
+    del first
+    _distill(digits, teacher, resources=KEPT, seeds=1, margin=2.0)
+    assert list(target_cache._cache) == entries
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"protocol": "official"}, "phase initialise of this protocol .* cannot be cached"),
+        ({"views": None}, "say how many"),
+        ({"views": 10}, "an image has 9 views .* so there cannot be 10"),
+        ({"views": 0}, "there cannot be 0"),
+    ],
+)
+def test_what_cannot_be_cache_is_named(digits, teacher, options, message):
+    with pytest.raises(InputError, match=message):
+        _distill(digits, teacher, resources=KEPT, **options)
+
+
+def test_what_does_not_fit_is_refused_with_what_would(digits, teacher, monkeypatch):
+    monkeypatch.setattr(target_cache, "_cache", {})
+    monkeypatch.setattr(target_cache, "_free_bytes", lambda device: 2.5 * 40 * 448)
+    with pytest.raises(InputError, match="3 views of 40 images .*: 2 views would fit"):
+        _distill(digits, teacher, resources=KEPT)
