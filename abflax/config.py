@@ -9,6 +9,9 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+import jax
+import numpy as np
+
 from abflax.errors import InputError, require_field_types, unknown
 from abflax.methods import METHODS, Phase
 
@@ -40,8 +43,8 @@ class Seeds:
 
     def __post_init__(self) -> None:
         require_field_types(self)
-        if min(dataclasses.astuple(self)) < 0:
-            raise InputError(f"seeds must be whole numbers >= 0: {self}")
+        if not all(0 <= seed < 2**32 for seed in dataclasses.astuple(self)):
+            raise InputError(f"seeds must be whole numbers from 0 to 2³² − 1: {self}")
 
     @classmethod
     def all(cls, seed: int) -> Seeds:
@@ -133,7 +136,7 @@ class RunConfig:
         """
         fields = {field.name for field in dataclasses.fields(cls)} - {"options"}
         own = {name: value for name, value in settings.items() if name in fields}
-        options = {name: value for name, value in settings.items() if name not in fields}
+        options = {name: _plain(value) for name, value in settings.items() if name not in fields}
         if type(own.get("seeds")) is int:
             own["seeds"] = Seeds.all(own["seeds"])
         return cls(**own, options=tuple(sorted(options.items())))
@@ -141,10 +144,11 @@ class RunConfig:
     def replace(self, **settings: Any) -> RunConfig:
         """This configuration with some settings changed, as `create` takes them.
 
-        Another method starts without options.
+        Another method starts without the options of this one.
         """
         given = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        options = {} if "method" in settings else dict(self.options)
+        same_method = settings.get("method", self.method) == self.method
+        options = dict(self.options) if same_method else {}
         del given["options"]
         return self.create(**given | options | settings)
 
@@ -222,6 +226,12 @@ class RunConfig:
                 given[field.name] = plain[field.name]
         text = json.dumps(given, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def _plain(value: Any) -> Any:
+    """A NumPy or JAX scalar as Python's own number."""
+    is_scalar = isinstance(value, np.generic | jax.Array) and value.ndim == 0
+    return value.item() if is_scalar else value
 
 
 def _as_tuples(value: Any) -> Any:

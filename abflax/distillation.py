@@ -19,6 +19,7 @@ from abflax.runtime.preemption import Interrupted, Preemption
 from abflax.runtime.reporter import NullReporter, Reporter
 from abflax.taps import Model
 from abflax.training.compatibility import require_compatible, require_groupable, require_named
+from abflax.training.fingerprint import Fingerprint, fingerprints, require_same_run
 from abflax.training.group import TrainingGroup
 from abflax.training.history import phases_and_schedules
 from abflax.training.loop import train
@@ -126,8 +127,7 @@ def distill_group(  # noqa: PLR0913 - the front door
 
     Args:
       runs: of each the settings in which it differs: `{"margin": 2.0}`, `{"student": other}`,
-        `{"seeds": dataclasses.replace(seeds, weights=4)}`. One that names a method has its own
-        options alone.
+        `{"seeds": dataclasses.replace(seeds, weights=4)}`.
       student: as `distill` takes it, of the runs that do not name another.
       teacher: as `distill` takes it and all that follows; the same for all runs.
       data: the training data.
@@ -155,6 +155,8 @@ def distill_group(  # noqa: PLR0913 - the front door
         "test": (test, Dataset | ImageFiles | None),
         "config": (config, RunConfig | None),
         "workdir": (workdir, str | Path | None),
+        "force": (force, bool),
+        "reporter": (reporter, Reporter | None),
         "resources": (resources, Resources | None),
     })  # fmt: skip
     members = [
@@ -168,22 +170,28 @@ def distill_group(  # noqa: PLR0913 - the front door
     if workdir is not None:
         for each in configs:
             require_named(each)
-        paths = {name: Path(workdir) / "runs" / name for name in paths}
+        paths = {name: Path(workdir).expanduser() / "runs" / name for name in paths}
     float64 = configs[0].precision == "float64"
     with detect_lost_process(), jax.enable_x64(float64), Preemption() as preemption:
         # The processes of a distributed run were started with the same arguments.
-        require_same("what it was asked for", repr((configs, resources, force, workdir is None)))
-        results = {} if force else _finished(paths, reporter)
-        left = [member for member in members if member[0].hash not in results]
-        for run_config, run_student in left:
+        require_same("its arguments", repr((configs, resources, force, workdir is None)))
+        for run_config, run_student in members:
             require_compatible(run_config, run_student, teacher, data, test)
+        own = fingerprints(members, teacher, data, test) if workdir is not None else {}
+        require_same("the data, the networks or the versions", repr(own))
+        results = {} if force else _finished(paths, own, reporter)
+        left = [member for member in members if member[0].hash not in results]
         if left:
             group = TrainingGroup(
                 configs[0], teacher, data, test, resources, size=len(left),
                 keep_going=workdir is not None, reporter=reporter,
             )  # fmt: skip
             with contextlib.closing(group):
-                results |= _train_group(left, group, paths, force, preemption)
+                directories = [
+                    RunDirectory(paths[each.hash], each, force, own.get(each.hash))
+                    for each, _ in left
+                ]
+                results |= _train_group(left, group, directories, preemption)
         late = max_over_processes(preemption.signal)
     if left and late:  # the signal came too late to stop this run
         raise Interrupted(f"{', '.join(each.hash for each, _ in left)}: finished", late)
@@ -193,8 +201,7 @@ def distill_group(  # noqa: PLR0913 - the front door
 def _train_group(
     members: Sequence[tuple[RunConfig, Model | Network]],
     group: TrainingGroup,
-    paths: Mapping[str, Path | None],
-    force: bool,
+    directories: Sequence[RunDirectory],
     preemption: Preemption,
 ) -> dict[str, Result]:
     """Trains what is left of a group. Progress is that of its longest run."""
@@ -203,8 +210,9 @@ def _train_group(
     longest = lengths.index(max(lengths))
     with contextlib.ExitStack() as open_directories:
         runs = []
-        for index, (config, student) in enumerate(members):
-            directory = RunDirectory(paths[config.hash], config, force)
+        for index, ((config, student), directory) in enumerate(
+            zip(members, directories, strict=True)
+        ):
             open_directories.callback(directory.close)
             reporter = group.reporter if index == longest else NullReporter()
             runs.append(Run(config, student, group, directory, reporter))
@@ -238,23 +246,26 @@ def _configure(
         raise InputError(f"{name} is the same for all runs, and follows from the arguments")
     if config is None:
         config = RunConfig(dataset=names["dataset"], student=names["student"])
-    return config.replace(**settings).replace(**own, **names), student
+    return config.replace(**{**settings, **own, **names}), student
 
 
 def _checked_runs(runs: Any) -> Sequence[Mapping[str, Any]]:
     if isinstance(runs, Mapping) or not isinstance(runs, Sequence) or not runs:
         raise InputError("runs must be a list of settings by name, one for each run")
     for run in runs:
-        if not isinstance(run, Mapping):
+        if not isinstance(run, Mapping) or not all(isinstance(name, str) for name in run):
             raise InputError(f"runs must be a list of settings by name, not of {run!r}")
     return runs
 
 
-def _finished(paths: Mapping[str, Path | None], reporter: Reporter) -> dict[str, Result]:
-    """The results of the runs that were finished before."""
+def _finished(
+    paths: Mapping[str, Path | None], own: Mapping[str, Fingerprint], reporter: Reporter
+) -> dict[str, Result]:
+    """The results of the runs that were finished before. Raises if they are other experiments'."""
     results = {}
     for name, path in paths.items():
         if path is not None and (record := finished_record(path)):
-            reporter.finished(f"{name} is finished already: {path}")
+            note = require_same_run(path, own[name])
+            reporter.finished(f"{name} is finished already: {path}" + f"; {note}" * bool(note))
             results[name] = Result(record, None, path)
     return results

@@ -1,4 +1,4 @@
-"""Networks as functions that run without abflax, by `jax.export`, and checks of written files."""
+"""Writes networks as functions that run without abflax (`jax.export`), and checks written files."""
 
 from __future__ import annotations
 
@@ -58,10 +58,7 @@ def signature_of(function: bytes) -> dict[str, Any]:
 def require_same_weights(path: Path, name: str, network: Network) -> None:
     """Raises `DiskError` if a state dict does not hold the network's weights, bit for bit.
 
-    Args:
-      path: of the file.
-      name: of the architecture, in `abflax.models.MODELS`.
-      network: what the file was written from.
+    `name` is the architecture's in `abflax.models.MODELS`.
     """
     module = module_of(network.model)
     written = to_torch(module, from_torch(name, read_state_dict(path)))

@@ -1,4 +1,4 @@
-"""Weights on disk: published PyTorch state dicts, and a network's own variables."""
+"""Reads and writes weights: published PyTorch state dicts, and a network's own variables."""
 
 from __future__ import annotations
 
@@ -24,57 +24,58 @@ from abflax.storage.files import write_whole
 
 
 def from_torch(name: str, state_dict: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Flax variables of a PyTorch-style state dict.
+    """Converts a PyTorch-style state dict to Flax variables.
 
-    Convolutions go from OIHW to HWIO, dense weights are transposed, batch norms' weight, bias,
-    running mean and variance keep their values. `num_batches_tracked` is not needed.
+    Convolution kernels are transposed from OIHW to HWIO, dense weights from [out, in] to [in, out].
+    The weight, bias, running mean and running variance of batch norms are unchanged.
+    `num_batches_tracked` is ignored.
 
     Args:
-      name: of the architecture, in `abflax.models.MODELS`; the numbers of classes and of the
-        images' channels are read off the weights.
+      name: of the architecture, in `abflax.models.MODELS`. The numbers of classes and of image
+        channels are inferred from the weights.
       state_dict: name -> array, with the published names.
-      prefix: what all names begin with, e.g. "module.".
+      prefix: of all names, e.g. "module.".
 
     Returns:
       {"params", "batch_stats"} as NumPy arrays of the state dict's dtypes.
 
     Raises:
-      ValueError: if an entry is missing, misshapen or left over; the message names it.
+      ValueError: if an entry is missing, has a wrong shape or dtype, or is left over; the message
+        names it.
     """
-    given = {}
+    what = f"state dict for {name}"
+    arrays = {}
     for key, value in state_dict.items():
         if not isinstance(key, str):
-            raise InputError(f"state dict for {name}: {key!r} is no name")
+            raise InputError(f"{what}: {key!r} is no name")
         if not key.endswith(IGNORED):
-            given[key.removeprefix(prefix)] = _array(f"state dict for {name}: '{key}'", value)
-    model, image_shape = _architecture(name, given)
-    flat, used = {}, set()
+            arrays[key.removeprefix(prefix)] = _array(f"{what}: '{key}'", value)
+    model, image_shape = _architecture(name, arrays)
+    flat, unused = {}, set(arrays)
     for path, leaf in flatten_dict(abstract_variables(model, image_shape)).items():
         torch_name = torch_name_of(model, path)
-        if torch_name not in given:
-            raise _missing(name, torch_name, given)
-        value = _from_layout(given[torch_name])
-        if value.shape != leaf.shape:
-            raise InputError(
-                f"state dict for {name}: '{torch_name}' has shape {given[torch_name].shape}, "
-                f"expected {_to_layout(np.empty(leaf.shape, bool)).shape}"
-            )
-        if not np.issubdtype(value.dtype, np.floating) and value.dtype != jnp.bfloat16:
-            raise InputError(
-                f"state dict for {name}: '{torch_name}' holds {value.dtype}, no floats"
-            )
-        flat[path] = value
-        used.add(torch_name)
-    if extra := sorted(set(given) - used):
-        raise InputError(f"state dict for {name}: '{extra[0]}' is no weight of this architecture")
+        if torch_name not in arrays:
+            raise _missing(name, torch_name, arrays)
+        array = arrays[torch_name]
+        unused.remove(torch_name)
+        flat[path] = _from_layout(array)
+        if flat[path].shape != leaf.shape:
+            expected = _to_layout(np.empty(leaf.shape, bool)).shape
+            raise InputError(f"{what}: '{torch_name}' has shape {array.shape}, expected {expected}")
+        if not np.issubdtype(array.dtype, np.floating) and array.dtype != jnp.bfloat16:
+            raise InputError(f"{what}: '{torch_name}' holds {array.dtype}, no floats")
+    if unused:
+        raise InputError(f"{what}: '{min(unused)}' is no weight of this architecture")
     return unflatten_dict(flat)
 
 
 def to_torch(model: nn.Module, variables: Any) -> dict[str, np.ndarray]:
-    """The inverse of `from_torch`: published names and layouts, without `num_batches_tracked`.
+    """Converts Flax variables to {published name: array}, without `num_batches_tracked`.
+
+    It is the inverse of `from_torch`.
 
     Raises:
-      ValueError: for an architecture without published names.
+      ValueError: if the architecture has no published names.
     """
     if type(model) not in PUBLISHED_NAMES:
         raise InputError(f"there are no published names for {type(model).__name__}")
@@ -85,15 +86,15 @@ def to_torch(model: nn.Module, variables: Any) -> dict[str, np.ndarray]:
 
 
 def read_state_dict(path: str | Path) -> dict[str, np.ndarray]:
-    """Name -> array, from `.npz`, `.safetensors`, or `.pt`/`.pth` where torch is installed.
+    """Reads {name: array} from `.npz`, `.safetensors`, or `.pt` or `.pth` (which need torch).
 
-    Nothing in a file is ever executed: pickled objects are refused.
+    Nothing in a file is executed; pickled objects are refused.
 
     Raises:
-      ValueError: if the file is missing, damaged, or of another kind.
+      ValueError: if the file is missing or damaged, or has another format.
     """
     path = Path(path)
-    if not os.path.isfile(path):  # not Path.is_file, which raises for a name that is too long
+    if not os.path.isfile(path):  # Path.is_file would raise if the name is too long
         raise InputError(f"there is no weights file {path}")
     if path.suffix not in _READERS:
         raise InputError(
@@ -103,30 +104,30 @@ def read_state_dict(path: str | Path) -> dict[str, np.ndarray]:
         return _READERS[path.suffix](path)
     except InputError:
         raise
-    except Exception as error:  # each reader has its own errors for a damaged file
+    except Exception as error:  # each reader raises its own errors for a damaged file
         reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
         raise InputError(f"weights file {path} cannot be read: {reason}") from error
 
 
 def save_variables(path: str | Path, variables: Any) -> None:
-    """Writes a tree of arrays as `.safetensors`, under names such as `params/stem/kernel`."""
-    flat = flatten_dict(variables, sep="/")
-    flat = {name: np.ascontiguousarray(leaf) for name, leaf in flat.items()}
+    """Writes a tree of arrays as `.safetensors`, with names such as `params/stem/kernel`."""
+    leaves = flatten_dict(variables, sep="/").items()
+    flat = {name: np.ascontiguousarray(leaf) for name, leaf in leaves}
     write_whole(Path(path), safetensors.numpy.save(flat))
 
 
 def save_state_dict(path: str | Path, model: nn.Module, variables: Any) -> None:
-    """Writes what `to_torch` gives as `.safetensors`, for tools that know the published network.
+    """Writes variables as a published state dict (`to_torch`) in `.safetensors`, for other tools.
 
     Raises:
-      ValueError: for an architecture without published names.
+      ValueError: if the architecture has no published names.
     """
     flat = {name: np.ascontiguousarray(leaf) for name, leaf in to_torch(model, variables).items()}
     write_whole(Path(path), safetensors.numpy.save(flat, metadata={"format": "pt"}))
 
 
 def load_network(name: str, path: str | Path, label: str | None = None) -> Network:
-    """The network of that architecture whose weights lie in a file.
+    """Loads a network of a known architecture from a file of weights.
 
     Args:
       name: of the architecture, in `abflax.models.MODELS`.
@@ -158,7 +159,7 @@ def load_network(name: str, path: str | Path, label: str | None = None) -> Netwo
 
 
 def _array(what: str, value: Any) -> np.ndarray:
-    """As an array on the host. Raises `InputError` where it cannot be one."""
+    """Converts to an array on the host. Raises `InputError` if that is impossible."""
     try:
         return np.asarray(value)
     except (RuntimeError, TypeError, ValueError) as error:
@@ -168,33 +169,33 @@ def _array(what: str, value: Any) -> np.ndarray:
 def _architecture(
     name: str, state_dict: Mapping[str, np.ndarray]
 ) -> tuple[nn.Module, tuple[int, int, int]]:
-    """Makes the module that a state dict fits, and finds the shape of its images.
+    """Returns the module that fits a state dict, and the shape of its images.
 
-    The classifier's shape gives the number of classes, the stem's the number of channels.
+    The number of classes comes from the classifier, the number of channels from the stem.
     """
     model = MODELS[name]()
     if type(model) not in PUBLISHED_NAMES:
         raise InputError(f"there are no published names for {name}")
-    needed = {}
+    shapes = {}
     for *path, axes in (("params", "classifier", "bias", 1), ("params", "stem", "kernel", 4)):
         torch_name = torch_name_of(model, tuple(path))
         if torch_name not in state_dict:
             raise _missing(name, torch_name, state_dict)
-        shape = needed[path[1]] = state_dict[torch_name].shape
+        shape = shapes[path[1]] = state_dict[torch_name].shape
         if len(shape) != axes or 0 in shape:
             raise InputError(f"state dict for {name}: '{torch_name}' has shape {shape}")
-    return MODELS[name](num_classes=needed["classifier"][0]), (32, 32, needed["stem"][1])
+    return MODELS[name](num_classes=shapes["classifier"][0]), (32, 32, shapes["stem"][1])
 
 
-def _missing(name: str, torch_name: str, given: Mapping[str, Any]) -> InputError:
-    """That an entry is missing, and of which architecture the others are named like."""
+def _missing(name: str, torch_name: str, state_dict: Mapping[str, Any]) -> InputError:
+    """Returns the error for a missing entry, with the architecture that the others resemble."""
 
     def named_like(architecture: str) -> bool:
         model = MODELS[architecture]()
         if type(model) not in PUBLISHED_NAMES:
             return False
         _, module = PUBLISHED_NAMES[type(model)]
-        return torch_name_of(model, ("params", *module.split("/"), "kernel")) in given
+        return torch_name_of(model, ("params", *module.split("/"), "kernel")) in state_dict
 
     like = [] if named_like(name) else [other for other in MODELS if named_like(other)]
     hint = f"; these are named like the weights of {like[0]}" if like else ""
@@ -202,12 +203,12 @@ def _missing(name: str, torch_name: str, given: Mapping[str, Any]) -> InputError
 
 
 def _from_layout(array: np.ndarray) -> np.ndarray:
-    """OIHW -> HWIO, [out, in] -> [in, out]; vectors as they are."""
+    """Transposes OIHW -> HWIO and [out, in] -> [in, out]; leaves vectors unchanged."""
     return array.transpose({4: (2, 3, 1, 0), 2: (1, 0)}.get(array.ndim, range(array.ndim)))
 
 
 def _to_layout(array: np.ndarray) -> np.ndarray:
-    """HWIO -> OIHW, [in, out] -> [out, in]; vectors as they are."""
+    """Transposes HWIO -> OIHW and [in, out] -> [out, in]; leaves vectors unchanged."""
     return array.transpose({4: (3, 2, 0, 1), 2: (1, 0)}.get(array.ndim, range(array.ndim)))
 
 

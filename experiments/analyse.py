@@ -1,12 +1,12 @@
-"""Look into trained networks: who fires, who agrees with the teacher, and where error falls.
+"""Examine trained networks: which neurons fire, where they agree with the teacher, and errors.
 
-Agreement by layer, channel and class; neurons that never or always fire; error by how well the
-activation pattern matches the teacher's; distance to the activation boundaries; distinct
-patterns. Of held-out images. Several networks are taken for seeds of one: tables and pictures
-show their mean and standard deviation.
+Measures, on held-out images: agreement by layer, channel and class; neurons that never or always
+fire; error by how well the activation pattern matches the teacher's; distance to the activation
+boundaries; the number of distinct patterns. Several networks must be seeds of one: tables and
+pictures show their mean and standard deviation.
 
 A network is a run's hash, an architecture whose weights the repository ships, or
-ARCHITECTURE=FILE. Its teacher is the one that taught the run, if it is shipped or among the runs.
+ARCHITECTURE=FILE. Its teacher is that of the run, if it is shipped or one of the workdir's runs.
 
 Examples:
   python -m experiments.analyse 3fa1b2c4d5e6 --dataset digits
@@ -15,12 +15,9 @@ Examples:
   python -m experiments.analyse wrn16-2=mine.npz --teacher wrn16-2
 """
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -28,13 +25,13 @@ import numpy as np
 import tyro
 from rich.console import Console
 
-from abflax import Dataset, Network, load
+from abflax import Network, load
 from abflax.data import DATASETS
 from abflax.errors import InputError, unknown
 from abflax.storage.files import write_whole
 from abflax.training.record import read_record, require_writable
 from experiments.analysis import figures
-from experiments.analysis.report import arrays, look, summarise, tables
+from experiments.analysis.report import arrays, examine_all, summarise, tables
 from experiments.common import cli
 from experiments.common.networks import architecture, find_teacher
 
@@ -45,14 +42,14 @@ class Arguments:
 
     Attributes:
       networks: runs, architectures or ARCHITECTURE=FILE.
-      dataset: left out: the run's, or cifar10.
+      dataset: name of the held-out images; left out: the run's, or cifar10.
       data_dir: folder of TensorFlow Datasets; left out: TFDS_DATA_DIR.
       teacher: architecture, or none; left out: the run's.
-      teacher_weights: file or run; left out: what the repository ships.
+      teacher_weights: file or run; left out: the weights that the repository ships.
       examples: how many held-out images; left out: all.
-      groups: of images, by agreement.
-      distance_images: images whose distances to the boundaries are measured; 0: none.
-      distance_neurons: neurons of each layer, drawn at random.
+      groups: how many groups of images, by agreement.
+      distance_images: how many images' distances to the boundaries are measured; 0: none.
+      distance_neurons: how many neurons of each layer these are measured for, drawn at random.
       workdir: where runs are, and pictures go.
       json: print the result as JSON, and no table.
     """
@@ -87,23 +84,29 @@ def main(console: Console) -> None:
         for name, record in zip(arguments.networks, records, strict=True)
     ]
     teacher = _teacher(arguments, records, dataset)
-    directory = arguments.workdir / "analysis" / _title(arguments.networks)
+    first, *others = arguments.networks
+    title = first.replace("=", "-").replace("/", "-") + f"-and-{len(others)}-more" * bool(others)
+    directory = arguments.workdir / "analysis" / title
     require_writable(directory)
     cli.cache_compilation(arguments.workdir)
     test = load(dataset, "test", arguments.data_dir)
-    if arguments.examples is not None:
-        test = _some(test, arguments.examples)
-    found = look(networks, teacher, test, arguments.distance_images, arguments.distance_neurons)
+    if (count := arguments.examples) is not None:
+        if not 1 <= count <= len(test):
+            raise InputError(f"--examples must be between 1 and {len(test)}, not {count}")
+        test = test.take(np.arange(count))
+    findings = examine_all(
+        networks, teacher, test, arguments.distance_images, arguments.distance_neurons
+    )
     summary = {
         "networks": [network.name for network in networks],
         "teacher": teacher.name if teacher is not None else None,
         "dataset": dataset,
-        **summarise(found, arguments.groups),
+        **summarise(findings, arguments.groups),
     }
     write_whole(directory / "analysis.json", (json.dumps(summary, indent=1) + "\n").encode())
-    named: dict[str, Any] = dict(arrays(found))
+    named: dict[str, Any] = dict(arrays(findings))
     np.savez_compressed(directory / "analysis.npz", **named)
-    pictures = figures.draw(found, summary, directory)
+    pictures = figures.draw(findings, summary, directory)
     if arguments.json:
         json.dump(summary, sys.stdout, indent=1)
         return
@@ -121,11 +124,11 @@ def _run(arguments: Arguments, name: str) -> Path:
 def _network(
     arguments: Arguments, name: str, record: dict[str, Any] | None, dataset: str
 ) -> Network:
-    """What one NETWORK argument stands for."""
+    """Loads the network that one argument names."""
     if record is not None:
         return find_teacher(record["config"]["student"], dataset, name, arguments.workdir)
     if (_run(arguments, name) / "config.json").exists():
-        raise InputError(f"run {name} is not finished; the command that began it goes on with it")
+        raise InputError(f"run {name} is not finished; the same command resumes it")
     architecture, _, weights = name.partition("=")
     return find_teacher(architecture, dataset, weights or None, arguments.workdir)
 
@@ -133,15 +136,15 @@ def _network(
 def _teacher(
     arguments: Arguments, records: list[dict[str, Any] | None], dataset: str
 ) -> Network | None:
-    """The teacher that was asked for, else the one that taught the runs, else none."""
+    """Loads the given teacher, or else that of the runs, or else none."""
     if arguments.teacher == "none":
         return None
     if arguments.teacher is not None:
         return find_teacher(
             arguments.teacher, dataset, arguments.teacher_weights, arguments.workdir
         )
-    taught = (record["config"]["teacher"] for record in records if record)
-    names = {str(teacher) for teacher in taught if teacher is not None}
+    teachers = {record["config"]["teacher"] for record in records if record}
+    names = {str(teacher) for teacher in teachers if teacher is not None}
     if not names:
         return None
     if len(names) > 1:
@@ -150,7 +153,7 @@ def _teacher(
         )
     (name,) = names
     model = architecture(name)
-    for weights in (arguments.teacher_weights, None, *_trained(arguments.workdir, model)):
+    for weights in (arguments.teacher_weights, None, *_runs_of(arguments.workdir, model)):
         try:
             network = find_teacher(model, dataset, weights, arguments.workdir)
         except InputError:
@@ -163,27 +166,14 @@ def _teacher(
     )
 
 
-def _trained(workdir: Path, architecture: str) -> list[str]:
-    """The finished runs that trained such a network."""
-    found = {path.parent.name: read_record(path) for path in workdir.glob("runs/*/record.json")}
+def _runs_of(workdir: Path, architecture: str) -> list[str]:
+    """The finished runs that trained a network of an architecture."""
+    records = {path.parent.name: read_record(path) for path in workdir.glob("runs/*/record.json")}
     return [
         name
-        for name, record in sorted(found.items())
+        for name, record in sorted(records.items())
         if record and record["config"]["student"] == architecture
     ]
-
-
-def _some(data: Dataset, examples: int) -> Dataset:
-    """The first of the held-out images."""
-    if not 1 <= examples <= len(data):
-        raise InputError(f"--examples must be between 1 and {len(data)}, not {examples}")
-    return data.take(np.arange(examples))
-
-
-def _title(networks: Sequence[str]) -> str:
-    """A folder's name."""
-    first = networks[0].replace("=", "-").replace("/", "-")
-    return first if len(networks) == 1 else f"{first}-and-{len(networks) - 1}-more"
 
 
 if __name__ == "__main__":

@@ -14,10 +14,7 @@ Examples:
       keep the measurements in experiments/records/bench and rebuild experiments/BENCH.md
 """
 
-from __future__ import annotations
-
 import dataclasses
-import functools
 import importlib.util
 import json
 import statistics
@@ -33,12 +30,11 @@ from abflax.errors import InputError, unknown
 from abflax.losses import neuron_selectivity
 from abflax.losses.nst import channel_patterns
 from abflax.methods import METHODS
-from abflax.storage.files import write_whole
-from abflax.training.record import environment
+from abflax.training.record import environment, write_record
 from experiments.benchmark import depthwise_work, scaling, whole
 from experiments.benchmark.jax_work import Bench
 from experiments.benchmark.report import PUBLISHED, page, section
-from experiments.benchmark.timing import Work, alternate, compiled, median_ratio, peak_flops
+from experiments.benchmark.timing import Work, alternate, compiled_work, median_ratio, peak_flops
 from experiments.common import cli
 
 Rows = list[dict[str, Any]]
@@ -78,31 +74,24 @@ class Arguments:
 
 def main(console: Console) -> None:
     """Runs the command."""
-    choices = {"sections": {name: _first_line(measure) for name, measure in SECTIONS.items()}}
-    arguments = cli.parse(Arguments, "experiments.bench", __doc__, choices)
+    first_lines = {name: str(measure.__doc__).split("\n")[0] for name, measure in SECTIONS.items()}
+    arguments = cli.parse(Arguments, "experiments.bench", __doc__, {"sections": first_lines})
     if arguments.batch < 1 or arguments.repetitions < 1:
         raise InputError("--batch and --repetitions must be at least 1")
     jax.config.update("jax_enable_compilation_cache", False)  # compile times are measured
     bench, sections = asked(arguments)
     dtype = jnp.bfloat16 if bench.precision == "bfloat16" else jnp.float32
+    setting = {name: getattr(bench, name) for name in ("teacher", "student", "batch", "precision")}
     found: dict[str, Any] = {
         "environment": environment(bench.devices) | {"torch": _torch_version()},
-        "setting": {
-            "teacher": bench.teacher,
-            "student": bench.student,
-            "batch": bench.batch,
-            "precision": bench.precision,
-            "repetitions": arguments.repetitions,
-        },
+        "setting": setting | {"repetitions": arguments.repetitions},
         "peak_flops": peak_flops(dtype),
         "sections": {},
     }
     for name, measure in sections.items():
         found["sections"][name] = measure(bench, arguments.repetitions)
         console.print(section(name, found), soft_wrap=True, markup=False)
-        text = (json.dumps(found, indent=1) + "\n").encode()
-        arguments.workdir.mkdir(parents=True, exist_ok=True)
-        write_whole(arguments.workdir / "bench.json", text)
+        write_record(arguments.workdir / "bench.json", found)
     if arguments.publish:
         console.print(f"{publish(found)}", soft_wrap=True)
 
@@ -124,11 +113,6 @@ def asked(arguments: Arguments) -> tuple[Bench, dict[str, Section]]:
     return bench, {name: SECTIONS[name] for name in wanted}
 
 
-def _first_line(measure: Section) -> str:
-    """The first line of a section's docstring."""
-    return (measure.__doc__ or "").partition("\n")[0]
-
-
 def publish(found: dict[str, Any]) -> Path:
     """Keeps the measurements of this device and setting, and rebuilds the page.
 
@@ -143,11 +127,9 @@ def publish(found: dict[str, Any]) -> Path:
         before = json.loads(path.read_text())
         if all(before[key] == found[key] for key in ("environment", "setting")):
             sections = before["sections"] | found["sections"]
-            order = [*SECTIONS, "whole"]
-            found = found | {
-                "sections": {name: sections[name] for name in order if name in sections}
-            }
-    write_whole(path, (json.dumps(found, indent=1) + "\n").encode())
+            order = [name for name in (*SECTIONS, "whole") if name in sections]
+            found = found | {"sections": {name: sections[name] for name in order}}
+    write_record(path, found)
     path = PUBLISHED.parent.parent / "BENCH.md"
     path.write_text(page([json.loads(each.read_text()) for each in sorted(PUBLISHED.glob("*"))]))
     return path
@@ -172,11 +154,17 @@ def steps(bench: Bench, repetitions: int) -> Rows:
 
         held_out = works["evaluate"].images
         theirs = torch_work.work(bench.teacher, bench.student, bench.batch, held_out)
-    rows = [_row(name, work, repetitions, theirs.get(name)) for name, work in works.items()]
+    pairs = [(name, work, theirs.get(name)) for name, work in works.items()]
     if theirs:
         name = "initialise, kept bits"
-        asking = _row(name, works[name], repetitions, theirs["initialise"])
-        rows.append(asking | {"name": f"{name}; PyTorch asks its teacher"})
+        pairs.append((f"{name}; PyTorch asks its teacher", works[name], theirs["initialise"]))
+    rows = []
+    for name, work, torch in pairs:
+        row, seconds, torch_seconds = _in_turn(name, work, torch, repetitions)
+        if torch is not None:
+            ratio = median_ratio(seconds, torch_seconds)
+            row |= {"torch_seconds": torch_seconds, "ratio": ratio}
+        rows.append(row)
     return rows
 
 
@@ -194,16 +182,13 @@ def methods(bench: Bench, repetitions: int) -> Rows:
     """One step of each phase of each method, in turn with a step of cross-entropy."""
     rows: Rows = []
     plain = dataclasses.replace(bench, method="cross-entropy")
-    cheapest = plain.train(plain.phases[0])
+    cheapest = plain.train(plain.phases[0]).run
     for method in METHODS:
         own = dataclasses.replace(bench, method=method)
         for phase in own.phases:
-            work = own.train(phase)
-            seconds = alternate({"own": work.run, "plain": cheapest.run}, repetitions)
-            rows.append(
-                _described(f"{method}: {phase.name}", work, seconds["own"])
-                | {"times_cross_entropy": median_ratio(seconds["plain"], seconds["own"])}
-            )
+            name, work = f"{method}: {phase.name}", own.train(phase)
+            row, seconds, others = _in_turn(name, work, cheapest, repetitions)
+            rows.append(row | {"times_cross_entropy": median_ratio(others, seconds)})
     return rows
 
 
@@ -222,12 +207,9 @@ def seeds(bench: Bench, repetitions: int) -> Rows:
         kinds.append((f"{VMAPPED} by jax.vmap", VMAPPED, bench.vmapped))
     for name, count, make in kinds:
         work = make(initialise, students=count)
-        seconds = alternate({"own": work.run, "one": one.run}, repetitions)
-        times = median_ratio(seconds["one"], seconds["own"]) * one.steps / work.steps
-        rows.append(
-            _described(name, work, seconds["own"])
-            | {"times_one": times, "share_each": times / count}
-        )
+        row, seconds, others = _in_turn(name, work, one.run, repetitions)
+        times = median_ratio(others, seconds) * one.steps / work.steps
+        rows.append(row | {"times_one": times, "share_each": times / count})
     unrolled = [row["times_one"] for row in rows[: len(STUDENTS)]]
     slope, shared, away = scaling.line(STUDENTS, unrolled)
     rows.append({
@@ -252,9 +234,7 @@ def nst(bench: Bench, repetitions: int) -> Rows:
     works = {}
     for name, loss in {"Gram matrices": neuron_selectivity, "full temporary": full}.items():
         gradient = jax.jit(jax.value_and_grad(lambda s, t, loss=loss: loss(s, t).sum()))
-        run, compiling, held = compiled(gradient, student, teacher)
-        once = functools.partial(lambda run: jax.block_until_ready(run(student, teacher)), run)
-        works[name] = Work(once, 32, 1, None, held, compiling)
+        works[name] = compiled_work(gradient, student, teacher, images=32)
     seconds = alternate({name: work.run for name, work in works.items()}, repetitions)
     return [_described(name, work, seconds[name]) for name, work in works.items()]
 
@@ -265,29 +245,19 @@ def depthwise(bench: Bench, repetitions: int) -> Rows:
     rows: Rows = []
     for name in depthwise_work.NETWORKS:
         own, theirs = (depthwise_work.train(name, by_slices) for by_slices in (True, False))
-        seconds = alternate({"own": own.run, "theirs": theirs.run}, repetitions)
-        rows.append(
-            _described(name, own, seconds["own"])
-            | {
-                "convolved_seconds": seconds["theirs"],
-                "convolved_bytes": theirs.bytes,
-                "times_convolved": median_ratio(seconds["own"], seconds["theirs"]),
-            }
-        )
+        row, seconds, others = _in_turn(name, own, theirs.run, repetitions)
+        row |= {"convolved_seconds": others, "convolved_bytes": theirs.bytes}
+        rows.append(row | {"times_convolved": median_ratio(seconds, others)})
     return rows
 
 
-def _row(
-    name: str, work: Work, repetitions: int, theirs: Callable[[], None] | None
-) -> dict[str, Any]:
-    """One piece of work, in turn with PyTorch's on as many images where there is one."""
-    both = {"own": work.run} | ({"torch": theirs} if theirs else {})
-    seconds = alternate(both, repetitions)
-    row = _described(name, work, seconds["own"])
-    if theirs:
-        ratio = median_ratio(seconds["own"], seconds["torch"])
-        row |= {"torch_seconds": seconds["torch"], "ratio": ratio}
-    return row
+def _in_turn(
+    name: str, work: Work, other: Callable[[], None] | None, repetitions: int
+) -> tuple[dict[str, Any], list[float], list[float]]:
+    """A row of some work in turn with the other, if there is one; the seconds of both."""
+    works = {"own": work.run} | ({"other": other} if other else {})
+    seconds = alternate(works, repetitions)
+    return _described(name, work, seconds["own"]), seconds["own"], seconds.get("other", [])
 
 
 def _described(name: str, work: Work, seconds: list[float]) -> dict[str, Any]:

@@ -20,8 +20,6 @@ and elsewhere, with nothing but JAX (and flatbuffers):
   logits = function.call(images)   # uint8 [batch, height, width, channels]
 """
 
-from __future__ import annotations
-
 import dataclasses
 import json
 from pathlib import Path

@@ -11,8 +11,6 @@ Examples:
   python -m experiments.quickstart --seeds 5 --workdir /tmp/abflax
 """
 
-from __future__ import annotations
-
 import dataclasses
 import time
 from typing import Any
@@ -58,10 +56,10 @@ def main(console: Console) -> None:
     began = time.perf_counter()
     require_writable(arguments.workdir)
     cli.cache_compilation(arguments.workdir)
-    train, test = load("digits", "train"), load("digits", "test")
+    train = load("digits", "train")
     reporter = cli.progress(arguments, console)
     common: dict[str, Any] = {
-        "test": test,
+        "test": load("digits", "test"),
         "protocol": "official",
         "workdir": arguments.workdir,
         "force": arguments.force,
@@ -80,11 +78,8 @@ def main(console: Console) -> None:
         }
     console.print(_table(records, teacher_run.record), soft_wrap=True)
     picture = arguments.workdir / "quickstart.png"
-    title = (
-        f"{STUDENT} taught by {TEACHER} on {100 * FRACTION:g} % of the digits"
-        f" ({len(arguments.seeds)} seeds, mean ± std)"
-    )
-    plots.curves(records, picture, title)
+    title = f"{STUDENT} taught by {TEACHER} on {100 * FRACTION:g} % of the digits"
+    plots.curves(records, picture, f"{title} ({len(arguments.seeds)} seeds, mean ± std)")
     seconds = time.perf_counter() - began
     console.print(f"picture: {picture}   total: {seconds:.0f} s", soft_wrap=True)
 
@@ -112,10 +107,9 @@ def _table(records: dict[str, list[dict[str, Any]]], teacher: dict[str, Any]) ->
         f"{percent(teacher['result']['test_error'])} % error\n"
         "layers: the share of held-out neurons that fire where the teacher's do"
     )
-    table = Table(title=title, title_justify="left", box=None, header_style="bold")
     layers = sorted(next(iter(records.values()))[0]["result"]["agreement"])
-    for column in ("method", "test error %", *(f"{layer} %" for layer in layers), "s"):
-        table.add_column(column, justify="left" if column == "method" else "right", no_wrap=True)
+    columns = ("method", "test error %", *(f"{layer} %" for layer in layers), "s")
+    table = cli.make_table(columns, title)
     for method, runs in records.items():
         results = [run["result"] for run in runs]
         table.add_row(

@@ -1,14 +1,12 @@
 """Rebuild experiments/RESULTS.md with its pictures, and the README's table, from the records.
 
-Nothing is typed by hand: a number stands there because a record under experiments/records says so.
+No number is typed by hand: all of them come from records under experiments/records.
 
 Examples:
   python -m experiments.results
   python -m experiments.results --add workdir
       copy the finished CIFAR-10 runs of a workdir into the records first
 """
-
-from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Mapping
@@ -35,7 +33,7 @@ class Arguments:
     """The command line.
 
     Attributes:
-      add: a workdir whose finished runs are copied first.
+      add: a workdir whose finished runs are copied into the records first.
     """
 
     add: Path | None = None
@@ -46,7 +44,7 @@ def main(console: Console) -> None:
     arguments = cli.parse(Arguments, "experiments.results", __doc__)
     if arguments.add:
         added, outdated = stored.new(stored.finished(arguments.add))
-        page(stored.committed() | added)  # raises where they do not go together
+        page(stored.committed() | added)  # raises if they do not belong in one table
         stored.add(added)
         ended, _ = stored.new(stored.diverged(arguments.add), stored.DIVERGED)
         stored.add(ended, stored.DIVERGED)
@@ -59,16 +57,16 @@ def main(console: Console) -> None:
     RESULTS.write_text(page(records, diverged))
     README.write_text(with_table(README.read_text(), overview(records, diverged)))
     FIGURES.mkdir(exist_ok=True)
-    for filled in begun(records, diverged):
+    for filled in tables_with_records(records, diverged):
         if filled.table.picture:
             figures.draw(filled, FIGURES / _picture(filled))
     console.print(f"{RESULTS} and {README}, from {len(records)} records", soft_wrap=True)
 
 
-def begun(
+def tables_with_records(
     records: Mapping[str, Record], diverged: Mapping[str, Record] | None = None
 ) -> Iterator[Filled]:
-    """The tables that have at least one record, filled."""
+    """Fills the tables that have at least one record."""
     for tables in TABLES.values():
         for table in tables.values():
             filled = fill(table, records, diverged=diverged)
@@ -77,7 +75,7 @@ def begun(
 
 
 def page(records: Mapping[str, Record], diverged: Mapping[str, Record] | None = None) -> str:
-    """The whole of RESULTS.md."""
+    """Writes RESULTS.md."""
     parts = [
         "# Results\n",
         "Rebuilt by `python -m experiments.results` from the records in `experiments/records`. "
@@ -89,19 +87,16 @@ def page(records: Mapping[str, Record], diverged: Mapping[str, Record] | None = 
         "is a single number, without deviation. Scales:\n",
         "\n".join(f"- `{name}`: {scale.summary}" for name, scale in SCALES.items()) + "\n",
     ]
-    for filled in begun(records, diverged):
+    for filled in tables_with_records(records, diverged):
         table = filled.table
-        parts += [
-            f"## Table {table.name}, scale {table.scale}: {table.title}\n",
-            markdown(filled),
-        ]
+        parts += [f"## Table {table.name}, scale {table.scale}: {table.title}\n", markdown(filled)]
         if table.picture:
             parts.append(f"![{table.title}]({FIGURES.name}/{_picture(filled)})\n")
     return "\n".join([*parts, effort(records)])
 
 
 def effort(records: Mapping[str, Record]) -> str:
-    """What each table takes at each scale, and how much of it is recorded."""
+    """Writes how many runs and steps each table takes, and how many runs are recorded."""
     lines = [
         "## What the tables take\n",
         "Runs of all seeds, and of teachers that are not shipped; what tables share counts in "
@@ -122,12 +117,12 @@ def effort(records: Mapping[str, Record]) -> str:
 
 
 def overview(records: Mapping[str, Record], diverged: Mapping[str, Record] | None = None) -> str:
-    """What the README shows."""
+    """Writes the table of the README."""
     return markdown(fill(EVERY_METHOD, records, diverged=diverged))
 
 
 def with_table(readme: str, table: str) -> str:
-    """The README with the table between its two markers."""
+    """Replaces the table between the two markers of the README."""
     before, rest = readme.split(_BEGIN)
     _, after = rest.split(_END)
     return f"{before}{_BEGIN}\n{table}{_END}{after}"

@@ -17,8 +17,6 @@ Examples:
 The same command again resumes where it stopped; a finished run is not trained twice.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import json
@@ -28,7 +26,6 @@ from typing import Annotated, Any, Literal
 
 import tyro
 from rich.console import Console
-from rich.table import Table
 
 from abflax import Network, Resources, RunConfig, Seeds, distill_group, evaluate, load
 from abflax.errors import InputError
@@ -76,21 +73,16 @@ class Arguments(cli.Arguments):
     json: bool = False
 
 
-def parse() -> Arguments:
-    """Reads the command line."""
-    descriptions = {name: METHODS.describe(name) for name in METHODS}
+def main(console: Console) -> None:
+    """Runs the command."""
+    methods = {name: METHODS.describe(name) for name in METHODS}
     choices = {
         "methods (they add up with +)": {
-            name: f"{about.summary} [{about.reference}]" for name, about in descriptions.items()
+            name: f"{method.summary} [{method.reference}]" for name, method in methods.items()
         },
         "protocols": {name: settings["cifar"].summary for name, settings in PROTOCOLS.items()},
     }
-    return cli.parse(Arguments, "experiments.run", __doc__, choices)
-
-
-def main(console: Console) -> None:
-    """Runs the command."""
-    arguments = parse()
+    arguments = cli.parse(Arguments, "experiments.run", __doc__, choices)
     if arguments.distributed is not None:
         cli.join_processes(arguments.distributed)
     cli.cache_compilation(arguments.workdir)
@@ -105,15 +97,14 @@ def train(arguments: Arguments, console: Console) -> None:
     config = arguments.config
     # Whatever can be wrong is checked before the data is read.
     make_student = MODELS[config.student]
-    teacher = _teacher(arguments)
-    data = load(config.dataset, "train", arguments.data_dir)
-    test = load(config.dataset, "test", arguments.data_dir)
+    named = config.teacher is not None or arguments.teacher_weights is not None
+    teacher = _teacher(arguments) if config.needs_teacher or named else None
+    data, test = (load(config.dataset, split, arguments.data_dir) for split in ("train", "test"))
     reporter = cli.progress(arguments, console)
+    first = arguments.seeds[0]
+    groups = [[Seeds.all(seed)] for seed in arguments.seeds]
     if arguments.same_batches:
-        first = arguments.seeds[0]
         groups = [[Seeds(seed, first, first, first) for seed in arguments.seeds]]
-    else:
-        groups = [[Seeds.all(seed)] for seed in arguments.seeds]
     run_group = functools.partial(
         distill_group, student=make_student(num_classes=data.num_classes), teacher=teacher,
         data=data, test=test, config=config, workdir=arguments.workdir, force=arguments.force,
@@ -142,7 +133,7 @@ def evaluate_network(arguments: Arguments, console: Console) -> None:
     config = arguments.config
     if config.student != Arguments.config.student:
         raise InputError("evaluate measures a teacher: give --teacher, and --teacher-weights")
-    network = _load_teacher(arguments)
+    network = _teacher(arguments)
     test = load(config.dataset, "test", arguments.data_dir)
     measured = evaluate(network, test, arguments.resources.devices)
     if arguments.json:
@@ -165,9 +156,7 @@ def list_runs(arguments: Arguments, console: Console) -> None:
     if not rows:
         console.print(f"no runs in {arguments.workdir}")
         return
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in rows[0]:
-        table.add_column(column, no_wrap=True)
+    table = cli.make_table(rows[0], left=len(rows[0]), pad_edge=False)
     for row in rows:
         table.add_row(*(str(value) for value in row.values()))
     console.print(table, soft_wrap=True)
@@ -195,15 +184,7 @@ def _row(path: Path) -> dict[str, Any]:
     }
 
 
-def _teacher(arguments: Arguments) -> Network | None:
-    """The teacher; None where the method needs none and no flag names one."""
-    config = arguments.config
-    if config.needs_teacher or config.teacher is not None or arguments.teacher_weights is not None:
-        return _load_teacher(arguments)
-    return None
-
-
-def _load_teacher(arguments: Arguments) -> Network:
+def _teacher(arguments: Arguments) -> Network:
     name, dataset = arguments.config.teacher or TEACHER, arguments.config.dataset
     return find_teacher(name, dataset, arguments.teacher_weights, arguments.workdir)
 

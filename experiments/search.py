@@ -13,18 +13,16 @@ Examples:
       for transfer learning, on photographs
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from abflax import BusyError, InputError, NonFiniteError, Result, RunConfig, distill_group
+from abflax import BusyError, InputError, RunConfig, distill_group
 from abflax.data import IMAGE_DATASETS, holdout
 from abflax.models import MODELS
 from abflax.storage.lock import Lock
@@ -33,7 +31,6 @@ from experiments.common import cli
 from experiments.common.networks import find_teacher, read, setting_of
 from experiments.common.stats import mean_and_std
 
-Record = dict[str, Any]
 Point = dict[str, Any]
 
 HELD_OUT, SPLIT_SEED = 0.1, 0
@@ -73,28 +70,40 @@ def main(console: Console) -> None:
         raise InputError("transfer weights must be above 0")
     if arguments.group < 1:
         raise InputError(f"--group must be at least 1, not {arguments.group}")
-    make_student, teacher_name = MODELS[config.student], str(config.teacher)
-    teacher = find_teacher(
-        teacher_name, config.dataset, arguments.teacher_weights, arguments.workdir
-    )
+    make_student, name = MODELS[config.student], str(config.teacher)
+    teacher = find_teacher(name, config.dataset, arguments.teacher_weights, arguments.workdir)
     data = read(config.dataset, "train", arguments.data_dir)
     fitted, validation = holdout(data, HELD_OUT, SPLIT_SEED)
     cli.cache_compilation(arguments.workdir)
     reporter = cli.progress(arguments, console)
-    run_group = functools.partial(
-        distill_group, student=make_student(num_classes=fitted.num_classes), teacher=teacher,
-        data=fitted, test=validation, config=config, workdir=arguments.workdir, reporter=reporter,
-    )  # fmt: skip
-    names = (config.method, config.protocol, config.dataset, teacher_name, config.student)
+    student = make_student(num_classes=fitted.num_classes)
+
+    def train(points: Sequence[Point], seed: int) -> None:
+        results = distill_group(
+            [{"transfer_weight": point["transfer_weight"]} for point in points], student=student,
+            teacher=teacher, data=fitted, test=validation, config=config, seeds=seed,
+            workdir=arguments.workdir, reporter=reporter,
+        )  # fmt: skip
+        for point, result in zip(points, results, strict=True):
+            point["records"].append(result.record)
+
+    names = (config.method, config.protocol, config.dataset, name, config.student)
     path = arguments.workdir / "search" / f"{'-'.join(names)}.json"
     require_writable(path.parent)
-    points: list[Point] = []
+    points: list[Point] = [
+        {"transfer_weight": weight, "records": [], "failure": None}
+        for weight in sorted(arguments.grid)
+    ]
     busy: list[BusyError] = []
     with Lock(path.with_suffix(".lock"), f"the search {path.stem}"), reporter.shown():
-        grid = sorted(arguments.grid)
-        for start in range(0, len(grid), arguments.group):
-            weights = grid[start : start + arguments.group]
-            points += try_weights(run_group, weights, arguments.seeds, busy)
+        for start in range(0, len(points), arguments.group):
+            group = points[start : start + arguments.group]
+            for seed in arguments.seeds:
+                for point, error in cli.attempt(functools.partial(train, seed=seed), group):
+                    if isinstance(error, BusyError):
+                        busy.append(error)
+                    else:
+                        point["failure"] = str(error)
         cli.require_all([record for point in points for record in point["records"]], busy)
         write_record(path, points)
     console.print(_table(points, config), soft_wrap=True)
@@ -119,58 +128,13 @@ def configure(arguments: Arguments) -> RunConfig:
     return config
 
 
-def try_weights(
-    run_group: Callable[..., list[Result]],
-    weights: Sequence[float],
-    seeds: Sequence[int],
-    busy: list[BusyError],
-) -> list[Point]:
-    """Trains a student for each weight and seed: the points of these weights.
-
-    A point that diverges has its error as its `failure`; where another process is training a run,
-    the error is added to `busy`.
-    """
-    points: list[Point] = [
-        {"transfer_weight": weight, "records": [], "failure": None} for weight in weights
-    ]
-    for seed in seeds:
-        for point, outcome in zip(points, attempt(run_group, weights, seed), strict=True):
-            if isinstance(outcome, NonFiniteError):
-                point["failure"] = str(outcome)
-            elif isinstance(outcome, BusyError):
-                busy.append(outcome)
-            else:
-                point["records"].append(outcome)
-    return points
-
-
-def attempt(
-    run_group: Callable[..., list[Result]], weights: Sequence[float], seed: int
-) -> list[Record | NonFiniteError | BusyError]:
-    """Trains a student for each weight, all in one program: their records.
-
-    If one fails, each is trained alone, which shows whose error it is; finished ones are not
-    trained again.
-    """
-    try:
-        results = run_group([{"transfer_weight": weight} for weight in weights], seeds=seed)
-        return [result.record for result in results]
-    except (BusyError, NonFiniteError) as error:
-        if len(weights) == 1:
-            return [error]
-    return [outcome for weight in weights for outcome in attempt(run_group, [weight], seed)]
-
-
 def best(points: list[Point]) -> float:
     """The transfer weight of the smallest mean validation error; points that failed lose."""
-    errors = {
-        point["transfer_weight"]: statistics.mean(_errors(point))
-        for point in points
-        if point["records"] and point["failure"] is None
-    }
-    if not errors:
+    finished = [point for point in points if point["records"] and point["failure"] is None]
+    if not finished:
         raise InputError("every point of the grid diverged: search smaller transfer weights")
-    return min(errors, key=lambda weight: errors[weight])
+    winner = min(finished, key=lambda point: statistics.mean(_errors(point)))
+    return winner["transfer_weight"]
 
 
 def _errors(point: Point) -> list[float]:
@@ -183,9 +147,7 @@ def _table(points: list[Point], config: RunConfig) -> Table:
         f"{100 * config.fraction:g} % of {config.dataset}, "
         f"{'+'.join(map(str, config.epochs))} epochs"
     )
-    table = Table(title=title, title_justify="left", box=None, header_style="bold")
-    table.add_column("transfer weight", justify="right")
-    table.add_column("error %", justify="right", no_wrap=True)
+    table = cli.make_table(("transfer weight", "error %"), title, left=0)
     winner = best(points)
     for point in points:
         shown = "diverged" if point["failure"] else mean_and_std(_errors(point))

@@ -8,24 +8,23 @@ Examples:
   python -m experiments.table 3 --seeds 5 --only 2/8
       the second of eight shares of the runs, for a job array on one workdir
   python -m experiments.table all --scale paper --steps 2
-      show that every cell starts: two steps of each phase, of which nothing is kept
+      show that every cell starts: make two steps of each phase, and save nothing
   python -m experiments.table 6,8 --scale small --group 4
       up to four runs of a seed in one program, with one forward pass of the teacher for all
   python -m experiments.table 6 --teacher-weights wrn22-4=teacher.safetensors
   python -m experiments.table 4,5 --teacher-weights resnet50=resnet50.pth
       transfer learning; --student-weights mobilenet-v1=FILE for the row of pre-trained students
 
-A run is named by its configuration: what is finished, here or among the committed records, is
-not run again, and the same command goes on where it stopped. A teacher that is neither given nor
-shipped is trained once, before its students; an ImageNet teacher must be given, and tables 4 and
-5 are not among "all". What another process is at, and students whose
-teacher is not trained yet, are left for the next call: the exit code is 75 then. Markdown and a
-picture of the whole table go to WORKDIR/tables.
+Runs that are finished, in the workdir or among the committed records, are not run again, and the
+same command resumes the others. A teacher that is neither given nor shipped is trained once, before
+its students. ImageNet teachers must be given; "all" leaves out tables 4 and 5. Runs that another
+process is training, and students whose teacher is not trained yet, are left for the next call, with
+exit code 75. Markdown and a picture of the whole table go to WORKDIR/tables.
 """
 
-from __future__ import annotations
-
 import dataclasses
+import functools
+import re
 from collections import ChainMap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -35,7 +34,6 @@ import tyro
 from rich.console import Console
 
 from abflax import Network, NonFiniteError, Resources, distill_group
-from abflax.config import RunConfig
 from abflax.errors import BusyError, InputError, unknown
 from abflax.models import MODELS
 from abflax.runtime.reporter import Reporter
@@ -63,30 +61,24 @@ from experiments.paper_tables.spec import Record, Table
 
 def read_share(text: str) -> tuple[int, int]:
     """Reads "2/8" as (2, 8)."""
-    parts = text.split("/")
-    if len(parts) == 2 and all(part.isdigit() for part in parts):
-        index, count = map(int, parts)
-        if 1 <= index <= count:
-            return index, count
-    raise ValueError(f"'{text}' is not K/N with 1 <= K <= N, such as 2/8")
+    parts = re.fullmatch(r"(\d+)/(\d+)", text)
+    if parts is None or not 1 <= int(parts[1]) <= int(parts[2]):
+        raise ValueError(f"'{text}' is not K/N with 1 <= K <= N, such as 2/8")
+    return int(parts[1]), int(parts[2])
 
 
-def read_weights(text: str) -> dict[str, str]:
-    """Reads "wrn22-4=FILE,…" as {"wrn22-4": "FILE", …}."""
-    pairs = [part.partition("=") for part in text.split(",")]
-    for name, _, file in pairs:
-        if not file:
-            raise ValueError(f"'{name}' is not NAME=FILE, such as wrn22-4=teacher.npz")
-    return {name: file for name, _, file in pairs}
+def read_weights(text: str) -> tuple[str, str]:
+    """Reads "wrn22-4=FILE" as ("wrn22-4", "FILE")."""
+    name, _, file = text.partition("=")
+    if not file:
+        raise ValueError(f"'{text}' is not NAME=FILE, such as wrn22-4=teacher.npz")
+    return name, file
 
 
 Share = Annotated[
     tuple[int, int], cli.text(read_share, "K/N", lambda share: "/".join(map(str, share)))
 ]
-Weights = Annotated[
-    dict[str, str],
-    cli.text(read_weights, "NAME=FILE,…", lambda files: ",".join(map("=".join, files.items()))),
-]
+Weights = Annotated[tuple[str, str], cli.text(read_weights, "NAME=FILE", "=".join)]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -96,18 +88,18 @@ class Arguments(cli.Arguments):
     Attributes:
       tables: number of a table, several such as 1,3, or all.
       scale: paper, medium or small.
-      rows: some of the rows, by their names.
-      columns: some of the columns.
-      methods: some of the methods.
-      seeds: how many, or a list such as 0,3; left out: what the scale says.
-      group: train up to N runs that see the same batches in one program.
-      only: a share of the runs.
+      rows: some of the rows, by their names; left out: all.
+      columns: some of the columns, by their names; left out: all.
+      methods: some of the methods; left out: all.
+      seeds: how many, or a list such as 0,3; left out: the number of the scale.
+      group: train up to this many runs that see the same batches in one program.
+      only: run a share of the runs.
       dry_run: print what would run, and run nothing.
-      steps: make K steps of every cell, and keep nothing.
-      teacher_weights: of teachers, files or runs.
-      student_weights: published weights that students begin with.
+      steps: make this many steps of every cell, and save nothing.
+      teacher_weights: file or run with a teacher's weights; may be given several times.
+      student_weights: published weights that a student starts with; may be given several times.
       data_dir: folder of TensorFlow Datasets; left out: TFDS_DATA_DIR.
-      resources: what changes the runs' speed.
+      resources: settings that change the runs' speed.
     """
 
     tables: Annotated[str, tyro.conf.Positional]
@@ -120,8 +112,8 @@ class Arguments(cli.Arguments):
     only: Share = (1, 1)
     dry_run: bool = False
     steps: int | None = None
-    teacher_weights: Weights = dataclasses.field(default_factory=dict)
-    student_weights: Weights = dataclasses.field(default_factory=dict)
+    teacher_weights: tyro.conf.UseAppendAction[tuple[Weights, ...]] = ()
+    student_weights: tyro.conf.UseAppendAction[tuple[Weights, ...]] = ()
     data_dir: str | None = None
     resources: Resources = Resources()
 
@@ -134,38 +126,31 @@ class Arguments(cli.Arguments):
             raise InputError("--dry-run and --steps are of runs alone: leave --group out")
 
 
-def parse() -> Arguments:
-    """Reads the command line."""
-    choices = {
-        "tables": _titles(),
-        "scales": {name: scale.summary for name, scale in SCALES.items()},
-    }
-    return cli.parse(Arguments, "experiments.table", __doc__, choices)
-
-
 def _titles() -> dict[str, str]:
-    """Of all tables, with the scale where there is but one."""
-    found: dict[str, str] = {}
+    """The titles of all tables, with the scale where there is only one."""
+    titles: dict[str, str] = {}
     for scale, tables in TABLES.items():
         for name, table in tables.items():
             alone = sum(name in other for other in TABLES.values()) == 1
-            found[name] = table.title + f" (scale {scale})" * alone
-    return found
+            titles[name] = table.title + f" (scale {scale})" * alone
+    return titles
 
 
 def main(console: Console) -> None:
     """Runs the command."""
-    arguments = parse()
+    scales = {name: scale.summary for name, scale in SCALES.items()}
+    choices = {"tables": _titles(), "scales": scales}
+    arguments = cli.parse(Arguments, "experiments.table", __doc__, choices)
     whole = find_tables(arguments.tables, arguments.scale)
     chosen = [table.select(arguments.rows, arguments.columns, arguments.methods) for table in whole]
     given = dict(arguments.teacher_weights)
-    given |= {pretrained(name): file for name, file in arguments.student_weights.items()}
+    given |= {pretrained(name): file for name, file in arguments.student_weights}
     require_used(given, chosen)
     seeds = arguments.seeds or range(SCALES[arguments.scale].seeds)
-    teachers = look_for_teachers(chosen, given, arguments.workdir, {})
-    there = {name for table in chosen for name in table.teachers
-             if name in given or is_shipped(name, table.run.dataset)}  # fmt: skip
-    groups = share(group_jobs(jobs(chosen, seeds, there), arguments.group), *arguments.only)
+    teachers = find_networks(chosen, given, arguments.workdir, {})
+    pairs = [(name, table.run.dataset) for table in chosen for name in table.teachers]
+    known = [name for name, dataset in pairs if name in given or is_shipped(name, dataset)]
+    groups = share(group_jobs(jobs(chosen, seeds, known), arguments.group), *arguments.only)
     mine = [job for group in groups for job in group]
     if arguments.steps is not None:
         cli.cache_compilation(arguments.workdir)
@@ -185,7 +170,7 @@ def main(console: Console) -> None:
         left, failures = run(mine, chosen, given, teachers, records, arguments, reporter)
     records = stored.committed() | stored.finished(arguments.workdir)
     diverged = stored.committed(stored.DIVERGED) | stored.diverged(arguments.workdir)
-    teachers = look_for_teachers(whole, given, arguments.workdir, teachers)
+    teachers = find_networks(whole, given, arguments.workdir, teachers)
     for table, part in zip(whole, chosen, strict=True):
         show(console, fill(part, records, _names(teachers), diverged))
         write(fill(table, records, _names(teachers), diverged), arguments.workdir / "tables")
@@ -205,12 +190,12 @@ def find_tables(names: str, scale: str) -> list[Table]:
         raise unknown("scale", scale, TABLES)
     known = TABLES[scale]
     every = [name for name, table in known.items() if table.teacher_run is not None]
-    wanted: dict[str, Table] = {}
+    tables: dict[str, Table] = {}
     for name in cli.read_names(names):
         if name not in known and name != "all":
             raise unknown("table", name, [*known, "all"])
-        wanted |= {each: known[each] for each in (every if name == "all" else [name])}
-    return list(wanted.values())
+        tables |= {key: known[key] for key in (every if name == "all" else [name])}
+    return list(tables.values())
 
 
 def require_used(given: Mapping[str, str], tables: Sequence[Table]) -> None:
@@ -221,34 +206,31 @@ def require_used(given: Mapping[str, str], tables: Sequence[Table]) -> None:
             raise unknown("teacher of these tables", name, known)
 
 
-def look_for_teachers(
-    tables: Sequence[Table], given: Mapping[str, str], workdir: Path, found: Mapping[str, Network]
+def find_networks(
+    tables: Sequence[Table], given: Mapping[str, str], workdir: Path, known: Mapping[str, Network]
 ) -> dict[str, Network]:
     """Finds teachers that are given, shipped or trained in the workdir, and students' weights.
 
     Args:
-      tables: whose networks are looked for.
+      tables: the tables that need them.
       given: architecture -> file or run; students' published weights are always given.
       workdir: where runs are.
-      found: those found before.
-
-    Returns:
-      Architecture -> network.
+      known: networks that were found before, which are in the result too.
     """
-    found = dict(found)
-    for name in {name for table in tables for name in table.given if name in given} - set(found):
+    networks = dict(known)
+    for name in {name for table in tables for name in table.given if name in given} - set(networks):
         load = load_network if architecture(name) == name else pretrained_backbone
-        found[name] = load(architecture(name), given[name])
+        networks[name] = load(architecture(name), given[name])
     for job in jobs(tables, ()):
         name, dataset = job.run.student, job.run.dataset
         trained = job.configuration({})
-        if name in found or trained is None:
+        if name in networks or trained is None:
             continue
         if name in given or is_shipped(name, dataset):
-            found[name] = find_teacher(name, dataset, given.get(name), workdir)
+            networks[name] = find_teacher(name, dataset, given.get(name), workdir)
         elif trained.hash in stored.finished(workdir):
-            found[name] = find_teacher(name, dataset, trained.hash, workdir)
-    return found
+            networks[name] = find_teacher(name, dataset, trained.hash, workdir)
+    return networks
 
 
 def run(
@@ -260,39 +242,31 @@ def run(
     arguments: Arguments,
     reporter: Reporter,
 ) -> tuple[list[tuple[Job, str]], list[str]]:
-    """Runs what is not finished.
-
-    Args:
-      mine: the jobs.
-      tables: those that they belong to.
-      given: architecture -> weights, see `look_for_teachers`.
-      teachers: those that are there; those that are trained here are added.
-      records: hash -> record, of what is finished.
-      arguments: of the command.
-      reporter: shows progress.
+    """Trains the runs that are not finished; adds the teachers that it trains to `teachers`.
 
     Returns:
-      (job, reason) for what was left to others or for later, and what went wrong.
+      (job, reason) for each job that was left, and the messages of runs that failed.
     """
     left: list[tuple[Job, str]] = []
     failures: list[str] = []
-    # A teacher's record is of no use without the weights, which a workdir has.
+    # A teacher's record is of no use without its weights, which only the workdir has.
     here = stored.finished(arguments.workdir)
 
     def is_left(job: Job) -> bool:
         config = job.configuration(_names(teachers))
         return config is None or config.hash not in (here if job.teaches else records)
 
+    train_jobs = functools.partial(train, teachers=teachers, arguments=arguments, reporter=reporter)
     for group in group_jobs([job for job in mine if is_left(job)], arguments.group):
         if None in (job.configuration(_names(teachers)) for job in group):
-            teachers |= look_for_teachers(tables, given, arguments.workdir, teachers)
+            teachers |= find_networks(tables, given, arguments.workdir, teachers)
         ready = []
         for job in filter(is_left, group):
             if job.configuration(_names(teachers)) is not None:
                 ready.append(job)
             else:
                 left.append((job, _lacking(job, tables, teachers)))
-        for job, error in attempt(ready, teachers, arguments, reporter):  # the others meanwhile
+        for job, error in cli.attempt(train_jobs, ready):
             if isinstance(error, BusyError):
                 left.append((job, str(error)))
             else:
@@ -301,34 +275,8 @@ def run(
     return left, failures
 
 
-def attempt(
-    group: Sequence[Job],
-    teachers: Mapping[str, Network],
-    arguments: Arguments,
-    reporter: Reporter,
-) -> list[tuple[Job, BusyError | NonFiniteError]]:
-    """Trains a group, and returns (job, error) for what went wrong.
-
-    After an error the jobs that are left are tried alone, which shows whose error it is.
-    """
-    if not group:
-        return []
-    try:
-        train(group, teachers, arguments, reporter)
-        return []
-    except (BusyError, NonFiniteError) as error:
-        if len(group) == 1:
-            return [(group[0], error)]
-    found = stored.finished(arguments.workdir)
-    left = [job for job in group if _configured(job, teachers).hash not in found]
-    return [wrong for job in left for wrong in attempt([job], teachers, arguments, reporter)]
-
-
 def train(
-    group: Sequence[Job],
-    teachers: Mapping[str, Network],
-    arguments: Arguments,
-    reporter: Reporter,
+    group: Sequence[Job], teachers: Mapping[str, Network], arguments: Arguments, reporter: Reporter
 ) -> None:
     """Trains the students of jobs with the same group key in one program."""
     run = group[0].run
@@ -348,11 +296,11 @@ def train(
 
 def _settings(job: Job, teachers: Mapping[str, Network], classes: int) -> dict[str, Any]:
     """The student of a job, and the settings it is trained with."""
-    config = _configured(job, teachers)
-    model = MODELS[architecture(job.run.student)](num_classes=classes)
-    student: Model | Network = model
-    if job.run.student in teachers and job.run.student != config.student:
-        student = dataclasses.replace(teachers[job.run.student], model=model)
+    config, name = job.configuration(_names(teachers)), job.run.student
+    assert config is not None  # its networks are known
+    student: Model | Network = (model := MODELS[architecture(name)](num_classes=classes))
+    if name in teachers and name != config.student:
+        student = dataclasses.replace(teachers[name], model=model)
     return {"student": student, **config.settings}
 
 
@@ -360,28 +308,23 @@ def _named(job: Job) -> str:
     return f"{job.label}, seed {job.seed}"
 
 
-def _configured(job: Job, teachers: Mapping[str, Network]) -> RunConfig:
-    config = job.configuration(_names(teachers))
-    assert config is not None  # its teacher is there
-    return config
-
-
-def _lacking(job: Job, tables: Sequence[Table], there: Mapping[str, Network]) -> str:
-    """Which network a run waits for."""
-    begins = architecture(job.run.student)
-    if begins != job.run.student and job.run.student not in there:
-        return f"the published weights of {begins} are not given (--student-weights {begins}=FILE)"
-    name = job.run.teacher
-    if any(name in table.given for table in tables):
-        return f"the published weights of {name} are not given (--teacher-weights {name}=FILE)"
-    return f"its teacher {name} is not trained yet"
+def _lacking(job: Job, tables: Sequence[Table], known: Mapping[str, Network]) -> str:
+    """Says which network a run waits for."""
+    name = architecture(job.run.student)
+    if name != job.run.student and job.run.student not in known:
+        return f"the published weights of {name} are not given (--student-weights {name}=FILE)"
+    teacher = job.run.teacher
+    if any(teacher in table.given for table in tables):
+        flag = f"--teacher-weights {teacher}=FILE"
+        return f"the published weights of {teacher} are not given ({flag})"
+    return f"its teacher {teacher} is not trained yet"
 
 
 def show(console: Console, filled: Filled) -> None:
     """Prints a table as Markdown."""
     table = filled.table
-    console.print(f"\n## Table {table.name}, scale {table.scale}: {table.title}\n", soft_wrap=True)
-    console.print(markdown(filled), soft_wrap=True, markup=False)
+    title = f"\n## Table {table.name}, scale {table.scale}: {table.title}\n"
+    console.print(title, markdown(filled), sep="\n", soft_wrap=True, markup=False)
 
 
 def write(filled: Filled, folder: Path) -> None:

@@ -18,12 +18,11 @@ Examples:
 The same command again resumes where it stopped; a finished run is not trained twice.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import json
 import sys
+from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -97,9 +96,8 @@ def main(console: Console) -> None:
     # Whatever can be wrong is checked before the images are read.
     runs = plan(arguments)
     teacher = load_teacher(arguments, runs)
-    name, backbone = arguments.config.student, None
-    if arguments.student_weights is not None:
-        backbone = pretrained_backbone(name, arguments.student_weights)
+    name, weights = arguments.config.student, arguments.student_weights
+    backbone = None if weights is None else pretrained_backbone(name, weights)
     cli.cache_compilation(arguments.workdir)
     train, test, notes = read(arguments)
     for note in (*notes, *too_few(train, read_counts(arguments.per_class))):
@@ -204,14 +202,12 @@ def _table(results: Sequence[Result], arguments: Arguments, train: ImageFiles) -
         f"{'+'.join(map(str, config.epochs))} epochs: test accuracy, %, "
         f"mean ± std of {len(arguments.seeds)}"
     )
-    table = Table(title=title, title_justify="left", box=None, header_style="bold")
-    table.add_column("images of a class")
-    for name in arguments.per_class:
-        table.add_column(name, justify="right", no_wrap=True)
-    correct: dict[tuple[Any, ...], list[float]] = {}
+    table = cli.make_table(("images of a class", *arguments.per_class), title)
+    correct: dict[tuple[Any, ...], list[float]] = defaultdict(list)
     for result in results:
-        key = (result.record["config"]["method"], result.record["config"]["per_class"])
-        correct.setdefault(key, []).append(1 - result.record["result"]["test_error"])
+        trained = result.record["config"]
+        accuracy = 1 - result.record["result"]["test_error"]
+        correct[trained["method"], trained["per_class"]].append(accuracy)
     counts = read_counts(arguments.per_class)
     for method in arguments.method:
         table.add_row(method, *(mean_and_std(correct[method, count]) for count in counts))

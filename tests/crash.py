@@ -35,7 +35,7 @@ from abflax.storage.files import write_whole
 from abflax.training.record import environment, read_record, write_record
 from experiments.common import cli
 from experiments.paper_tables.records import short
-from tests import several
+from tests import identity, several
 from tests.conftest import save_random_network
 
 HERE = Path(__file__).parent
@@ -273,6 +273,7 @@ once). Device: {origin["device"]}; jax {origin["jax"]}; commit \
 {short(origin["commit"])}.
 
 {several.section()}
+{identity.section()}
 {OTHERS}"""
 
 

@@ -40,7 +40,7 @@ TABLE = Table(
     examples=1297,
 )
 ROWS = ("cross-entropy", "kd", "attention", "activation-boundary")
-# Four methods at two lengths; Jacobian matching stands for a row that is never run.
+# Four methods at two lengths.
 GRID = dataclasses.replace(
     TABLE,
     rows=Axis("method", tuple(Point(name, {"method": name}) for name in ROWS)),
@@ -59,15 +59,17 @@ GRID = dataclasses.replace(
 
 
 def record(run, seed, error, teacher="wrn10-1:0123456789ab", **changes):
-    """A finished run's record, by hand: (hash, record)."""
+    """Makes a finished run's record by hand: (hash, record)."""
     teacher = teacher if run.teacher is not None else None
     config = dataclasses.replace(run, teacher=teacher, seeds=Seeds.all(seed))
     entry = {"phase": "initialise", "epoch": 1, "test_error": 0.9, "agreement": {"layer1": 0.875}}
     last = {"phase": "classify", "epoch": 2, "test_error": error, "agreement": {}}
-    made = {
+    values = {
         "schema": 1,
         "hash": config.hash,
         "config": config.as_json(),
+        "state": "finished",
+        "finished": "2026-01-01T00:00:00+00:00",
         "phases": [
             {"name": "initialise", "steps": 2, "seconds": 6.0},
             {"name": "classify", "steps": 2, "seconds": 2.0},
@@ -76,11 +78,11 @@ def record(run, seed, error, teacher="wrn10-1:0123456789ab", **changes):
         "result": {"test_error": error},
         "environment": {"device": "abacus", "commit": "0123456789abcdef+"},
     } | changes
-    return config.hash, made
+    return config.hash, values
 
 
 def run_of(table, row, column):
     """The run of a cell, by the labels."""
-    points = [next(p for p in axis if p.label == label)
-              for axis, label in ((table.rows, row), (table.columns, column))]  # fmt: skip
+    pairs = ((table.rows, row), (table.columns, column))
+    points = [next(point for point in axis if point.label == label) for axis, label in pairs]
     return table.configuration(*points)

@@ -1,4 +1,4 @@
-"""What the hidden neurons of trained networks do on held-out images, and how two networks match."""
+"""Measures hidden neurons of trained networks on held-out images, and how two networks agree."""
 
 from abflax.analysis.examine import Activity, Examination, Match, boundary_distances, examine
 from abflax.analysis.measures import (

@@ -1,10 +1,10 @@
-"""Networks run over held-out images, for what `measures` says of them."""
+"""Runs networks over held-out images and collects the measures of `measures`."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -24,21 +24,20 @@ from abflax.losses import activation_indicator
 from abflax.metrics import misclassified
 from abflax.models.checks import require_classes, require_fits, require_runs
 from abflax.models.network import Network, configure_model
-from abflax.taps import Model, run_model
-
-_BATCH = 250
+from abflax.taps import Model, run_model, tap_shapes
+from abflax.training.inputs import EVALUATION_BATCH
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Activity:
-    """What one network does on n examples.
+    """The predictions and the firing neurons of one network on n examples.
 
     Attributes:
-      wrong: booleans `[n]`.
+      wrong: whether the prediction is wrong, booleans `[n]`.
       predictions: the class of the largest logit, `[n]`.
       firing_rate: layer -> `[…, channels]`, the share of examples on which each neuron fires.
       patterns: layer -> the number of distinct activation patterns of that layer, at most n.
-      joint_patterns: the same of all layers together.
+      joint_patterns: the number of distinct patterns of all layers together.
     """
 
     wrong: np.ndarray
@@ -50,14 +49,14 @@ class Activity:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Match:
-    """Where two networks agree on one layer, on n examples.
+    """The agreement of two networks on one layer, on n examples.
 
     Attributes:
       by_neuron: `[…, channels]`, the share of examples on which the neuron's indicators agree.
-      by_channel: `[channels]`.
-      by_class: `[classes]`, NaN for a class without examples.
+      by_channel: `[channels]`, the mean over positions.
+      by_class: `[classes]`, the mean over each class's examples; NaN for a class without any.
       by_example: `[n]`, the share of neurons that agree.
-      agreement: the mean of any of them, weighted by what it stands for.
+      agreement: the share over all neurons and examples.
     """
 
     by_neuron: np.ndarray
@@ -69,12 +68,13 @@ class Match:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Examination:
-    """A network, its teacher if there is one, and how they match.
+    """The activity of a network and its teacher, and their agreement.
 
     Attributes:
-      student, teacher: see `Activity`.
-      match: layer -> `Match`, of the layers that both have with the same neurons.
-      unmatched: the layers of either that are left out, the teacher having other neurons there.
+      student: the network's activity.
+      teacher: the teacher's activity; None if there is no teacher.
+      match: layer -> `Match`, for layers with the same neurons in both networks.
+      unmatched: the layers of either network that `match` leaves out.
     """
 
     student: Activity
@@ -83,82 +83,80 @@ class Examination:
     unmatched: tuple[str, ...]
 
     def agreement_by_example(self) -> np.ndarray:
-        """`[n]`, each example's mean over the matched layers, each layer counting alike."""
+        """Computes each example's mean agreement over the matched layers, `[n]`.
+
+        Raises:
+          ValueError: if no layer is matched.
+        """
         if not self.match:
             raise InputError(
                 "there is no layer in which both networks have the same neurons, so there is no "
                 "agreement"
             )
-        return np.mean([each.by_example for each in self.match.values()], axis=0)
+        return np.mean([match.by_example for match in self.match.values()], axis=0)
 
 
 def examine(student: Network, data: Dataset, teacher: Network | None = None) -> Examination:
-    """Runs a network, and its teacher beside it, over held-out images in evaluation mode.
+    """Runs a network, and its teacher if there is one, over held-out images in evaluation mode.
 
-    Networks of different widths have no neurons in common, and the connectors that training used
-    are gone: such layers are left out and named in `unmatched`.
+    Layers of different width have no neurons in common, and the connectors of the training are
+    gone. Such layers are listed in `unmatched`.
 
     Raises:
       ValueError: if a network does not fit the data.
     """
-    networks = {"student": student} | ({"teacher": teacher} if teacher is not None else {})
-    models = {name: _checked(f"the {name}", each, data) for name, each in networks.items()}
-    weights = {name: dict(each.variables) for name, each in networks.items()}
-    run = _observe(tuple(models.values()), data.preprocessing)
-    found = [
-        _on_host(run(tuple(weights.values()), images, labels, valid), int(valid.sum()))
+    networks = (student,) if teacher is None else (student, teacher)
+    roles = ("the student", "the teacher")
+    models = tuple(_checked(roles[i], network, data) for i, network in enumerate(networks))
+    variables = tuple(dict(network.variables) for network in networks)
+    run = _observe(models, data.preprocessing)
+    batches = [
+        _on_host(run(variables, images, labels, valid), int(valid.sum()))
         for images, labels, valid in _batches(data)
     ]
-    activities = [
-        _activity([batch["networks"][index] for batch in found]) for index in range(len(models))
-    ]
+    by_network = zip(*(batch["networks"] for batch in batches), strict=True)
+    activities = [_activity(measures) for measures in by_network]
     match = {
-        layer: _match([batch["match"][layer] for batch in found], data)
-        for layer in found[0]["match"]
+        layer: _match([batch["match"][layer] for batch in batches], data)
+        for layer in batches[0]["match"]
     }
-    layers = {layer for each in activities for layer in each.firing_rate}
-    unmatched = sorted(layers - set(match)) if teacher is not None else []
-    return Examination(
-        activities[0], activities[1] if teacher is not None else None, match, tuple(unmatched)
-    )
+    if teacher is None:
+        return Examination(activities[0], None, match, ())
+    layers = {layer for activity in activities for layer in activity.firing_rate}
+    unmatched = tuple(sorted(layers - set(match)))
+    return Examination(activities[0], activities[1], match, unmatched)
 
 
 def boundary_distances(
-    network: Network,
-    data: Dataset,
-    layer: str,
-    *,
-    neurons: int | None = 64,
-    seed: int = 0,
+    network: Network, data: Dataset, layer: str, *, neurons: int | None = 64, seed: int = 0
 ) -> np.ndarray:
-    """Each image's distance to the activation boundaries of a layer's neurons, to first order.
+    """Estimates each image's distance to the activation boundaries of a layer's neurons.
 
-    Distances are Euclidean over the whole image, in the units of its stored pixels; see
-    `first_order_distance`. The minimum over a row is the distance to the nearest boundary: of
-    the layer if all neurons are taken, else of those taken, which bounds it from above.
+    Distances are Euclidean over the whole image, in the units of its stored pixels, and to first
+    order (see `first_order_distance`). The minimum over a row is the distance to the nearest
+    boundary of the chosen neurons. This is an upper bound of the layer's minimum.
 
     Args:
-      network: in evaluation mode.
+      network: the network, which runs in evaluation mode.
       data: the images.
-      layer: one of its taps.
-      neurons: how many, drawn at random; None: all, in order. Each costs a backward pass.
+      layer: one of the network's taps.
+      neurons: the number of neurons, drawn at random; None: all, in order. Each costs a backward
+        pass.
       seed: of the draw.
 
     Returns:
       `[examples, neurons]`.
+
+    Raises:
+      ValueError: if the network does not fit the data or has no such tap.
     """
     model = _checked("the network", network, data)
     variables = dict(network.variables)
     distance = _distance(model, data.preprocessing, layer)
-    images = next(_batches(data))[0]
-    taps = jax.eval_shape(
-        lambda v, x: run_model(model, v, x, train=False).taps,
-        variables,
-        jax.ShapeDtypeStruct(images.shape, jnp.result_type(float)),
-    )
-    if layer not in taps:
-        raise unknown("layer", layer, taps)
-    chosen = np.arange(np.prod(taps[layer].shape[1:]))
+    shapes = tap_shapes(model, variables, data.image_shape)
+    if layer not in shapes:
+        raise unknown("layer", layer, shapes)
+    chosen = np.arange(np.prod(shapes[layer]))
     if neurons is not None and neurons < len(chosen):
         chosen = np.random.default_rng(seed).choice(chosen, neurons, replace=False)
     return np.concatenate(
@@ -170,7 +168,7 @@ def boundary_distances(
 
 
 def _checked(what: str, network: Network, data: Dataset) -> Model:
-    """The model as it is run, once it is known to fit."""
+    """Checks that a network fits the data, and returns its configured model."""
     require_runs(what, network.model, data.image_shape, train=False, dropout=False)
     require_classes(what, network.model, data.image_shape, data.num_classes)
     require_fits(f"{what}'s weights", network.model, network.variables, data.image_shape)
@@ -178,8 +176,8 @@ def _checked(what: str, network: Network, data: Dataset) -> Model:
 
 
 def _batches(data: Dataset) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Images, labels, and which of them are no padding."""
-    size = min(_BATCH, len(data))
+    """Yields the images and labels of each batch, and a mask that is False for padding."""
+    size = min(EVALUATION_BATCH, len(data))
     for start in range(0, len(data), size):
         index = np.arange(start, start + size)
         valid = index < len(data)
@@ -189,10 +187,10 @@ def _batches(data: Dataset) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray
 
 @functools.lru_cache(maxsize=16)
 def _observe(models: tuple[Model, ...], preprocessing: Preprocessing) -> Any:
-    """Compiles the measurement of a batch: what each model's neurons do, and what matches.
+    """Compiles the measures of a batch: each model's firing neurons, and the agreement of two.
 
-    Returns a function of (variables of each model, images, labels, which are valid). Indicators
-    leave the device as bits.
+    Returns a function of (variables of each model, images, labels, mask). It returns indicators as
+    packed bits.
     """
 
     @jax.jit
@@ -204,52 +202,46 @@ def _observe(models: tuple[Model, ...], preprocessing: Preprocessing) -> Any:
         def count(booleans: jax.Array) -> jax.Array:
             return jnp.einsum("b...,b->...", booleans, valid, preferred_element_type=jnp.int32)
 
-        def see(model: Model, variables: Any) -> tuple[dict[str, Any], dict[str, jax.Array]]:
+        def measure(model: Model, variables: Any) -> tuple[dict[str, Any], dict[str, jax.Array]]:
             forward = run_model(model, variables, images, train=False)
-            fires = {name: activation_indicator(tap) for name, tap in forward.taps.items()}
-            flat = {name: each.reshape(len(images), -1) for name, each in fires.items()}
+            fires = {layer: activation_indicator(tap) for layer, tap in forward.taps.items()}
+            flat = {layer: array.reshape(len(images), -1) for layer, array in fires.items()}
             return {
                 "wrong": misclassified(forward.logits, labels),
                 "predictions": forward.logits.argmax(axis=-1),
-                "bits": {name: jnp.packbits(each, axis=1) for name, each in flat.items()},
-                "fired": {name: count(each) for name, each in fires.items()},
+                "bits": {layer: jnp.packbits(array, axis=1) for layer, array in flat.items()},
+                "fired": {layer: count(array) for layer, array in fires.items()},
             }, fires
 
-        seen, fires = zip(*map(see, models, variables), strict=True)
-        first, last = fires[0], fires[-1]
-        agrees = {
-            name: matching(first[name], last[name])
-            for name in first
-            if len(models) > 1 and name in last and first[name].shape == last[name].shape
-        }
-        match = {
-            name: {
-                "by_example": each.reshape(len(images), -1).mean(axis=1),
-                "agreed": count(each),
-            }
-            for name, each in agrees.items()
-        }
-        return {"networks": seen, "match": match}
+        measures, indicators = zip(*map(measure, models, variables), strict=True)
+        first, last = indicators[0], indicators[-1]
+        match = {}
+        for layer, fires in first.items():
+            if len(models) > 1 and layer in last and fires.shape == last[layer].shape:
+                agrees = matching(fires, last[layer])
+                by_example = agrees.reshape(len(images), -1).mean(axis=1)
+                match[layer] = {"by_example": by_example, "agreed": count(agrees)}
+        return {"networks": measures, "match": match}
 
     return observe
 
 
-def _on_host(found: dict[str, Any], count: int) -> dict[str, Any]:
-    """One batch without its padding, and its patterns as digests."""
-    found = jax.tree.map(np.asarray, found)
-    for each in (*found["networks"], *found["match"].values()):
+def _on_host(batch: dict[str, Any], count: int) -> dict[str, Any]:
+    """Copies the measures of a batch to the host, without padding and with patterns as digests."""
+    batch = jax.tree.map(np.asarray, batch)
+    for measures in (*batch["networks"], *batch["match"].values()):
         for name in ("wrong", "predictions", "by_example"):
-            if name in each:
-                each[name] = each[name][:count]
-    for each in found["networks"]:
-        bits = each.pop("bits")
-        each["digests"] = {name: pattern_digests(rows[:count]) for name, rows in bits.items()}
-    return found
+            if name in measures:
+                measures[name] = measures[name][:count]
+    for measures in batch["networks"]:
+        bits = measures.pop("bits")
+        measures["digests"] = {layer: pattern_digests(rows[:count]) for layer, rows in bits.items()}
+    return batch
 
 
 @functools.lru_cache(maxsize=64)
 def _distance(model: Model, preprocessing: Preprocessing, layer: str) -> Any:
-    """(variables, images, index of a neuron) -> `[batch]`."""
+    """Compiles the distance: (variables, images, index of a neuron) -> `[batch]`."""
 
     @jax.jit
     def distance(variables: Any, images: jax.Array, neuron: jax.Array) -> jax.Array:
@@ -257,14 +249,14 @@ def _distance(model: Model, preprocessing: Preprocessing, layer: str) -> Any:
             forward = run_model(model, variables, normalize(images, preprocessing), train=False)
             return forward.taps[layer].reshape(len(images), -1)[:, neuron]
 
-        # In evaluation mode an example depends on no other, so one pass has all gradients.
+        # In evaluation mode examples are independent, so one pass gives all gradients.
         values, pullback = jax.vjp(value, images.astype(jnp.result_type(float)))
         return first_order_distance(values, *pullback(jnp.ones_like(values)))
 
     return distance
 
 
-def _activity(batches: list[dict[str, Any]]) -> Activity:
+def _activity(batches: Sequence[dict[str, Any]]) -> Activity:
     wrong = np.concatenate([batch["wrong"] for batch in batches])
     layers = batches[0]["fired"]
     digests = {
@@ -277,7 +269,7 @@ def _activity(batches: list[dict[str, Any]]) -> Activity:
         firing_rate={
             layer: sum(batch["fired"][layer] for batch in batches) / len(wrong) for layer in layers
         },
-        patterns={layer: len(set(found)) for layer, found in digests.items()},
+        patterns={layer: len(set(patterns)) for layer, patterns in digests.items()},
         joint_patterns=len(set(zip(*digests.values(), strict=True))),
     )
 

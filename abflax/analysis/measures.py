@@ -1,7 +1,7 @@
-"""Pure functions of arrays: who fires where, and what that has to do with error.
+"""Relates activation patterns to errors, by pure functions of arrays.
 
-A neuron is one entry of a tap beside the batch: of a map `[batch, height, width, channels]`, each
-channel at each position.
+A neuron is one entry of a tap: in a map `[batch, height, width, channels]`, each channel at each
+position is a neuron.
 """
 
 from __future__ import annotations
@@ -13,30 +13,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from abflax.errors import InputError, require_same_shape
-from abflax.losses import activation_indicator
+from abflax.errors import InputError
+from abflax.losses.activation import indicators_agree
 
 
 def matching(student: jax.Array, teacher: jax.Array) -> jax.Array:
-    """ρ(T) = ρ(S), neuron by neuron; its mean is `abflax.metrics.activation_agreement`.
+    """Computes ρ(T) = ρ(S), elementwise.
 
-    Args:
-      student: pre-activations or booleans, of any shape.
-      teacher: the same shape.
-
-    Returns:
-      Booleans of that shape.
+    Both arguments are pre-activations or booleans, of the same shape; the result is boolean. Its
+    mean is `abflax.metrics.activation_agreement`.
 
     Raises:
       ValueError: if the shapes differ.
     """
-    student, teacher = jnp.asarray(student), jnp.asarray(teacher)
-    require_same_shape("matching", student, teacher)
-    return activation_indicator(student) == activation_indicator(teacher)
+    return indicators_agree("matching", student, teacher)
 
 
 def by_channel(per_neuron: np.ndarray) -> np.ndarray:
-    """The mean over positions, `[…, channels]` -> `[channels]`."""
+    """Averages over positions, `[…, channels]` -> `[channels]`."""
     per_neuron = np.asarray(per_neuron)
     return per_neuron.mean(axis=tuple(range(per_neuron.ndim - 1)))
 
@@ -44,7 +38,7 @@ def by_channel(per_neuron: np.ndarray) -> np.ndarray:
 def by_class(per_example: np.ndarray, labels: np.ndarray, num_classes: int) -> np.ndarray:
     """Averages over each class's examples, `[examples]` -> `[num_classes]`.
 
-    A class without examples has NaN.
+    The average of a class without examples is NaN.
 
     Raises:
       ValueError: if there is not one label for each example.
@@ -57,10 +51,16 @@ def by_class(per_example: np.ndarray, labels: np.ndarray, num_classes: int) -> n
 
 
 def dead_neurons(firing_rate: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Which neurons never fire, and which always do: booleans of the rate's shape.
+    """Finds the neurons that never fire, and those that always fire.
 
-    On ReLU networks the first contribute nothing, the second are linear; neither has a boundary
-    among the images.
+    In a ReLU network the former contribute nothing and the latter are linear. Neither has a
+    boundary among the images.
+
+    Args:
+      firing_rate: the share of examples on which each neuron fires.
+
+    Returns:
+      Two boolean arrays of the shape of `firing_rate`.
     """
     firing_rate = np.asarray(firing_rate)
     return firing_rate == 0, firing_rate == 1
@@ -68,12 +68,12 @@ def dead_neurons(firing_rate: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ErrorSplit:
-    """Examples in groups of rising agreement, `[groups]` each.
+    """The error in groups of examples with increasing agreement; arrays `[groups]`.
 
     Attributes:
-      agreement: the group's mean agreement.
-      examples: how many there are.
-      error: the share of them that is wrong.
+      agreement: the mean agreement of each group.
+      examples: the number of examples.
+      error: the share p of wrong predictions.
       standard_error: of that share, √(p(1−p)/examples).
     """
 
@@ -84,17 +84,17 @@ class ErrorSplit:
 
 
 def error_by_agreement(agreement: np.ndarray, wrong: np.ndarray, groups: int = 5) -> ErrorSplit:
-    """How error splits by quantiles of agreement.
+    """Computes the error by quantiles of agreement.
 
-    The examples are sorted by their agreement (ties stay in order) and cut into groups whose
-    sizes differ by one at most: the first holds those on which the activation patterns match
-    worst, the last those on which they match best. It is a description and no cause: images that
-    are hard for any network may be both; so the teacher's error belongs beside the student's.
+    The examples are sorted by agreement (ties stay in order) and cut into groups whose sizes
+    differ by at most one. The first group has the lowest agreement, the last the highest.
+    A correlation does not show a cause: on images that are hard for any network both the error may
+    be high and the agreement low. So compare with the teacher's error.
 
     Args:
       agreement: `[examples]`, each example's share of matching neurons.
       wrong: booleans `[examples]`.
-      groups: how many.
+      groups: the number of groups.
 
     Raises:
       ValueError: if the shapes differ, or there are fewer examples than groups.
@@ -115,14 +115,14 @@ def error_by_agreement(agreement: np.ndarray, wrong: np.ndarray, groups: int = 5
 
 
 def first_order_distance(values: jax.Array, gradients: jax.Array) -> jax.Array:
-    """|s| / ‖∂s/∂x‖₂: how far the image is from the neuron's boundary s = 0, to first order.
+    """Computes |s| / ‖∂s/∂x‖₂, the image's distance to the boundary s = 0, to first order.
 
-    A ReLU network is linear between boundaries, so the distance is exact wherever the way to the
-    boundary crosses none of the layers before; otherwise it is an estimate that may err to either
-    side. A neuron that depends on nothing is infinitely far (0/0 included).
+    A ReLU network is linear between boundaries. So the distance is exact if the path to the
+    boundary crosses no boundary of the layers before; else it may be too large or too small. The
+    distance is infinite where the gradient is zero.
 
     Args:
-      values: s, `[batch]`.
+      values: the pre-activations s of one neuron, `[batch]`.
       gradients: ∂s/∂x, `[batch, …]`.
 
     Returns:
@@ -134,12 +134,10 @@ def first_order_distance(values: jax.Array, gradients: jax.Array) -> jax.Array:
 
 
 def pattern_digests(bits: np.ndarray) -> list[bytes]:
-    """Computes sixteen bytes that identify each example's activation pattern.
+    """Computes sixteen bytes that identify each example's activation pattern, a row of bits.
 
-    Two of 2¹⁴ different patterns have the same bytes with probability 2⁻¹⁰¹.
-
-    Args:
-      bits: `[batch, …]`, booleans, or bytes from `np.packbits`.
+    The bits are booleans `[batch, …]`, or bytes from `np.packbits`. Two of 2¹⁴ different patterns
+    have the same bytes with probability 2⁻¹⁰¹.
     """
     rows = np.ascontiguousarray(bits).reshape(len(bits), -1)
     return [hashlib.blake2b(row.tobytes(), digest_size=16).digest() for row in rows]

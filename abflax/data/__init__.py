@@ -1,7 +1,7 @@
-"""Data sets, in memory or as photographs on the disk, their subsets, order and augmentation.
+"""Loads data sets, in memory or as image files on disk; selects, orders and augments examples.
 
-`DATASETS` maps a name to a function (split, data directory or None) -> `Dataset`; `PHOTOGRAPHS`
-maps a name to what prepares the photographs that `load_photographs` reads.
+`DATASETS` maps a name to a function (split, data directory or None) -> `Dataset`.
+`IMAGE_DATASETS` maps a name to the function that prepares the data for `load_image_files`.
 """
 
 from abflax.data.augmentation import Preprocessing, augment, draw_views, normalize, view

@@ -1,4 +1,4 @@
-"""Augmentation and normalisation on the device; pure functions of images and keys."""
+"""Augments and normalizes images on the device, by pure functions of images and keys."""
 
 from __future__ import annotations
 
@@ -12,16 +12,17 @@ from abflax.errors import InputError, require_field_types
 
 @dataclasses.dataclass(frozen=True)
 class Preprocessing:
-    """What a data set's images go through before a network sees them.
+    """The normalization and augmentation of a data set's images.
 
     Attributes:
-      mean, std: per channel (or one for all), in the units of the stored pixels.
-      pad: reflect-padding before a random crop back to the original size, in pixels.
+      mean: per channel (or one for all), in the units of the stored pixels.
+      std: the standard deviation, likewise.
+      pad: reflection padding before a random crop back to the original size, in pixels.
       flip: whether half of the images are mirrored left to right.
-      views: how many of its crops and flips an image ever shows; None: all of them.
+      views: how many of its crops and flips each image uses; None: all of them.
 
     Raises:
-      ValueError: if there are fewer views than that.
+      ValueError: if a value is out of range, or there are fewer crops and flips than `views`.
     """
 
     mean: tuple[float, ...] = (0.0,)
@@ -42,29 +43,25 @@ class Preprocessing:
 
     @property
     def all_views(self) -> int:
-        """(2·pad + 1)² crops, each mirrored or not if `flip`."""
+        """The number of crops and flips of an image: (2·pad + 1)², and twice that if `flip`."""
         return (2 * self.pad + 1) ** 2 * (1 + self.flip)
 
     def require_fits(self, image_shape: tuple[int, ...]) -> None:
-        """Raises `InputError` where it is not for images of that shape."""
+        """Raises `InputError` if images of that shape cannot be preprocessed."""
         height, width, channels = image_shape
-        for name in ("mean", "std"):
-            if len(getattr(self, name)) not in (1, channels):
-                raise InputError(
-                    f"{name} has {len(getattr(self, name))} entries for {channels} channels"
-                )
+        for name, values in (("mean", self.mean), ("std", self.std)):
+            if len(values) not in (1, channels):
+                raise InputError(f"{name} has {len(values)} entries for {channels} channels")
         if self.pad >= min(height, width):
             raise InputError(
-                f"images of {height}×{width} cannot be padded by {self.pad} in reflection"
+                f"images of {height}×{width} are too small for reflection padding by {self.pad}"
             )
 
 
 def normalize(images: jax.Array, preprocessing: Preprocessing) -> jax.Array:
-    """(pixel − mean) / std, in the default floating dtype: float32, or float64 under x64.
+    """Computes (pixel − mean) / std of images `[..., height, width, channels]` of any dtype.
 
-    Args:
-      images: `[..., height, width, channels]`, of any dtype.
-      preprocessing: `mean` and `std` broadcast over the channels.
+    The result has the default floating dtype: float32, or float64 under x64.
     """
     dtype = jnp.result_type(float)
     mean = jnp.asarray(preprocessing.mean, dtype)
@@ -78,14 +75,14 @@ def augment(
     key: jax.Array,
     preprocessing: Preprocessing,
 ) -> jax.Array:
-    """Random crop and flip, keyed by (key, epoch, example) and by nothing else.
+    """Crops and flips images at random, as a function of (key, epoch, example) alone.
 
-    So the number of devices, and what else is in the batch, change nothing.
+    The result does not depend on the number of devices or on the other images of the batch.
 
     Args:
       images: `[batch, height, width, channels]`.
       examples: `[batch]`, each image's index in the data set.
-      epochs: `[batch]`, which pass over the data it is.
+      epochs: `[batch]`, each image's epoch.
       key: the run's augmentation key.
       preprocessing: `pad`, `flip` and `views`.
 
@@ -96,20 +93,20 @@ def augment(
         chosen = draw_views(examples, epochs, key, preprocessing.views)
         return view(images, examples, chosen, preprocessing)
     limits = jnp.array(_limits(preprocessing), jnp.int32)
-
-    def corner(example: jax.Array, epoch: jax.Array) -> jax.Array:
-        own = jax.random.fold_in(jax.random.fold_in(key, epoch), example)
-        return jax.random.randint(own, (3,), 0, limits, jnp.int32)
-
-    return _crop(images, jax.vmap(corner)(examples, epochs), preprocessing)
+    return _crop(images, draw_views(examples, epochs, key, limits), preprocessing)
 
 
-def draw_views(examples: jax.Array, epochs: jax.Array, key: jax.Array, views: int) -> jax.Array:
-    """Which of its views each example shows, `[batch]` in [0, views); arguments as `augment`'s."""
+def draw_views(
+    examples: jax.Array, epochs: jax.Array, key: jax.Array, views: int | jax.Array
+) -> jax.Array:
+    """Draws a view of each example, `[batch]` in [0, views); the arguments are as for `augment`.
+
+    If `views` is an array, there is a number below each of its entries: `[batch, entries]`.
+    """
 
     def one(example: jax.Array, epoch: jax.Array) -> jax.Array:
         own = jax.random.fold_in(jax.random.fold_in(key, epoch), example)
-        return jax.random.randint(own, (), 0, views, jnp.int32)
+        return jax.random.randint(own, jnp.shape(views), 0, views, jnp.int32)
 
     return jax.vmap(one)(examples, epochs)
 
@@ -117,16 +114,19 @@ def draw_views(examples: jax.Array, epochs: jax.Array, key: jax.Array, views: in
 def view(
     images: jax.Array, examples: jax.Array, chosen: jax.Array, preprocessing: Preprocessing
 ) -> jax.Array:
-    """The chosen views of some images.
+    """Crops and flips images to the chosen views.
 
-    View v of an example is the v-th of a random order of all its crops and flips that depends on
-    the example alone, so every run, whatever its seed, has the same ones.
+    The views of an example are its crops and flips in a random order. The order depends on the
+    example alone, so runs with different seeds have the same views.
 
     Args:
       images: `[batch, height, width, channels]`.
       examples: `[batch]`, each image's index in the data set.
       chosen: `[batch]`, the number of the view.
-      preprocessing: `pad` and `flip`.
+      preprocessing: its `pad` and `flip` are used.
+
+    Returns:
+      Images of the same shape and dtype.
     """
     limits = _limits(preprocessing)
 
@@ -140,18 +140,18 @@ def view(
 
 
 def _limits(preprocessing: Preprocessing) -> tuple[int, int, int]:
-    """How many rows, columns and mirrorings there are."""
-    places = 2 * preprocessing.pad + 1
-    return places, places, 1 + preprocessing.flip
+    """Returns the number of rows, columns and mirrorings of the crops."""
+    positions = 2 * preprocessing.pad + 1
+    return positions, positions, 1 + preprocessing.flip
 
 
 def _crop(images: jax.Array, corners: jax.Array, preprocessing: Preprocessing) -> jax.Array:
-    """Each padded image from its (row, column), mirrored where the third number says so."""
+    """Crops each padded image at its (row, column); mirrors it if the third number is 1."""
     pad = preprocessing.pad
     if not pad and not preprocessing.flip:
         return images
-    around = [(0, 0), (pad, pad), (pad, pad), (0, 0)]
-    padded = jnp.pad(images, around, mode="reflect") if pad else images
+    padding = [(0, 0), (pad, pad), (pad, pad), (0, 0)]
+    padded = jnp.pad(images, padding, mode="reflect") if pad else images
 
     def one(image: jax.Array, corner: jax.Array) -> jax.Array:
         row, column, mirrored = corner

@@ -1,19 +1,18 @@
-"""Processes that decode images into memory that they share with this one, ahead of who trains.
+"""Decodes images ahead of training, in processes that share memory with this process.
 
-They are started as scripts and not forked, since JAX has threads, nor spawned by
-`multiprocessing`, which would import the main module, JAX and all, in each of them. The tasks go
-round: a batch is shared out among all processes, which answer in the order in which they were
-asked, so that nothing depends on who is quicker. When this process ends, however it ends, their
-connections close and they end as well.
+The processes run `decoding.py` as a script. Forking is unsafe with JAX's threads, and
+`multiprocessing` would import the main module, with JAX, in each of them. Every process decodes a
+part of each batch and answers in the order of its requests, so the result does not depend on their
+speed. When this process ends, their connections close and they end too.
 
-Grain 0.2.18 with the same crops costs as much CPU an image, here and there, but its processes
-import the main module: two of them took 13 s of CPU and 270 MB each before the first batch, where
-these take less than 1 s and 25 MB.
+Grain 0.2.18 with the same crops needs as much CPU time per image, but its processes import the main
+module: two of them took 13 s of CPU and 270 MB each before the first batch. These take less than
+1 s and 25 MB.
 """
 
 from __future__ import annotations
 
-import itertools
+import dataclasses
 import math
 import mmap
 import os
@@ -37,165 +36,154 @@ _MOST_PROCESSES = 16  # by default
 
 
 class Decoders:
-    """A number of decoding processes.
+    """A pool of decoding processes.
 
     Args:
-      slots: images that the shared memory holds, `[slots, side, side, 3]`.
+      slots: the number of images in the shared memory.
       side: of the crops, in pixels.
-      workers: how many processes; None: one for each core, 16 at most.
+      workers: the number of processes; None: one per core, at most 16.
 
     Raises:
-      ValueError: if there are to be none.
+      ValueError: if `workers` is below 1.
 
     Attributes:
-      memory: the shared memory.
+      memory: the shared memory, `[slots, side, side, 3]`.
       decoded: how many tasks each process has performed.
     """
 
     def __init__(self, slots: int, side: int, workers: int | None = None) -> None:
-        count = min(default_workers(), _MOST_PROCESSES) if workers is None else workers
+        count = workers if workers is not None else min(_available_cores(), _MOST_PROCESSES)
         if count < 1:
             raise InputError(f"workers must be at least 1, not {count}")
         shape = (slots, side, side, 3)
         size = max(1, math.prod(shape))
-        # Of no name, so that nothing is left over, and not in /dev/shm, which may be small.
+        # A file without a name needs no cleanup. /dev/shm may be too small.
         descriptor = os.memfd_create("images") if hasattr(os, "memfd_create") else _unnamed_file()
         os.ftruncate(descriptor, size)
         self.memory: np.ndarray = np.ndarray(shape, np.uint8, mmap.mmap(descriptor, size))
         self.decoded = [0] * count
         self._processes: list[subprocess.Popen[bytes]] = []
         self._connections: list[Connection] = []
-        self._asked: list[deque[PendingBatch]] = [deque() for _ in range(count)]
+        self._pending: list[deque[PendingBatch]] = [deque() for _ in range(count)]
         for _ in range(count):
             ours, theirs = Pipe()
-            command = [sys.executable, "-P", decoding.__file__, theirs.fileno(), descriptor]
-            self._processes.append(
-                subprocess.Popen(
-                    [*map(str, command), str(slots), str(side)],
-                    pass_fds=(theirs.fileno(), descriptor),
-                    stdin=subprocess.DEVNULL,
-                )
-            )
+            files = (theirs.fileno(), descriptor)
+            command = map(str, (sys.executable, "-P", decoding.__file__, *files, slots, side))
+            process = subprocess.Popen([*command], pass_fds=files, stdin=subprocess.DEVNULL)
+            self._processes.append(process)
             theirs.close()
             self._connections.append(ours)
         os.close(descriptor)
 
     def ask(self, tasks: Sequence[Task]) -> PendingBatch:
-        """Shares tasks out among the processes, and returns at once."""
+        """Distributes tasks over the processes, without waiting for results."""
         count = len(self._connections)
-        ticket = PendingBatch(list(tasks))
+        batch = PendingBatch(list(tasks), [(False, None)] * len(tasks), [])
         for index, connection in enumerate(self._connections):
-            if part := ticket.tasks[index::count]:
-                while self._asked[index] and connection.poll():  # it waits, once its answers fill
-                    self._take(index)  # the connection, and so would what is sent to it now
-                ticket.waiting.append(index)
-                self._asked[index].append(ticket)
+            if part := batch.tasks[index::count]:
+                # A process blocks once its unread answers fill the connection, and `send` would
+                # block then too. So its answers are read first.
+                while self._pending[index] and connection.poll():
+                    self._receive(index)
+                batch.waiting.append(index)
+                self._pending[index].append(batch)
                 try:
                     connection.send(part)
                 except OSError:
-                    self._gone(index)
-        return ticket
+                    self._raise_ended(index)
+        return batch
 
-    def wait(self, ticket: PendingBatch) -> list[tuple[bool, Any]]:
-        """What became of each task (see `decoding.perform`)."""
-        while ticket.waiting:
-            self._take(ticket.waiting[0])
-        return ticket.found
+    def wait(self, batch: PendingBatch) -> list[tuple[bool, Any]]:
+        """Waits for a batch and returns the result of each task (see `decoding.perform`)."""
+        while batch.waiting:
+            self._receive(batch.waiting[0])
+        return batch.results
 
-    def _take(self, index: int) -> None:
-        """The next answer of a process."""
+    def _receive(self, index: int) -> None:
+        """Receives the next answer of a process."""
         try:
-            found = self._connections[index].recv()
+            results = self._connections[index].recv()
         except (EOFError, OSError):
-            self._gone(index)
-        first = self._asked[index].popleft()
-        first.waiting.remove(index)
-        first.found[index :: len(self._connections)] = found
-        self.decoded[index] += len(found)
+            self._raise_ended(index)
+        batch = self._pending[index].popleft()
+        batch.waiting.remove(index)
+        batch.results[index :: len(self._connections)] = results
+        self.decoded[index] += len(results)
 
     def seconds(self) -> float:
-        """CPU time of the processes."""
-        times = [psutil.Process(each.pid).cpu_times() for each in self._processes]
-        return sum(each.user + each.system for each in times)
+        """Returns the CPU time of the processes, in seconds."""
+        times = [psutil.Process(process.pid).cpu_times() for process in self._processes]
+        return sum(time.user + time.system for time in times)
 
     def close(self) -> None:
         """Ends the processes."""
         for connection in self._connections:
             connection.close()
         for process in self._processes:
-            process.kill()  # what it may be decoding is of no use to anybody
+            process.kill()  # nobody needs what it may still be decoding
             process.wait()
 
-    def _gone(self, index: int) -> None:
+    def _raise_ended(self, index: int) -> None:
         code = self._processes[index].wait()
         how = f"signal {-code}" if code < 0 else f"exit code {code}"
         raise InputError(
-            f"a process that decodes images has ended with {how}; where memory is short, use fewer "
-            "of them (workers)"
+            f"a process that decodes images has ended with {how}; if memory is short, use fewer "
+            "processes (workers)"
         )
 
 
+@dataclasses.dataclass
 class PendingBatch:
-    """What was asked for at once, and what has come of it.
+    """A batch of tasks, the result of each, and the processes that have not answered yet."""
 
-    Attributes:
-      tasks, found: the tasks, and what became of each.
-      waiting: the processes that have not answered.
-    """
-
-    def __init__(self, tasks: list[Task]) -> None:
-        self.tasks = tasks
-        self.found: list[tuple[bool, Any]] = [(False, None)] * len(tasks)
-        self.waiting: list[int] = []
+    tasks: list[Task]
+    results: list[tuple[bool, Any]]
+    waiting: list[int]
 
 
+@dataclasses.dataclass(eq=False)
 class DecodedBatches:
-    """DecodedBatches of crops in order, the next of them decoded while somebody works on one.
+    """Batches of crops in order; the next ones are decoded while one is used.
 
     The processes start with the first batch.
 
-    Args:
-      data: the photographs.
-      crops: number of a batch -> (kind of crop, examples, a key for each): the kinds are "random
-        crop", of key (seed, epoch, example), and "centre crop", of key ().
+    Attributes:
+      data: the images.
+      crops: number of a batch -> (kind of crop, examples, a key for each example). The kinds are
+        "random crop", with the key (seed, epoch, example), and "centre crop", with the key ().
       size: examples in the largest batch.
-      ahead: batches that are decoded, or being decoded, at once.
+      ahead: the number of batches that are decoded, or being decoded, at a time.
       workers: see `Decoders`.
+      decoders: the processes; None before the first batch.
     """
 
-    def __init__(
-        self,
-        data: ImageFiles,
-        crops: Callable[[int], tuple[str, Sequence[int], Sequence[tuple[int, ...]]]],
-        size: int,
-        ahead: int,
-        workers: int | None,
-    ) -> None:
-        self._data, self._crops, self._size, self._ahead = data, crops, size, ahead
-        self._workers = workers
-        self.decoders: Decoders | None = None
-        self._asked: dict[int, PendingBatch] = {}
+    data: ImageFiles
+    crops: Callable[[int], tuple[str, Sequence[int], Sequence[tuple[int, ...]]]]
+    size: int
+    ahead: int
+    workers: int | None
+    decoders: Decoders | None = None
+    _pending: dict[int, PendingBatch] = dataclasses.field(default_factory=dict)
 
     def into(self, number: int, images: np.ndarray) -> None:
-        """Writes a batch into the first of `images`, and has those after it decoded.
+        """Writes a batch into the first of `images`, and starts decoding the batches after it.
 
         Raises:
-          ValueError: naming an image that can no longer be read.
+          ValueError: if an image can no longer be read; the message names it.
         """
         if self.decoders is None:
-            slots = self._size * self._ahead
-            self.decoders = Decoders(slots, self._data.side, self._workers)
-        wanted = range(number, number + self._ahead)
-        for other in [each for each in self._asked if each not in wanted]:
-            self.decoders.wait(self._asked.pop(other))  # before its slots are used again
-        self._ask(self.decoders, wanted)
-        ticket = self._asked.pop(number)
-        for task, (good, reason) in zip(ticket.tasks, self.decoders.wait(ticket), strict=True):
+            self.decoders = Decoders(self.size * self.ahead, self.data.side, self.workers)
+        upcoming = range(number, number + self.ahead)
+        for other in [pending for pending in self._pending if pending not in upcoming]:
+            self.decoders.wait(self._pending.pop(other))  # before its slots are used again
+        self._ask(self.decoders, upcoming)
+        batch = self._pending.pop(number)
+        for task, (good, reason) in zip(batch.tasks, self.decoders.wait(batch), strict=True):
             if not good:
                 raise InputError(f"image {task[2]} cannot be read any more: {reason}")
-        start, count = self._slot(number), len(ticket.tasks)
+        start, count = self._slot(number), len(batch.tasks)
         images[:count] = self.decoders.memory[start : start + count]
-        self._ask(self.decoders, range(number + 1, number + 1 + self._ahead))
+        self._ask(self.decoders, range(number + 1, number + 1 + self.ahead))
 
     def close(self) -> None:
         """Ends the processes."""
@@ -204,22 +192,21 @@ class DecodedBatches:
 
     def _ask(self, decoders: Decoders, numbers: range) -> None:
         for number in numbers:
-            if number not in self._asked:
-                kind, examples, keys = self._crops(number)
-                slots = itertools.count(self._slot(number))
-                self._asked[number] = decoders.ask(
-                    [
-                        (kind, slot, self._data.places[example], (self._data.side, *key))
-                        for slot, example, key in zip(slots, examples, keys, strict=False)
-                    ]
-                )
+            if number not in self._pending:
+                kind, examples, keys = self.crops(number)
+                pairs = enumerate(zip(examples, keys, strict=True), start=self._slot(number))
+                tasks: list[Task] = [
+                    (kind, slot, self.data.places[example], (self.data.side, *key))
+                    for slot, (example, key) in pairs
+                ]
+                self._pending[number] = decoders.ask(tasks)
 
     def _slot(self, number: int) -> int:
-        return number % self._ahead * self._size
+        return number % self.ahead * self.size
 
 
 def inspect(places: Sequence[ImageSource], workers: int | None = None) -> list[tuple[bool, str]]:
-    """(True, the SHA-256 of its bytes) of each image that can be decoded, or (False, why not)."""
+    """Decodes images; returns (True, SHA-256 of the bytes) or (False, reason) for each."""
     decoders = Decoders(0, 1, workers)
     try:
         return decoders.wait(decoders.ask([("inspect", None, place, ()) for place in places]))
@@ -227,11 +214,9 @@ def inspect(places: Sequence[ImageSource], workers: int | None = None) -> list[t
         decoders.close()
 
 
-def default_workers() -> int:
-    """The cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+def _available_cores() -> int:
+    affinity = getattr(os, "sched_getaffinity", None)  # absent on macOS
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
 def _unnamed_file() -> int:

@@ -1,10 +1,9 @@
-"""A data set of encoded images of any size, which are read and decoded when they are needed."""
+"""Describes a data set of encoded images of any size, which are read and decoded when needed."""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Sequence
 
 import numpy as np
 
@@ -13,26 +12,25 @@ from abflax.data.decoding import ImageSource
 from abflax.errors import InputError
 
 IMAGENET = Preprocessing(mean=(123.675, 116.28, 103.53), std=(58.395, 57.12, 57.375), flip=True)
-"""Mean and deviation of ImageNet's training images, in pixels: what published networks have seen.
-"""
+"""The mean and standard deviation of ImageNet's training images, which published networks use."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ImageFiles:
     """Encoded images with labels; only the labels are in memory.
 
-    In training an example shows, in each epoch, another random crop (see
-    `decoding.random_crop`) and is mirrored half of the time; held-out images show
-    their centre (`decoding.centre_crop`).
+    Training uses a different random crop of each example in each epoch (`decoding.random_crop`)
+    and mirrors half of them. Evaluation uses the center of an image (`decoding.centre_crop`).
 
     Attributes:
-      places: where each image lies: a file, or (folder of a prepared TFDS data set, split, record).
+      places: the location of each image: a file, or (folder of a prepared TFDS data set, split,
+        record).
       labels: integers `[examples]` in `[0, num_classes)`.
-      classes: their names.
-      name: how records call it; it must tell the contents.
-      side: height and width of what a network sees, in pixels.
-      preprocessing: mean and deviation, by default ImageNet's, and whether images are mirrored.
-        The crops are these, so there is no padding.
+      classes: the names of the classes.
+      name: the name in records; it must identify the contents.
+      side: height and width of the network's input, in pixels.
+      preprocessing: mean and standard deviation, by default ImageNet's, and whether images are
+        mirrored. Padding is not allowed, since random crops replace it.
 
     Raises:
       ValueError: if there is no example, a label is out of range, or the preprocessing pads.
@@ -49,21 +47,15 @@ class ImageFiles:
         labels = np.asarray(self.labels)
         if not self.places or labels.shape != (len(self.places),):
             raise InputError(
-                f"photographs need a label each, and at least one; there are {len(self.places)} "
+                f"at least one image and a label for each are needed; there are {len(self.places)} "
                 f"images and labels of shape {labels.shape}"
             )
-        if not np.issubdtype(labels.dtype, np.integer):
-            raise InputError(f"labels must be integers, not {labels.dtype}")
-        if labels.min() < 0 or labels.max() >= self.num_classes:
-            raise InputError(
-                f"labels must lie in [0, {self.num_classes}), but reach from {labels.min()} to "
-                f"{labels.max()}"
-            )
+        checked_classes(labels, self.num_classes)
         if self.side < 1:
-            raise InputError(f"the side of what a network sees must be above 0, not {self.side}")
+            raise InputError(f"the side of the network's input must be above 0, not {self.side}")
         self.preprocessing.require_fits(self.image_shape)
         if self.preprocessing.pad:
-            raise InputError("photographs are cropped as they are decoded, and are not padded")
+            raise InputError("image files are cropped as they are decoded, and are not padded")
         object.__setattr__(self, "labels", labels.astype(np.int32))
 
     def __len__(self) -> int:
@@ -76,11 +68,11 @@ class ImageFiles:
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
-        """(height, width, channels) of what a network sees."""
+        """(height, width, channels) of the network's input."""
         return self.side, self.side, 3
 
     def take(self, indices: np.ndarray, name: str | None = None) -> ImageFiles:
-        """The examples of these indices; without a name, it is that of the whole and a digest."""
+        """Selects examples; the default name contains the old name and a digest of the indices."""
         indices = np.asarray(indices)
         if name is None:
             digest = hashlib.sha256(indices.astype(np.int64).tobytes()).hexdigest()[:12]
@@ -89,9 +81,15 @@ class ImageFiles:
         return dataclasses.replace(self, places=places, labels=self.labels[indices], name=name)
 
 
-def contents_name(what: str, labels: Sequence[int], digests: Sequence[str], side: int) -> str:
-    """A name that tells contents: what they are called, a digest of labels and images, the side."""
-    sha = hashlib.sha256()
-    for label, digest in zip(labels, digests, strict=True):
-        sha.update(f"{label} {digest}\n".encode())
-    return f"{what}:{sha.hexdigest()[:12]}, {side}×{side}"
+def checked_classes(labels: np.ndarray, num_classes: int | None) -> int:
+    """Checks labels and returns the number of classes, by default the largest label + 1."""
+    if not np.issubdtype(labels.dtype, np.integer):
+        raise InputError(f"labels must be integers, not {labels.dtype}")
+    classes = int(labels.max()) + 1 if num_classes is None else num_classes
+    if type(classes) is not int or classes < 1:
+        raise InputError(f"num_classes must be a whole number above 0, not {classes!r}")
+    if labels.min() < 0 or labels.max() >= classes:
+        raise InputError(
+            f"labels must lie in [0, {classes}), but reach from {labels.min()} to {labels.max()}"
+        )
+    return classes

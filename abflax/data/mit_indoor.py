@@ -1,4 +1,4 @@
-"""MIT indoor scenes as a TensorFlow Datasets builder, which that package does not have."""
+"""Builds the MIT indoor scenes for TensorFlow Datasets, which does not include them."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ _PAGE = "https://web.mit.edu/torralba/www/indoor.html"
 class MitIndoorScenes(tfds.core.GeneratorBasedBuilder):
     """67 classes of indoor scenes, 80 training and 20 test images each, by the published lists.
 
-    The images are stored as they are published, encoded. Neither TensorFlow nor a download is
-    needed, only the files that the instructions name.
+    The images are stored encoded, as published. The builder needs neither TensorFlow nor a
+    download, only the files that the instructions name.
 
     References:
       Quattoni, Torralba, Recognizing Indoor Scenes, CVPR 2009.
@@ -57,7 +57,7 @@ class MitIndoorScenes(tfds.core.GeneratorBasedBuilder):
         }
 
     def _generate_examples(self, archive: Path, names: list[str]) -> Iterator[Any]:
-        """(file name, example), in the order of the archive."""
+        """Yields (file name, example), in the order of the archive."""
         left = set(names)
         with tarfile.open(archive) as files:
             for member in files:
@@ -74,7 +74,7 @@ class MitIndoorScenes(tfds.core.GeneratorBasedBuilder):
 
 
 def require_files(folder: Path) -> None:
-    """Raises `InputError` where one of the files is missing, and says where it is to be had."""
+    """Raises `InputError` if one of the files is missing, with the address to get it from."""
     for name in (_ARCHIVE, *_LISTS.values()):
         if not (folder / name).is_file():
             raise InputError(

@@ -1,4 +1,4 @@
-"""The data sets that have a name."""
+"""Loads data sets that fit in memory by their names."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ from collections.abc import Callable, Mapping
 
 from abflax.data.dataset import Dataset
 from abflax.data.digits import load_digits
-from abflax.data.tfds import load_cifar10, load_cifar100
-from abflax.errors import unknown
+from abflax.data.tfds import load_cifar10, load_cifar100, require_known
 
 DATASETS: Mapping[str, Callable[[str, str | None], Dataset]] = {
     "cifar10": load_cifar10,
@@ -20,19 +19,16 @@ DATASETS: Mapping[str, Callable[[str, str | None], Dataset]] = {
 
 @functools.lru_cache(maxsize=4)
 def load(name: str, split: str, data_dir: str | None = None) -> Dataset:
-    """The data set of that name, read into memory once per process.
+    """Loads the data set of that name, once per process.
 
     Args:
       name: a name in `abflax.data.DATASETS`.
       split: "train" or "test".
-      data_dir: where TensorFlow Datasets keeps its data; None: `TFDS_DATA_DIR`, else
-        `~/tensorflow_datasets`. Data sets that come with a package need none.
+      data_dir: the data directory of TensorFlow Datasets; None: `TFDS_DATA_DIR`, else
+        `~/tensorflow_datasets`. "digits" does not use it.
 
     Raises:
-      ValueError: for an unknown name or split, or where the data is not prepared and cannot be.
+      ValueError: if the name or split is unknown, or the data is not prepared and cannot be.
     """
-    if name not in DATASETS:
-        raise unknown("dataset", name, DATASETS)
-    if split not in ("train", "test"):
-        raise unknown("split", split, ("train", "test"))
+    require_known("dataset", name, split, DATASETS)
     return DATASETS[name](split, data_dir)

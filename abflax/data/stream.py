@@ -1,4 +1,4 @@
-"""The order of examples: one stream of epochs' permutations, cut into full batches."""
+"""Orders the examples: the epochs' permutations form one stream, cut into full batches."""
 
 from __future__ import annotations
 
@@ -8,16 +8,11 @@ import numpy as np
 
 
 class Stream:
-    """Which example stands where, for a whole run.
+    """The order of the examples in a run.
 
-    The epochs' permutations follow one another without a gap, and batches of equal size are cut
-    from that stream: a batch may span two epochs (or more, where there are fewer examples than a
-    batch holds). A function of (seed, epoch) alone.
-
-    Args:
-      examples: size of the data set.
-      batch_size: examples per step.
-      seed: of the order.
+    The epochs' permutations follow one another without a gap, and are cut into batches of equal
+    size. A batch may span two epochs (or more, if it is larger than the data set). Each epoch's
+    permutation is a function of (seed, epoch) alone. `examples` is the size of the data set.
     """
 
     def __init__(self, examples: int, batch_size: int, seed: int) -> None:
@@ -25,13 +20,13 @@ class Stream:
         self._permutation = functools.lru_cache(maxsize=4)(self._draw)
 
     def batches(self, start: int, count: int) -> tuple[np.ndarray, np.ndarray]:
-        """Examples and epochs of steps start … start + count − 1, int32 `[count, batch]` each."""
-        position = np.arange(start * self.batch_size, (start + count) * self.batch_size)
-        epochs, place = np.divmod(position, self.examples)
-        examples = np.empty_like(position)
+        """Returns examples and epochs of `count` steps from `start` on, int32 `[count, batch]`."""
+        positions = np.arange(start * self.batch_size, (start + count) * self.batch_size)
+        epochs, places = np.divmod(positions, self.examples)
+        examples = np.empty_like(positions)
         for epoch in np.unique(epochs):
-            here = epochs == epoch
-            examples[here] = self._permutation(int(epoch))[place[here]]
+            in_epoch = epochs == epoch
+            examples[in_epoch] = self._permutation(int(epoch))[places[in_epoch]]
         shape = (count, self.batch_size)
         return examples.reshape(shape).astype(np.int32), epochs.reshape(shape).astype(np.int32)
 

@@ -1,4 +1,4 @@
-"""The photographs of the paper's transfer learning, through TensorFlow Datasets."""
+"""Loads the image data sets of the paper's transfer learning, from TensorFlow Datasets."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ import numpy as np
 
 from abflax.data import decoding
 from abflax.data.image_files import ImageFiles
-from abflax.data.tfds import data_folder, prepare
-from abflax.errors import InputError, import_extra, unknown
+from abflax.data.tfds import data_folder, prepare, require_known, unreadable
+from abflax.errors import import_extra
 
 
-def _prepare_scenes(name: str, where: Path) -> None:
+def _prepare_scenes(name: str, folder: Path) -> None:
     tfds = import_extra("tensorflow_datasets", "tfds")  # takes seconds to import
 
     from abflax.data.mit_indoor import MitIndoorScenes, require_files
 
-    manual = where / "downloads" / "manual"
+    manual = folder / "downloads" / "manual"
     require_files(manual)
-    builder = MitIndoorScenes(data_dir=where, file_format="array_record")
+    builder = MitIndoorScenes(data_dir=folder, file_format="array_record")
     builder.download_and_prepare(
         download_config=tfds.download.DownloadConfig(manual_dir=manual, register_checksums=False)
     )
@@ -30,9 +30,9 @@ IMAGE_DATASETS: Mapping[str, Callable[[str, Path], None]] = {
     "caltech_birds2011": prepare,
     "mit_indoor_scenes": _prepare_scenes,
 }
-"""Name -> what prepares it in a folder, where nothing is prepared.
+"""Name -> a function (name, folder) that prepares the data set in the folder.
 
-`caltech_birds2011`: 200 species, 5,994 training and 5,794 test images, 30 of a class at most (Wah
+`caltech_birds2011`: 200 species, 5,994 training and 5,794 test images, at most 30 per class (Wah
 et al. 2011). `mit_indoor_scenes`: 67 classes, 80 training and 20 test images each (Quattoni,
 Torralba 2009).
 """
@@ -41,35 +41,25 @@ Torralba 2009).
 def load_image_files(
     name: str, split: str, data_dir: str | None = None, side: int = 224
 ) -> ImageFiles:
-    """The photographs of that name; images stay on the disk, labels are read.
+    """Loads the labels of a data set in `IMAGE_DATASETS`, whose images stay on disk.
 
-    Args:
-      name: a name in `PHOTOGRAPHS`.
-      split: "train" or "test".
-      data_dir: where TensorFlow Datasets keeps its data; None: `TFDS_DATA_DIR`, else
-        `~/tensorflow_datasets`.
-      side: of what a network sees, in pixels.
+    The arguments are as for `abflax.data.load`; `side` is the height and width of the network's
+    input, in pixels.
 
     Raises:
-      ValueError: for an unknown name or split, or where the data is not prepared and cannot be.
+      ValueError: if the name or split is unknown, or the data is not prepared and cannot be.
     """
-    if name not in IMAGE_DATASETS:
-        raise unknown("dataset of photographs", name, IMAGE_DATASETS)
-    if split not in ("train", "test"):
-        raise unknown("split", split, ("train", "test"))
-    where = data_folder(data_dir)
-    if not list(where.glob(f"{name}/*/dataset_info.json")):
-        IMAGE_DATASETS[name](name, where)
-    folder = str(max(where.glob(f"{name}/*/dataset_info.json")).parent)
+    require_known("dataset of photographs", name, split, IMAGE_DATASETS)
+    root = data_folder(data_dir)
+    if not list(root.glob(f"{name}/*/dataset_info.json")):
+        IMAGE_DATASETS[name](name, root)
+    folder = str(max(root.glob(f"{name}/*/dataset_info.json")).parent)
     try:
         records = decoding.records(folder, split)
         labels = [int(record["label"]) for record in records]
     except (OSError, ValueError, NotImplementedError) as error:
-        raise InputError(
-            f"{name} in {where} cannot be read: {str(error).strip().splitlines()[0]} "
-            "(it must be prepared with file_format='array_record')"
-        ) from error
+        raise unreadable(name, root, error) from error
     classes = tuple(records.dataset_info.features["label"].names)
     places = tuple((folder, split, index) for index in range(len(labels)))
-    named = name if side == 224 else f"{name}, {side}×{side}"
-    return ImageFiles(places, np.array(labels), classes, named, side)
+    name_in_records = name if side == 224 else f"{name}, {side}×{side}"
+    return ImageFiles(places, np.array(labels), classes, name_in_records, side)

@@ -1,8 +1,9 @@
-"""Pure functions of arrays: elementwise or per example, never reduced over the batch.
+"""Computes losses, elementwise or per example; the functions are pure and never reduce the batch.
 
 Sums over neurons, divisions by the batch size, per-layer weights and constants belong to the
-terms and the methods, which name their sources. Arguments come as `(student, teacher)`. Inputs
-below float32 are computed in float32. Shapes that differ raise `ValueError`.
+terms and the methods, which name their sources. Arguments are in the order `(student, teacher)`.
+Inputs of lower precision than float32 are computed in float32. Shapes that differ raise
+`ValueError`.
 """
 
 from abflax.losses.activation import (

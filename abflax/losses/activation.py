@@ -1,4 +1,4 @@
-"""Activation boundaries: whether a neuron fires, not how strongly (Heo et al., AAAI 2019)."""
+"""Losses on activation boundaries: whether a neuron fires, not how strongly (Heo et al. 2019)."""
 
 from __future__ import annotations
 
@@ -6,21 +6,21 @@ import jax
 import jax.numpy as jnp
 
 from abflax.errors import require_same_shape
-from abflax.losses.dtypes import at_least_float32, real, require_spreads
+from abflax.losses.dtypes import at_least_float32, real, require_broadcastable
 
 
 def activation_indicator(x: jax.Array) -> jax.Array:
-    """Whether each neuron fires: ρ(x) = 1 where x > 0, else 0.
+    """Computes whether each neuron fires: ρ(x) = 1 where x > 0, else 0.
 
     Args:
-      x: pre-activations of any shape. A boolean array is an indicator already and is returned
-        as it is.
+      x: pre-activations of any shape. A boolean array is already an indicator and is returned
+        unchanged.
 
     Returns:
-      Booleans of the same shape. ρ(0) = 0, and NaN does not fire.
+      Booleans of the same shape. ρ(0) = 0 and ρ(NaN) = 0.
 
     Raises:
-      ValueError: for complex numbers.
+      ValueError: if x is complex.
 
     References:
       Heo et al., Knowledge Transfer via Distillation of Activation Boundaries Formed by Hidden
@@ -31,21 +31,21 @@ def activation_indicator(x: jax.Array) -> jax.Array:
 
 
 def activation_transfer_loss(student: jax.Array, teacher: jax.Array) -> jax.Array:
-    """Where the two networks' indicators differ: |ρ(T) − ρ(S)|, elementwise.
+    """Computes where the two networks' indicators differ: |ρ(T) − ρ(S)|, elementwise.
 
-    The ideal loss of the method. Its gradient is zero almost everywhere, so it measures; what
-    trains is `activation_transfer_hinge`.
+    This is the loss that the method aims at. Its gradient is zero almost everywhere, so it is
+    only a measure; training minimizes `activation_transfer_hinge` instead.
 
     Args:
       student: pre-activations S, or booleans, of any shape.
       teacher: pre-activations T, or booleans, of the same shape.
 
     Returns:
-      An array of that shape, 0. where the indicators agree and 1. where they do not, in the
-      student's dtype, float32 at least.
+      An array of that shape: 0. where the indicators agree and 1. where they do not, in the
+      student's dtype, at least float32.
 
     Raises:
-      ValueError: if the shapes differ, or for complex numbers.
+      ValueError: if the shapes differ, or an array is complex.
 
     References:
       Heo et al., AAAI 2019, equation (3), before its norm over neurons.
@@ -57,47 +57,54 @@ def activation_transfer_loss(student: jax.Array, teacher: jax.Array) -> jax.Arra
       >>> activation_transfer_loss(student, teacher).tolist()
       [0.0, 1.0, 0.0]
     """
+    student = real(student)
+    agree = indicators_agree("activation_transfer_loss", student, teacher)
+    return jnp.logical_not(agree).astype(jnp.promote_types(student.dtype, jnp.float32))
+
+
+def indicators_agree(what: str, student: jax.Array, teacher: jax.Array) -> jax.Array:
+    """Computes ρ(S) = ρ(T), elementwise booleans; the error messages begin with `what`."""
     student, teacher = real(student), real(teacher)
-    require_same_shape("activation_transfer_loss", student, teacher)
-    differs = activation_indicator(student) != activation_indicator(teacher)
-    return differs.astype(jnp.promote_types(student.dtype, jnp.float32))
+    require_same_shape(what, student, teacher)
+    return activation_indicator(student) == activation_indicator(teacher)
 
 
 def activation_transfer_hinge(
     student: jax.Array, teacher: jax.Array, margin: float | jax.Array = 1.0
 ) -> jax.Array:
-    """The trainable stand-in: ρ(T)·σ(μ − S)² + (1 − ρ(T))·σ(μ + S)², elementwise.
+    """Computes the trainable surrogate ρ(T)·σ(μ − S)² + (1 − ρ(T))·σ(μ + S)², elementwise.
 
-    σ is the ReLU. A student's neuron is pushed to at least μ where the teacher's fires, and to
-    at most −μ where it does not; beyond the margin nothing pushes. No gradient flows into the
-    teacher.
+    σ is the ReLU. The loss pushes a student's neuron to at least μ where the teacher's neuron
+    fires, and to at most −μ where it does not. It is zero beyond the margin. No gradient flows
+    into the teacher.
 
     Args:
       student: pre-activations S, of any shape.
-      teacher: pre-activations T of the same shape, or booleans already taken from them.
-      margin: μ, in units of pre-activation; an array spreads over S.
+      teacher: pre-activations T of the same shape, or their indicators as booleans.
+      margin: μ, in units of pre-activation; an array is broadcast to the shape of S.
 
     Returns:
-      An array of the student's shape, >= 0, in the student's dtype, float32 at least. Its
-      gradient is continuous: −2(μ − S) where the teacher fires and S < μ, 2(μ + S) where it
-      does not and S > −μ, else 0. (The paper's equation (5) drops the sign of the first.)
+      An array of the student's shape, >= 0, in the student's dtype, at least float32. Its
+      gradient is continuous: −2(μ − S) where the teacher fires and S < μ, 2(μ + S) where the
+      teacher does not fire and S > −μ, else 0. (The paper's equation (5) misses the sign of the
+      first case.)
 
     Raises:
-      ValueError: if the shapes differ, a margin does not spread, or for complex numbers.
+      ValueError: if the shapes differ, the margin cannot be broadcast, or an array is complex.
 
     References:
       Heo et al., AAAI 2019, equation (4).
 
     Examples:
-      The right side costs something too until the margin is reached, and then nothing:
+      The loss is zero only where the student is on the teacher's side by the margin:
 
       >>> student = jnp.array([-1.0, 0.0, 0.5, 1.0, 2.0])
       >>> activation_transfer_hinge(student, student > -9).tolist()  # the teacher fires
       [4.0, 1.0, 0.25, 0.0, 0.0]
-      >>> activation_transfer_hinge(student, student > 9).tolist()  # it does not
+      >>> activation_transfer_hinge(student, student > 9).tolist()  # the teacher does not fire
       [0.0, 1.0, 2.25, 4.0, 9.0]
 
-      It is not reduced, so the objective's sum is the caller's:
+      The loss is not reduced; the caller sums it:
 
       >>> loss = lambda student: activation_transfer_hinge(student, student > -9).sum()
       >>> jax.grad(loss)(student).tolist()
@@ -105,6 +112,6 @@ def activation_transfer_hinge(
     """
     student, teacher = at_least_float32(student), real(teacher)
     require_same_shape("activation_transfer_hinge", student, teacher)
-    require_spreads("activation_transfer_hinge: a margin", margin, student.shape)
+    require_broadcastable("activation_transfer_hinge: a margin", margin, student.shape)
     shortfall = jnp.where(activation_indicator(teacher), margin - student, margin + student)
     return jnp.square(jax.nn.relu(shortfall))

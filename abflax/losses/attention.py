@@ -1,4 +1,4 @@
-"""Attention transfer: where a layer looks (Zagoruyko, Komodakis, ICLR 2017)."""
+"""Losses on spatial attention maps (Zagoruyko, Komodakis, ICLR 2017)."""
 
 from __future__ import annotations
 
@@ -17,15 +17,16 @@ def attention_map(features: jax.Array) -> jax.Array:
       features: F `[batch, height, width, channels]`.
 
     Returns:
-      `[batch, height · width]`, >= 0, float32 at least. An all-zero F gives zeros, with gradient
+      `[batch, height · width]`, >= 0, at least float32. An all-zero F gives zeros, with gradient
       zero.
 
     Raises:
-      ValueError: if F is no feature map.
+      ValueError: if F is not a feature map.
 
     References:
       Zagoruyko, Komodakis, Paying More Attention to Attention, ICLR 2017, section 3.1: F²_sum,
-      normalised as in equation (2) (so that mean and sum over the channels are one).
+      normalized as in equation (2). After normalization the mean over the channels equals the
+      sum.
     """
     features = at_least_float32(features)
     require_feature_map("attention_map", features)
@@ -35,25 +36,25 @@ def attention_map(features: jax.Array) -> jax.Array:
 
 
 def attention_transfer(student: jax.Array, teacher: jax.Array) -> jax.Array:
-    """Computes the mean over positions of (a(S) − a(T))² for each example; a: `attention_map`.
+    """Computes the mean over positions of (a(S) − a(T))² for each example; a is `attention_map`.
 
-    The map that is larger in height and width is average-pooled to the smaller, before it is
-    squared.
+    If the two feature maps differ in height and width, the larger one is average-pooled to the
+    smaller one's size before it is squared.
 
     Args:
       student: S `[batch, height, width, channels]`.
-      teacher: T `[batch, height', width', channels']`, see `positions_pooled`; or a(T) itself,
+      teacher: T `[batch, height', width', channels']`, see `positions_pooled`; or the map a(T),
         `[batch, height · width]`.
 
     Returns:
-      `[batch]`, float32 at least.
+      `[batch]`, at least float32.
 
     Raises:
       ValueError: as `positions_pooled`, or if the positions of S and a(T) differ.
 
     References:
-      Zagoruyko, Komodakis, ICLR 2017, equation (2), with the squared norm of their published
-      code, and its mean over positions.
+      Zagoruyko, Komodakis, ICLR 2017, equation (2), with the squared norm and the mean over
+      positions of their published code.
     """
     if jnp.ndim(teacher) == 2:
         student_map, teacher_map = attention_map(student), at_least_float32(teacher)

@@ -1,4 +1,4 @@
-"""Losses on logits, one number an example."""
+"""Losses on logits, one number per example."""
 
 from __future__ import annotations
 
@@ -7,21 +7,21 @@ import jax.numpy as jnp
 import optax
 
 from abflax.errors import InputError, require_same_shape
-from abflax.losses.dtypes import at_least_float32, require_spreads
+from abflax.losses.dtypes import at_least_float32, require_broadcastable
 
 
 def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
-    """−log softmax(logits)[label] for each example.
+    """Computes −log softmax(logits)[label] for each example.
 
     Args:
       logits: `[..., classes]`.
       labels: integers `[...]` in `[0, classes)`.
 
     Returns:
-      `[...]`, in nats, float32 at least.
+      `[...]`, in nats, at least float32.
 
     Raises:
-      ValueError: if the leading shapes differ, there is no class, or the labels are no integers.
+      ValueError: if the leading shapes differ, there is no class, or the labels are not integers.
     """
     logits, labels = at_least_float32(logits), jnp.asarray(labels)
     require_labels("cross_entropy", logits, labels)
@@ -31,21 +31,21 @@ def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
 def knowledge_distillation(
     student: jax.Array, teacher: jax.Array, temperature: float | jax.Array = 1.0
 ) -> jax.Array:
-    """KL(softmax(T/τ) ‖ softmax(S/τ)), summed over the classes, for each example.
+    """Computes KL(softmax(T/τ) ‖ softmax(S/τ)), summed over the classes, for each example.
 
-    No factor τ² is applied (Hinton et al. multiply by it so that the gradient's size does not
-    depend on τ): the method that wants one states it.
+    The factor τ² is not applied. (Hinton et al. multiply by it to keep the gradient's size
+    independent of τ.) A method that uses it applies it itself.
 
     Args:
       student: logits S `[..., classes]`.
       teacher: logits T of the same shape.
-      temperature: τ > 0; an array spreads over S.
+      temperature: τ > 0; an array is broadcast to the shape of S.
 
     Returns:
-      `[...]`, in nats, >= 0, float32 at least.
+      `[...]`, in nats, >= 0, at least float32.
 
     Raises:
-      ValueError: if the shapes differ, a temperature does not spread, or there is no class.
+      ValueError: if the shapes differ, the temperature cannot be broadcast, or there is no class.
 
     References:
       Hinton, Vinyals, Dean, Distilling the Knowledge in a Neural Network, 2015.
@@ -53,20 +53,20 @@ def knowledge_distillation(
     student, teacher = at_least_float32(student), at_least_float32(teacher)
     require_same_shape("knowledge_distillation", student, teacher)
     require_classes("knowledge_distillation", student)
-    require_spreads("knowledge_distillation: a temperature", temperature, student.shape)
+    require_broadcastable("knowledge_distillation: a temperature", temperature, student.shape)
     return optax.losses.kl_divergence_with_log_targets(
         jax.nn.log_softmax(student / temperature), jax.nn.log_softmax(teacher / temperature)
     )
 
 
 def require_classes(what: str, logits: jax.Array) -> None:
-    """Raises `InputError` where an array is not `[..., classes]`, one class at least."""
+    """Raises `InputError` if an array is not `[..., classes]` with at least one class."""
     if logits.ndim < 1 or not logits.shape[-1]:
         raise InputError(f"{what}: logits are [..., classes], not {logits.shape}")
 
 
 def require_labels(what: str, logits: jax.Array, labels: jax.Array) -> None:
-    """Raises `InputError` where there is not one integer label for each row of logits."""
+    """Raises `InputError` unless there is one integer label for each row of logits."""
     require_classes(what, logits)
     if logits.shape[:-1] != labels.shape:
         raise InputError(

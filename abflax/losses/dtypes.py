@@ -1,4 +1,4 @@
-"""The one rule about dtypes that every loss follows."""
+"""Checks and converts dtypes, and checks broadcasting, by the rules that every loss follows."""
 
 from __future__ import annotations
 
@@ -9,28 +9,28 @@ from abflax.errors import InputError
 
 
 def at_least_float32(x: jax.Array) -> jax.Array:
-    """bfloat16, float16 and integers become float32; float32 and float64 stay what they are.
+    """Converts bfloat16, float16 and integers to float32; leaves float32 and float64 unchanged.
 
     Raises:
-      ValueError: for complex numbers.
+      ValueError: if x is complex.
     """
     x = real(x)
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
 def real(x: jax.Array) -> jax.Array:
-    """As a JAX array of real numbers or booleans. Raises `InputError` for complex numbers."""
+    """Converts to a JAX array. Raises `InputError` if it is complex."""
     x = jnp.asarray(x)
     if jnp.issubdtype(x.dtype, jnp.complexfloating):
         raise InputError(f"real numbers are needed, not {x.dtype} of shape {x.shape}")
     return x
 
 
-def require_spreads(what: str, x: jax.typing.ArrayLike, shape: tuple[int, ...]) -> None:
-    """Raises `InputError` where an array does not broadcast to a shape: nothing else grows."""
+def require_broadcastable(what: str, x: jax.typing.ArrayLike, shape: tuple[int, ...]) -> None:
+    """Raises `InputError` if x cannot be broadcast to a shape, or would enlarge that shape."""
     own = jnp.shape(x)
     fits = len(own) <= len(shape) and all(
         a in (1, b) for a, b in zip(own[::-1], shape[::-1], strict=False)
     )
     if not fits:
-        raise InputError(f"{what} of shape {own} does not spread over {shape}")
+        raise InputError(f"{what} of shape {own} cannot be broadcast to {shape}")

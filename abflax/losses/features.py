@@ -1,4 +1,4 @@
-"""Taps compared neuron by neuron, and what the losses on feature maps share."""
+"""Compares taps neuron by neuron, and helps all losses on feature maps."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ _SMOOTHING = 1e-3  # ε of `feature_difference` for p < 1, in units of pre-activ
 
 
 def feature_difference(student: jax.Array, teacher: jax.Array, power: float = 2.0) -> jax.Array:
-    """|σ(T) − σ(S)|^p, elementwise; for p < 1 smoothed at 0.
+    """Computes |σ(T) − σ(S)|^p, elementwise; smoothed at 0 for p < 1.
 
     σ is the ReLU. With d = σ(T) − σ(S):
 
-    * p >= 1: exactly |d|^p; its gradient at d = 0 is 0, for p = 1 too.
-    * p < 1: (d² + ε²)^(p/2) − ε^p with ε = 1e-3, because the gradient of |d|^p grows without
-      bound towards 0. This lies between |d|^p − ε^p and |d|^p and is 0 at d = 0. Its gradient in
-      d is p·d·(d² + ε²)^(p/2 − 1): continuous, 0 at d = 0, below p·ε^(p−1) everywhere, and that
-      of |d|^p up to a factor (1 + ε²/d²)^(p/2 − 1).
+    * p >= 1: exactly |d|^p. The gradient at d = 0 is 0, also for p = 1.
+    * p < 1: (d² + ε²)^(p/2) − ε^p with ε = 1e-3, because the gradient of |d|^p is unbounded near
+      0. The value lies between |d|^p − ε^p and |d|^p, and is 0 at d = 0. The gradient in d is
+      p·d·(d² + ε²)^(p/2 − 1). It is continuous, 0 at d = 0, and below p·ε^(p−1) everywhere. It
+      equals the gradient of |d|^p times (1 + ε²/d²)^(p/2 − 1).
 
     Args:
       student: pre-activations S, of any shape.
@@ -28,7 +28,7 @@ def feature_difference(student: jax.Array, teacher: jax.Array, power: float = 2.
       power: p > 0, a Python number.
 
     Returns:
-      An array of that shape, >= 0, float32 at least.
+      An array of that shape, >= 0, at least float32.
 
     Raises:
       ValueError: if the shapes differ, or p is not above 0.
@@ -45,34 +45,34 @@ def feature_difference(student: jax.Array, teacher: jax.Array, power: float = 2.
     if power == 2:
         return jnp.square(difference)
     if power >= 1:
-        # Not jnp.abs, whose gradient at 0 is 1.
+        # The gradient of jnp.abs at 0 would be 1.
         return (jnp.sign(difference) * difference) ** power
-    # The formula above, without the cancellation that it has near 0.
+    # Equals the formula above, without its cancellation near 0.
     growth = jnp.expm1(power / 2 * jnp.log1p(jnp.square(difference / _SMOOTHING)))
     return _SMOOTHING**power * growth
 
 
 def positions_pooled(student: jax.Array, teacher: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Two feature maps on the same positions: the larger is average-pooled to the smaller's.
+    """Average-pools the larger of two feature maps to the height and width of the smaller.
 
     Args:
       student: `[batch, height, width, channels]`.
-      teacher: `[batch, height', width', channels']`. The sides of one of the two are whole
+      teacher: `[batch, height', width', channels']`. The height and width of one map are whole
         multiples of the other's.
 
     Returns:
-      Both, with the smaller height and width, float32 at least.
+      Both maps, with the smaller height and width, at least float32.
 
     Raises:
-      ValueError: if one of them is no feature map, the batches differ, or neither's sides are
-        whole multiples of the other's.
+      ValueError: if an array is not a feature map, the batch sizes differ, or neither map's sides
+        are whole multiples of the other's.
     """
     student, teacher = at_least_float32(student), at_least_float32(teacher)
     for features in (student, teacher):
         require_feature_map("positions_pooled", features)
     if student.shape[0] != teacher.shape[0]:
         raise InputError(
-            f"positions_pooled: {student.shape} and {teacher.shape} are not of one batch"
+            f"positions_pooled: the batch sizes of {student.shape} and {teacher.shape} differ"
         )
     ours, theirs = _sides(student), _sides(teacher)
     if _divides(theirs, ours):
@@ -86,7 +86,7 @@ def positions_pooled(student: jax.Array, teacher: jax.Array) -> tuple[jax.Array,
 
 
 def require_feature_map(what: str, features: jax.Array) -> None:
-    """Raises `InputError` where an array is not `[batch, height, width, channels]`."""
+    """Raises `InputError` if an array is not `[batch, height, width, channels]`."""
     if features.ndim != 4 or not all(features.shape[1:]):
         empty = ", which is empty" if features.ndim == 4 else ""
         raise InputError(
@@ -96,15 +96,14 @@ def require_feature_map(what: str, features: jax.Array) -> None:
 
 
 def unit_length(x: jax.Array, axis: int | tuple[int, ...]) -> jax.Array:
-    """x/‖x‖₂ along `axis`; where x is all zero, 0 with gradient 0.
+    """Computes x/‖x‖₂ along `axis`; where x is all zero, the result and its gradient are 0.
 
-    Neither the norm's square nor its inverse's overflows or vanishes: x is first divided by its
-    largest entry, which the result does not depend on. Entries all below the smallest normal
-    number count as zero. NaN and infinity come out as NaN.
+    x is first divided by its largest entry, so that squares neither overflow nor underflow. If
+    all entries are below the smallest normal number, x counts as zero. NaN and infinity give NaN.
     """
     largest = jax.lax.stop_gradient(jnp.max(jnp.abs(x), axis=axis, keepdims=True))
     vanishes = largest < jnp.finfo(x.dtype).tiny
-    # Both branches of a `where` are differentiated: the one not taken must be finite too.
+    # JAX differentiates both branches of a `where`, so the unused one must be finite too.
     scaled = jnp.where(vanishes, 1.0, x / jnp.where(vanishes, 1.0, largest))
     norm = jnp.sqrt(jnp.sum(jnp.square(scaled), axis=axis, keepdims=True))
     return jnp.where(vanishes, 0.0, scaled / norm)
@@ -116,14 +115,14 @@ def _sides(features: jax.Array) -> tuple[int, int]:
 
 
 def _divides(small: tuple[int, int], large: tuple[int, int]) -> bool:
-    """Whether the sides of `large` are whole multiples of those of `small`."""
+    """Tells whether the sides of `large` are whole multiples of those of `small`."""
     return all(
         0 < ours <= theirs and theirs % ours == 0 for ours, theirs in zip(small, large, strict=True)
     )
 
 
 def average_pooled(features: jax.Array, sides: tuple[int, int]) -> jax.Array:
-    """Non-overlapping means down to `sides`; a reshape, as convolutions are slow on the CPU."""
+    """Averages non-overlapping windows down to `sides`, by a reshape, which is fast on CPUs."""
     batch, height, width, channels = features.shape
     rows, columns = sides
     blocks = (batch, rows, height // rows, columns, width // columns, channels)

@@ -1,4 +1,4 @@
-"""The flow of solution procedure between two layers (Yim et al., CVPR 2017)."""
+"""Losses on the flow of the solution procedure between two layers (Yim et al., CVPR 2017)."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from abflax.losses.features import positions_pooled
 
 
 def gram_between(first: jax.Array, second: jax.Array) -> jax.Array:
-    """G = F₁ᵀF₂/(HW) for each example, F a tap as an [HW, C] matrix.
+    """Computes G = F₁ᵀF₂/(HW) for each example, with each tap F as an [HW, C] matrix.
 
-    The map that is larger in height and width is average-pooled to the smaller; H and W are the
-    smaller's.
+    If the two taps differ in height and width, the larger one is average-pooled to the smaller
+    one's size, H×W.
 
     Args:
       first: F₁ `[batch, height, width, C₁]`.
       second: F₂ `[batch, height', width', C₂]` of the same network, see `positions_pooled`.
 
     Returns:
-      `[batch, C₁, C₂]`, float32 at least.
+      `[batch, C₁, C₂]`, at least float32.
 
     Raises:
       ValueError: as `positions_pooled`.
@@ -31,25 +31,25 @@ def gram_between(first: jax.Array, second: jax.Array) -> jax.Array:
     """
     first, second = positions_pooled(first, second)
     positions = first.shape[1] * first.shape[2]
-    # "highest": accelerators multiply float32 matrices in less than float32 by default.
+    # Accelerators multiply float32 matrices in lower precision by default.
     return jnp.einsum("bhwc,bhwd->bcd", first, second, precision="highest") / positions
 
 
 def fsp(student_gram: jax.Array, teacher_gram: jax.Array) -> jax.Array:
-    """The mean over a Gram matrix of (G_S − G_T)², for each example.
+    """Computes the mean over a Gram matrix of (G_S − G_T)², for each example.
 
     Args:
       student_gram: G_S `[batch, C₁, C₂]`, from `gram_between`.
       teacher_gram: G_T of the same shape.
 
     Returns:
-      `[batch]`, float32 at least.
+      `[batch]`, at least float32.
 
     Raises:
-      ValueError: if the shapes differ, or they are no Gram matrices.
+      ValueError: if the shapes differ, or the arrays are not Gram matrices.
 
     References:
-      Yim et al., CVPR 2017, equation (2), with the mean over the entries for the sum.
+      Yim et al., CVPR 2017, equation (2), with a mean over the entries instead of the sum.
     """
     student_gram, teacher_gram = at_least_float32(student_gram), at_least_float32(teacher_gram)
     require_same_shape("fsp", student_gram, teacher_gram)

@@ -1,4 +1,4 @@
-"""Matching input-gradients of attention (Srinivas, Fleuret, ICML 2018)."""
+"""Losses on the input gradients of attention (Srinivas, Fleuret, ICML 2018)."""
 
 from __future__ import annotations
 
@@ -11,23 +11,22 @@ from abflax.losses.features import require_feature_map, unit_length
 
 
 def jacobian_difference(student: jax.Array, teacher: jax.Array) -> jax.Array:
-    """‖J_T/‖J_T‖ − J_S/‖J_S‖‖² for each example.
+    """Computes ‖J_T/‖J_T‖ − J_S/‖J_S‖‖² for each example.
 
     Args:
-      student: J_S, the gradient of one number of the student's with respect to its image,
+      student: J_S, the gradient of one of the student's outputs with respect to the image,
         `[batch, height, width, channels]`.
-      teacher: J_T, the teacher's, of the same shape.
+      teacher: J_T, the same gradient of the teacher, of the same shape.
 
     Returns:
-      `[batch]`, in [0, 4], float32 at least. An all-zero J counts as J/‖J‖ = 0, with gradient
-      zero.
+      `[batch]`, in [0, 4], at least float32. For an all-zero J, J/‖J‖ is 0 with gradient 0.
 
     Raises:
-      ValueError: if the shapes differ, or they are no images.
+      ValueError: if the shapes differ, or are not those of images.
 
     References:
-      Srinivas, Fleuret, Knowledge Transfer with Jacobian Matching, ICML 2018: the loss of
-      attention maps' Jacobians.
+      Srinivas, Fleuret, Knowledge Transfer with Jacobian Matching, ICML 2018: the loss on the
+      Jacobians of attention maps.
     """
     student, teacher = at_least_float32(student), at_least_float32(teacher)
     require_same_shape("jacobian_difference", student, teacher)
@@ -37,16 +36,16 @@ def jacobian_difference(student: jax.Array, teacher: jax.Array) -> jax.Array:
 
 
 def largest_attention_pixel(features: jax.Array) -> jax.Array:
-    """The position where mean_c F² is largest, for each example; of equals the first.
+    """Finds the first position where mean_c F² is largest, for each example.
 
     Args:
       features: F `[batch, height, width, channels]`.
 
     Returns:
-      Integers `[batch]`, in [0, height · width), counted along the rows.
+      Integers `[batch]`, in [0, height · width), row by row.
 
     Raises:
-      ValueError: if F is no feature map.
+      ValueError: if F is not a feature map.
     """
     features = at_least_float32(features)
     require_feature_map("largest_attention_pixel", features)
@@ -56,24 +55,23 @@ def largest_attention_pixel(features: jax.Array) -> jax.Array:
 
 
 def attention_pixel_cotangent(features: jax.Array, index: jax.Array) -> jax.Array:
-    """2F/C at one position of each example, 0 elsewhere: the gradient in F of mean_c F² there.
+    """Computes the gradient in F of mean_c F² at one position: 2F/C there and 0 elsewhere.
 
-    Pulled back through the network (`abflax.taps.Forward.pullback`), it gives the gradient of that
-    pixel of the attention map, before normalisation, with respect to the images: J of
-    `jacobian_difference`. It depends on F, so that what is pulled back can be differentiated in
-    turn.
+    Pulled back through the network (`abflax.taps.Forward.pullback`), it gives the gradient of one
+    pixel of the attention map, before normalization, with respect to the images: the J of
+    `jacobian_difference`. The result depends on F, so the pulled-back gradient can itself be
+    differentiated.
 
     Args:
       features: F `[batch, height, width, channels]`.
-      index: the position of each example, integers `[batch]` in [0, height · width), e.g. the
-        teacher's `largest_attention_pixel`. One outside gives zeros.
+      index: the position for each example, integers `[batch]` in [0, height · width), for example
+        the teacher's `largest_attention_pixel`. An index outside that range gives zeros.
 
     Returns:
-      An array of the shape and the dtype of F, as a cotangent has to be; computed in float32 at
-      least.
+      An array of the shape and dtype of F, as a cotangent must be; computed in at least float32.
 
     Raises:
-      ValueError: if F is no feature map, or there is not one integer index for each example.
+      ValueError: if F is not a feature map, or there is not one integer index for each example.
     """
     features, index = real(features), jnp.asarray(index)
     require_feature_map("attention_pixel_cotangent", features)

@@ -1,4 +1,4 @@
-"""Logits compared as numbers (Srinivas, Fleuret, ICML 2018)."""
+"""Compares logits as numbers (Srinivas, Fleuret, ICML 2018)."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from abflax.losses.dtypes import at_least_float32
 
 
 def centred_logits_difference(student: jax.Array, teacher: jax.Array) -> jax.Array:
-    """((S − mean S) − (T − mean T))², elementwise; the means are over an example's classes.
+    """Computes ((S − mean S) − (T − mean T))², elementwise; the means are over the classes.
 
-    A constant added to all of an example's logits changes no probability, and nothing here.
+    A constant added to all logits of an example changes neither its probabilities nor this loss.
 
     Args:
       student: logits S `[..., classes]`.
       teacher: logits T of the same shape.
 
     Returns:
-      An array of that shape, float32 at least.
+      An array of that shape, at least float32.
 
     Raises:
       ValueError: if the shapes differ, or there is no class.

@@ -1,8 +1,8 @@
-"""From a student's taps to the teacher's shape: connectors for the width, pooling for positions.
+"""Maps a student's taps to the teacher's shape: connectors for the width, pooling for positions.
 
-A connector is a 1×1 convolution without bias and a batch norm, trained with the student and
-thrown away after the phase that trained it. Left out where the widths are equal already
-(Heo et al., AAAI 2019). An extra head does the same for logits over the teacher's own classes.
+A connector is a 1×1 convolution without bias and a batch norm. It is trained with the student and
+thrown away after its phase. Taps of equal width need none (Heo et al., AAAI 2019). An extra head
+maps the student's features to logits over the teacher's classes.
 """
 
 from __future__ import annotations
@@ -18,35 +18,26 @@ from flax import linen as nn
 from abflax.errors import InputError
 from abflax.losses.features import average_pooled
 from abflax.models.batch_norm import BatchNorm
+from abflax.models.layers import CONV_INIT, DENSE_INIT, ConfiguredModule
 from abflax.taps import Forward
 
-# N(0, √(2 / C_out)): for a 1×1 kernel, the published N(0, √(2 / (k²·C_out))).
-_INIT = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
-_DENSE_INIT = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")  # PyTorch's default
 
+class Connectors(ConfiguredModule):
+    """Maps a network's taps to the teacher's widths, tap by tap.
 
-class Connectors(nn.Module):
-    """Maps a network's taps to given widths, tap by tap.
-
-    The 1×1 convolution is written as a matrix product over flattened positions: the same numbers,
-    twice as fast on CPUs, and right for `[batch, features]` taps too.
+    The 1×1 convolution is a matrix product over flattened positions. This gives the same numbers,
+    is twice as fast on CPUs, and also works for taps `[batch, features]`.
 
     Attributes:
-      widths: (tap, channels of the teacher) for every tap that is passed on; a tap that has that
-        many channels already passes unchanged.
-      dtype, param_dtype: of the computation (None: that of taps and parameters), and of the
-        parameters.
-      axis_name: the mapped axis over which batch norm averages; None: this device alone.
+      widths: (tap, channels of the teacher) of the taps to map; a tap that already has that many
+        channels is left unchanged.
     """
 
     widths: tuple[tuple[str, int], ...]
-    dtype: Any = None
-    param_dtype: Any = jnp.float32
-    axis_name: str | None = None
 
     @nn.compact
     def __call__(self, student: Forward, *, train: bool) -> Forward:
-        """The pass with its named taps mapped, each `[..., channels of the teacher]`."""
+        """Returns the forward pass with mapped taps, each `[..., channels of the teacher]`."""
         mapped = {
             name: self._connect(name, student.taps[name], width, train)
             for name, width in self.widths
@@ -62,7 +53,7 @@ class Connectors(nn.Module):
             use_bias=False,
             dtype=self.dtype,
             param_dtype=self.param_dtype,
-            kernel_init=_INIT,
+            kernel_init=CONV_INIT,
             name=f"{name}_conv",
         )(flat)
         flat = BatchNorm(
@@ -76,11 +67,12 @@ class Connectors(nn.Module):
 
 
 class ExtraHead(nn.Module):
-    """A second classifier on a network's features, over other classes than its own.
+    """A second classifier on a network's features, over the teacher's classes.
 
     Attributes:
-      num_classes: the teacher's.
-      dtype, param_dtype: as those of `Connectors`.
+      num_classes: of the teacher.
+      dtype: of the computation; None: that of features and parameters.
+      param_dtype: of the parameters.
     """
 
     num_classes: int
@@ -89,10 +81,10 @@ class ExtraHead(nn.Module):
 
     @nn.compact
     def __call__(self, student: Forward, *, train: bool) -> Forward:
-        """The pass with this head's logits, `[batch, num_classes]`.
+        """Returns the forward pass with this head's logits, `[batch, num_classes]`.
 
         Raises:
-          ValueError: where the network does not say what its features are.
+          ValueError: if the network does not sow its features.
         """
         del train
         if student.features is None:
@@ -101,7 +93,7 @@ class ExtraHead(nn.Module):
             self.num_classes,
             dtype=self.dtype,
             param_dtype=self.param_dtype,
-            kernel_init=_DENSE_INIT,
+            kernel_init=DENSE_INIT,
             name="head",
         )
         return dataclasses.replace(student, logits=head(student.features))
@@ -110,23 +102,23 @@ class ExtraHead(nn.Module):
 def connect(
     teacher: Mapping[str, tuple[int, ...]], layers: tuple[str, ...], **fields: Any
 ) -> Connectors:
-    """Connectors for the chosen layers.
+    """Creates connectors for the chosen layers.
 
     Args:
       teacher: tap -> shape, with a leading batch dimension.
-      layers: which of them to connect.
-      **fields: `dtype`, `param_dtype` and `axis_name` of `Connectors`.
+      layers: the taps to connect.
+      **fields: `dtype`, `param_dtype` and `axis_name`.
     """
     return Connectors(tuple((layer, teacher[layer][-1]) for layer in layers), **fields)
 
 
 def require_same_taps(student: Iterable[str], teacher: Iterable[str]) -> None:
-    """Raises `InputError` where two networks do not have the same taps."""
+    """Raises `InputError` if two networks do not have the same taps."""
     student, teacher = sorted(student), sorted(teacher)
     if student != teacher:
         raise InputError(
             f"the student's taps {', '.join(student) or 'none'} are not the teacher's "
-            f"{', '.join(teacher) or 'none'}: choose layers that both have"
+            f"{', '.join(teacher) or 'none'}; choose layers that both have"
         )
 
 
@@ -135,7 +127,7 @@ def require_same_positions(
     teacher: Mapping[str, tuple[int, ...]],
     layers: tuple[str, ...],
 ) -> None:
-    """Raises `InputError` where a layer's height or width differs between the networks."""
+    """Raises `InputError` if a layer's height or width differs between the networks."""
     for layer in layers:
         ours, theirs = student[layer][1:-1], teacher[layer][1:-1]
         if ours != theirs:
@@ -150,10 +142,13 @@ def common_positions(
     teacher: Mapping[str, tuple[int, ...]],
     layers: tuple[str, ...],
 ) -> tuple[tuple[str, tuple[int, int]], ...]:
-    """(layer, (height, width)) to which the larger map of a layer is pooled, where they differ.
+    """Finds the layers whose positions differ, and the sides to which the larger map is pooled.
+
+    Returns:
+      (layer, (height, width)) of each of these layers.
 
     Raises:
-      ValueError: where neither map's sides are whole multiples of the other's.
+      ValueError: if neither map's sides are whole multiples of the other's.
     """
     common = []
     for layer in layers:
@@ -170,7 +165,7 @@ def common_positions(
 
 
 def pool_positions(forward: Forward, positions: tuple[tuple[str, tuple[int, int]], ...]) -> Forward:
-    """A pass whose named taps are average-pooled to the given sides, pullback included."""
+    """Average-pools the named taps of a forward pass to the given sides, pullback included."""
     sides, inner = dict(positions), forward.pullback
 
     def pool(taps: dict[str, jax.Array]) -> dict[str, jax.Array]:

@@ -1,4 +1,4 @@
-"""Flax Linen networks that sow their pre-activations, and the registry that names them."""
+"""Finds Flax Linen networks, which sow their pre-activations, by their names."""
 
 from __future__ import annotations
 
@@ -27,16 +27,13 @@ __all__ = [
 ]
 
 
-# One entry a model, whose architecture is what is bound here; other fields are the caller's.
+# The bound fields define the architecture; the caller chooses the others.
+_MOBILENET_V2 = functools.partial(MobileNetV2, width=1.0, stage_sizes=(1, 2, 3, 4, 3, 3, 1))
 _WITH_MULTIPLIER: Mapping[str, functools.partial[Any]] = {
     "resnet50": functools.partial(ResNet50, width=1.0),
     "mobilenet-v1": functools.partial(MobileNetV1, width=1.0, stage_sizes=(1, 2, 2, 6, 2)),
-    "mobilenet-v2": functools.partial(
-        MobileNetV2, width=1.0, stage_sizes=(1, 2, 3, 4, 3, 3, 1), first_expansion=True
-    ),
-    "mobilenet-v2-torchvision": functools.partial(
-        MobileNetV2, width=1.0, stage_sizes=(1, 2, 3, 4, 3, 3, 1), first_expansion=False
-    ),
+    "mobilenet-v2": functools.partial(_MOBILENET_V2, first_expansion=True),
+    "mobilenet-v2-torchvision": functools.partial(_MOBILENET_V2, first_expansion=False),
 }
 _NAMED: Mapping[str, functools.partial[Any]] = {
     "wrn10-1": functools.partial(WideResNet, depth=10, width=1),
@@ -50,7 +47,7 @@ _NAMED: Mapping[str, functools.partial[Any]] = {
 
 
 class _Models(Mapping[str, Callable[..., nn.Module]]):
-    """What `MODELS` is, see there."""
+    """The type of `MODELS`."""
 
     _WIDE = re.compile(r"wrn-?(\d+)-(\d+)")
     _SCALED = re.compile(r"(.+)-(\d+(?:\.\d+)?)")
@@ -81,40 +78,40 @@ class _Models(Mapping[str, Callable[..., nn.Module]]):
 
 
 MODELS: Mapping[str, Callable[..., nn.Module]] = _Models()
-"""Name -> a callable that takes a module's fields: `MODELS["wrn22-4"](num_classes=10)`.
+"""Name -> a callable that takes the module's other fields: `MODELS["wrn22-4"](num_classes=10)`.
 
-Wide ResNets of any legal depth and width are parsed, and "mobilenet-v1-0.5" is a mobilenet-v1 of
-half the width; iteration lists those that the paper uses.
+Names of wide ResNets of any valid depth and width work, such as "wrn28-10", and so do width
+multipliers: "mobilenet-v1-0.5" has half the channels. Iteration lists the models of the paper.
 """
 
 
 def model_name(model: Model) -> str:
-    """Names a module as `MODELS` does, or any other by its class and fields, with its tap paths.
+    """Returns the name of a module in `MODELS`, or else its class and fields, with its tap paths.
 
-    Functions among the fields count by their names.
+    Functions among the fields are represented by their names.
     """
     if isinstance(model, Tapped):
         taps = ", ".join(f"{name}={path}" for name, path in model.tap_paths)
         return f"{model_name(model.model)} tapped at {taps}"
-    for known, make in _NAMED.items():
-        bound = make.keywords.items()
-        if type(model) is make.func and all(getattr(model, key) == to for key, to in bound):
+    for known, factory in _NAMED.items():
+        bound = factory.keywords
+        if type(model) is factory.func and all(getattr(model, k) == bound[k] for k in bound):
             return known
     if type(model) is WideResNet:
         return f"wrn{model.depth}-{model.width}"
     if isinstance(model, (ResNet, MobileNetV1, MobileNetV2)) and model.width != 1:
-        whole = model_name(model.clone(width=1.0))
-        if whole in _NAMED:
-            return f"{whole}-{model.width!r}"
-    named = repr(model)
+        full_width = model_name(model.clone(width=1.0))
+        if full_width in _NAMED:
+            return f"{full_width}-{model.width!r}"
+    text = repr(model)
     for function in _functions(model):
         if name := getattr(function, "__qualname__", None):
-            named = named.replace(repr(function), name)
-    return re.sub(r"\s+", " ", named)
+            text = text.replace(repr(function), name)
+    return re.sub(r"\s+", " ", text)
 
 
 def _functions(value: Any) -> Iterator[Callable[..., Any]]:
-    """The functions among a module's fields, at any depth."""
+    """Yields the functions among a module's fields, at any depth."""
     if isinstance(value, nn.Module):
         for field in dataclasses.fields(value):
             if field.name != "parent":
@@ -124,7 +121,7 @@ def _functions(value: Any) -> Iterator[Callable[..., Any]]:
     elif isinstance(value, Mapping):
         yield from _functions(tuple(value.values()))
     elif isinstance(value, (list, tuple)):
-        for each in value:
-            yield from _functions(each)
+        for item in value:
+            yield from _functions(item)
     elif callable(value) and not isinstance(value, type):
         yield value

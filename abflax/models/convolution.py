@@ -1,24 +1,27 @@
-"""A convolution with the same numbers and a faster backward pass on CPUs.
+"""A convolution with the same numbers as XLA's and a faster backward pass on CPUs.
 
-`nn.Conv(..., conv_general_dilated=convolve)`. XLA's CPU backend computes the kernel's gradient as
-one matrix product whose inner dimension is batch × height × width, 4 to 10 times slower than the
-forward pass; a sum over chunks of the batch is nearly as fast as forward (32×32×16 channels, batch
-128, two cores: 40 ms in one piece, 8 ms in sixteen). A 1×1 convolution is a matrix product.
-Accelerators keep XLA's own gradient.
+Use it as `nn.Conv(..., conv_general_dilated=convolve)`. XLA's CPU backend computes the kernel's
+gradient as one matrix product whose inner dimension is batch × height × width. That is 4 to 10
+times slower than the forward pass. A sum over chunks of the batch is nearly as fast as the forward
+pass (32×32×16 channels, batch 128, two cores: 40 ms in one chunk, 8 ms in sixteen). A 1×1
+convolution is computed as a matrix product. Accelerators use XLA's own gradient.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 _MOST_CHUNKS = 16
-_FEWEST_POSITIONS = 512  # of a chunk: below, there is nothing to gain, and more to compile
+_FEWEST_POSITIONS = 512  # in a chunk; smaller ones are not faster, and take longer to compile
+
+Static = tuple[tuple[int, ...], Any, Any]
+"""The strides, padding and precision of a convolution."""
 
 
 def convolve(
@@ -28,60 +31,70 @@ def convolve(
     padding: Sequence[tuple[int, int]],
     **others: Any,
 ) -> jax.Array:
-    """`jax.lax.conv_general_dilated` for NHWC images and HWIO kernels, without dilation or groups.
+    """Computes `jax.lax.conv_general_dilated` of NHWC images, without dilation or groups.
 
-    Differentiable in reverse mode, to any order; not in forward mode.
+    It is differentiable in reverse mode, to any order, but not in forward mode.
 
     Args:
       images: `[batch, height, width, channels]`.
       kernel: `[height, width, channels, features]`.
       strides: (rows, columns).
       padding: ((top, bottom), (left, right)).
-      **others: what `nn.Conv` passes besides: the layout is checked, `precision` is used.
+      **others: the other arguments of `nn.Conv`; groups and dilation are checked, `precision` is
+        used.
     """
-    groups = others.get("feature_group_count", 1)
-    dilated = {*others.get("lhs_dilation", ()), *others.get("rhs_dilation", ())} - {1}
-    if groups != 1 or dilated or images.ndim != 4:
-        raise NotImplementedError("convolve knows neither groups nor dilation, and two dimensions")
-    static = (tuple(strides), tuple(map(tuple, padding)), others.get("precision"))
+    if not is_supported(images, others) or others.get("feature_group_count", 1) != 1:
+        raise NotImplementedError("convolve is for two dimensions, without groups or dilation")
+    static: Static = (tuple(strides), tuple(map(tuple, padding)), others.get("precision"))
     if _is_pointwise(kernel.shape[:2], static) and static[0] == (1, 1):
         return _pointwise(images, kernel, static)
     return _convolve(images, kernel, static)
 
 
-def _is_pointwise(sides: Sequence[int], static: Any) -> bool:
-    """Whether a kernel of these sides sees one position at a time, and no padding."""
+def is_supported(images: jax.Array, others: Mapping[str, Any]) -> bool:
+    """Tells whether a convolution has two dimensions and no dilation."""
+    dilations = (*others.get("lhs_dilation", ()), *others.get("rhs_dilation", ()))
+    return images.ndim == 4 and all(dilation == 1 for dilation in dilations)
+
+
+def xla_convolution(
+    images: jax.Array, kernel: jax.Array, static: Static, groups: int = 1
+) -> jax.Array:
+    """Computes XLA's convolution of NHWC images."""
+    strides, padding, precision = static
+    return jax.lax.conv_general_dilated(
+        images,
+        kernel,
+        strides,
+        padding,
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        feature_group_count=groups,
+        precision=precision,
+    )
+
+
+def _is_pointwise(sides: Sequence[int], static: Static) -> bool:
+    """Tells whether the kernel is 1×1 and the images are not padded."""
     return tuple(sides) == (1, 1) and not any(map(any, static[1]))
 
 
-def _pointwise(images: jax.Array, kernel: jax.Array, static: Any) -> jax.Array:
-    """An unpadded 1×1 convolution as a matrix product."""
+def _pointwise(images: jax.Array, kernel: jax.Array, static: Static) -> jax.Array:
+    """Computes an unpadded 1×1 convolution as a matrix product."""
     (rows, columns), _, precision = static
     images = images[:, ::rows, ::columns]
-    # Flat, or else the gradient copies its arguments.
+    # Without flattening, the gradient would copy its arguments.
     flat = images.reshape(math.prod(images.shape[:-1]), images.shape[-1])
     out = jnp.dot(flat, kernel[0, 0], precision=precision)
     return out.reshape(*images.shape[:-1], kernel.shape[-1])
 
 
-def _plain(images: jax.Array, kernel: jax.Array, static: Any) -> jax.Array:
-    """XLA's convolution; on CPUs a matrix product if it is 1×1 and unpadded.
+def _plain(images: jax.Array, kernel: jax.Array, static: Static) -> jax.Array:
+    """Computes XLA's convolution; on CPUs a matrix product if it is 1×1 and unpadded.
 
     On GPUs XLA 0.10.1 aborts when it compiles a strided slice before a matrix product
-    (openxla/xla#47381), so a strided convolution stays one there.
+    (openxla/xla#47381), so strided 1×1 convolutions are not rewritten there.
     """
-    strides, padding, precision = static
-
-    def convolution(images: jax.Array, kernel: jax.Array) -> jax.Array:
-        return jax.lax.conv_general_dilated(
-            images,
-            kernel,
-            strides,
-            padding,
-            dimension_numbers=("NHWC", "HWIO", "NHWC"),
-            precision=precision,
-        )
-
+    convolution = functools.partial(xla_convolution, static=static)
     if not _is_pointwise(kernel.shape[:2], static):
         return convolution(images, kernel)
     return jax.lax.platform_dependent(
@@ -89,25 +102,25 @@ def _plain(images: jax.Array, kernel: jax.Array, static: Any) -> jax.Array:
     )
 
 
-# Three maps that are linear in both of their arguments: the convolution, and what its gradients
-# with respect to images and kernel are. The gradients of each are the other two, so derivatives
-# of every order (Jacobian matching needs the second) are made of the same three.
+# The convolution and its gradients with respect to images and kernel are three bilinear maps. The
+# gradients of each map are the other two, so these three give the derivatives of every order.
+# (Jacobian matching needs the second.)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _convolve(images: jax.Array, kernel: jax.Array, static: Any) -> jax.Array:
+def _convolve(images: jax.Array, kernel: jax.Array, static: Static) -> jax.Array:
     return _plain(images, kernel, static)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _to_images(cotangent: jax.Array, kernel: jax.Array, static: Any, sides: Any) -> jax.Array:
+def _to_images(cotangent: jax.Array, kernel: jax.Array, static: Static, sides: Any) -> jax.Array:
     shape = (len(cotangent), *sides, kernel.shape[2])
     images = jax.ShapeDtypeStruct(shape, cotangent.dtype)
     return jax.linear_transpose(lambda x: _plain(x, kernel, static), images)(cotangent)[0]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _to_kernel(images: jax.Array, cotangent: jax.Array, static: Any, sides: Any) -> jax.Array:
+def _to_kernel(images: jax.Array, cotangent: jax.Array, static: Static, sides: Any) -> jax.Array:
     shape = (*sides, images.shape[-1], cotangent.shape[-1])
     kernel = jax.ShapeDtypeStruct(shape, images.dtype)
 
@@ -124,29 +137,29 @@ def _to_kernel(images: jax.Array, cotangent: jax.Array, static: Any, sides: Any)
     return jax.lax.platform_dependent(images, cotangent, cpu=in_chunks, default=whole)
 
 
-def _keep(function: Callable[..., jax.Array]) -> Callable[..., Any]:
-    """The forward rule: both arguments are kept."""
-    return lambda one, other, *static: (function(one, other, *static), (one, other))
+def _forward(function: Callable[..., jax.Array]) -> Callable[..., Any]:
+    """Returns the forward rule of a bilinear map: both arguments are residuals."""
+    return lambda first, second, *static: (function(first, second, *static), (first, second))
 
 
 _convolve.defvjp(
-    _keep(_convolve),
-    lambda static, kept, out: (
-        _to_images(out, kept[1], static, kept[0].shape[1:3]),
-        _to_kernel(kept[0], out, static, kept[1].shape[:2]),
+    _forward(_convolve),
+    lambda static, arguments, cotangent: (
+        _to_images(cotangent, arguments[1], static, arguments[0].shape[1:3]),
+        _to_kernel(arguments[0], cotangent, static, arguments[1].shape[:2]),
     ),
 )
 _to_images.defvjp(
-    _keep(_to_images),
-    lambda static, sides, kept, images: (
-        _convolve(images, kept[1], static),
-        _to_kernel(images, kept[0], static, kept[1].shape[:2]),
+    _forward(_to_images),
+    lambda static, sides, arguments, cotangent: (
+        _convolve(cotangent, arguments[1], static),
+        _to_kernel(cotangent, arguments[0], static, arguments[1].shape[:2]),
     ),
 )
 _to_kernel.defvjp(
-    _keep(_to_kernel),
-    lambda static, sides, kept, kernel: (
-        _to_images(kept[1], kernel, static, kept[0].shape[1:3]),
-        _convolve(kept[0], kernel, static),
+    _forward(_to_kernel),
+    lambda static, sides, arguments, cotangent: (
+        _to_images(arguments[1], cotangent, static, arguments[0].shape[1:3]),
+        _convolve(arguments[0], cotangent, static),
     ),
 )

@@ -2,31 +2,32 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
-import jax.numpy as jnp
 from flax import linen as nn
 
-from abflax.models.layers import layers, require_images, scaled, settings
-from abflax.taps import sow_features, sow_tap
+from abflax.models.layers import (
+    ConfiguredModule,
+    classify,
+    layers,
+    require_images,
+    scaled,
+    shared_fields,
+)
+from abflax.taps import sow_tap
 
 
-class Separable(nn.Module):
-    """A depthwise 3×3 and a pointwise 1×1 convolution, each with its norm; a ReLU between them.
+class Separable(ConfiguredModule):
+    """A depthwise 3×3 and a pointwise 1×1 convolution, each with a batch norm; a ReLU between.
 
-    Returns what the second norm puts out, before its ReLU.
+    The block returns the output of the second norm, before its ReLU.
     """
 
     features: int
     stride: int = 1
-    dtype: Any = None
-    param_dtype: Any = jnp.float32
-    axis_name: str | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
-        """Returns the block's output."""
+        """Computes the block's output."""
         conv, norm, _ = layers(self, train)
         channels = x.shape[-1]
         x = conv(channels, 3, self.stride, groups=channels, name="depthwise")(x)
@@ -34,31 +35,26 @@ class Separable(nn.Module):
         return norm(name="pointwise_norm")(conv(self.features, 1, name="pointwise")(x))
 
 
-class MobileNetV1(nn.Module):
+class MobileNetV1(ConfiguredModule):
     """A stem and stages of depthwise separable blocks at strides 2, 4, 8, 16, 32.
 
-    Taps `layer1` to `layer4`: the last pointwise norm at the strides 4, 8, 16, 32; 128, 256, 512
-    and 1024 channels. `features` are the pooled activations that the classifier reads.
+    The taps `layer1` to `layer4` are the outputs of the last pointwise norms at strides 4, 8, 16
+    and 32, with 128, 256, 512 and 1024 channels. `features` are the pooled activations that the
+    classifier gets.
 
     Attributes:
       width: the width multiplier α.
-      stage_sizes: how many blocks a stage has.
+      stage_sizes: the number of blocks in each stage.
       num_classes: the number of logits.
-      dtype: of the computation; None: that of inputs and parameters.
-      param_dtype: of the parameters.
-      axis_name: the mapped axis over which batch norm averages; None: this device alone.
     """
 
     width: float = 1.0
     stage_sizes: tuple[int, ...] = (1, 2, 2, 6, 2)
     num_classes: int = 10
-    dtype: Any = None
-    param_dtype: Any = jnp.float32
-    axis_name: str | None = None
 
     @nn.compact
     def __call__(self, images: jax.Array, *, train: bool) -> jax.Array:
-        """Logits `[batch, num_classes]` of normalised images `[batch, height, width, channels]`."""
+        """Computes logits from normalized images `[batch, height, width, channels]`."""
         require_images(images)
         conv, norm, dense = layers(self, train)
         x = norm(name="stem_norm")(conv(scaled(32, self.width), 3, 2, name="stem")(images))
@@ -70,32 +66,33 @@ class MobileNetV1(nn.Module):
                     features=scaled(64 * 2**stage, self.width),
                     stride=2 if stage and block == 0 else 1,
                     name=f"block{number}",
-                    **settings(self),
+                    **shared_fields(self),
                 )(nn.relu(x), train=train)
             if stage:
                 sow_tap(self, f"layer{stage}", x)
-        pooled = jnp.mean(nn.relu(x), axis=(1, 2))
-        sow_features(self, pooled)
-        return dense(self.num_classes, name="classifier")(pooled)
+        return classify(self, nn.relu(x), dense)
 
 
-class InvertedResidual(nn.Module):
-    """A 1×1 to more channels, a depthwise 3×3, a 1×1 to few; each with its norm, and no ReLU last.
+class InvertedResidual(ConfiguredModule):
+    """Convolutions: 1×1 to more channels, depthwise 3×3, 1×1 to fewer; each with a batch norm.
 
-    What came in is added where the shape stays. Returns the sum, and what the depthwise convolution
-    reads before its ReLU6: the expansion's norm, or what came in where nothing is expanded.
+    The input is added to the output if they have the same shape. There is no ReLU at the end. The
+    block returns its output, and the pre-activation of the depthwise convolution's input: the
+    output of the expansion's norm, or the block's input if there is no expansion.
+
+    Attributes:
+      features: the channels of the output.
+      expansion: the factor on the channels of the input; None: there is no expansion.
+      stride: of the depthwise convolution.
     """
 
     features: int
     expansion: int | None
     stride: int = 1
-    dtype: Any = None
-    param_dtype: Any = jnp.float32
-    axis_name: str | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> tuple[jax.Array, jax.Array]:
-        """Returns the block's output, and the pre-activation that a tap may want."""
+        """Computes the block's output, and the pre-activation for a tap."""
         conv, norm, _ = layers(self, train)
         before = x
         if self.expansion is not None:
@@ -109,41 +106,36 @@ class InvertedResidual(nn.Module):
         return (x + y if same else y), before
 
 
-# Channels and stride of each stage (Sandler et al. 2018, Table 2), and which begin with a tap.
+# The channels and stride of each stage (Sandler et al. 2018, Table 2), and the stages whose first
+# block has a tap.
 _STAGES = ((16, 1), (24, 2), (32, 2), (64, 2), (96, 1), (160, 2), (320, 1))
 _TAPPED = {2: "layer1", 3: "layer2", 5: "layer3"}
 
 
-class MobileNetV2(nn.Module):
+class MobileNetV2(ConfiguredModule):
     """A stem, seven stages of inverted residuals, and a last 1×1 convolution to 1280 channels.
 
-    Taps, before their ReLU6: `layer1` to `layer3`, the expansion norms of the blocks that begin
-    strides 8, 16 and 32 (so at 4, 8 and 16; 144×56², 192×28², 576×14² on 224×224 images), and
-    `layer4`, the last norm, 1280×7². `features` are the pooled activations that the classifier
-    reads. No dropout.
+    The taps are batch norm outputs before their ReLU6. `layer1` to `layer3` are the expansion norms
+    of the blocks that downsample to strides 8, 16 and 32; on 224×224 images they have 144×56²,
+    192×28² and 576×14² neurons. `layer4` is the last norm, 1280×7². `features` are the pooled
+    activations that the classifier gets. There is no dropout.
 
     Attributes:
-      width: the width multiplier, on the last convolution only where it is above 1.
-      first_expansion: whether the first block has a 1×1 convolution to as many channels, as in
-        the published code of activation boundaries; in torchvision's networks it has none.
-      stage_sizes: how many blocks a stage has.
+      width: the width multiplier; below 1 the last convolution is not made narrower.
+      first_expansion: whether the first block has a 1×1 convolution that keeps the number of
+        channels. The published code of activation boundaries has it, torchvision does not.
+      stage_sizes: the number of blocks in each stage.
       num_classes: the number of logits.
-      dtype: of the computation; None: that of inputs and parameters.
-      param_dtype: of the parameters.
-      axis_name: the mapped axis over which batch norm averages; None: this device alone.
     """
 
     width: float = 1.0
     first_expansion: bool = True
     stage_sizes: tuple[int, ...] = (1, 2, 3, 4, 3, 3, 1)
     num_classes: int = 10
-    dtype: Any = None
-    param_dtype: Any = jnp.float32
-    axis_name: str | None = None
 
     @nn.compact
     def __call__(self, images: jax.Array, *, train: bool) -> jax.Array:
-        """Logits `[batch, num_classes]` of normalised images `[batch, height, width, channels]`."""
+        """Computes logits from normalized images `[batch, height, width, channels]`."""
         require_images(images)
         conv, norm, dense = layers(self, train)
         x = norm(name="stem_norm")(conv(scaled(32, self.width), 3, 2, name="stem")(images))
@@ -158,12 +150,10 @@ class MobileNetV2(nn.Module):
                     expansion=6 if stage else (1 if self.first_expansion else None),
                     stride=stride if block == 0 else 1,
                     name=f"block{number}",
-                    **settings(self),
+                    **shared_fields(self),
                 )(x, train=train)
                 if block == 0 and stage in _TAPPED:
                     sow_tap(self, _TAPPED[stage], before)
         last = norm(name="last_norm")(conv(scaled(1280, max(1, self.width)), 1, name="last")(x))
         sow_tap(self, "layer4", last)
-        pooled = jnp.mean(nn.relu6(last), axis=(1, 2))
-        sow_features(self, pooled)
-        return dense(self.num_classes, name="classifier")(pooled)
+        return classify(self, nn.relu6(last), dense)

@@ -1,9 +1,10 @@
-"""A network: an architecture with its weights, and the name under which records know it."""
+"""Holds a network: an architecture with its weights, and its name in records."""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -22,9 +23,10 @@ class Network:
     """A Linen module and its variables.
 
     Attributes:
-      model: the module, or with its taps: `Tapped(module, {"layer1": path, …})`.
+      model: the module, or `Tapped(module, {"layer1": path, …})`.
       variables: its `params` and, if it has any, `batch_stats`.
-      name: how records call it; None: the architecture's name and a digest of the weights.
+      name: the network's name in records; None: the architecture's name and a digest of the
+        weights.
     """
 
     model: Model
@@ -32,6 +34,9 @@ class Network:
     name: str | None = None
 
     def __post_init__(self) -> None:
+        if not isinstance(self.variables, Mapping):
+            kind = type(self.variables).__name__
+            raise InputError(f"a network's variables are a dict with 'params', not {kind}")
         if "params" not in self.variables:
             raise InputError(
                 f"a network's variables need 'params'; there are {sorted(self.variables)}"
@@ -42,7 +47,7 @@ class Network:
 
 
 def digest(variables: Any) -> str:
-    """Twelve hexadecimal digits that identify a tree of arrays."""
+    """Computes twelve hexadecimal digits that identify a tree of arrays."""
     sha = hashlib.sha256()
     for path, leaf in jax.tree_util.tree_leaves_with_path(variables):
         leaf = np.asarray(leaf)
@@ -52,16 +57,16 @@ def digest(variables: Any) -> str:
 
 
 def configure_model(model: Model, precision: str, axis_name: str | None) -> Model:
-    """The module as a run uses it: in its precision, its batch norms averaged over the devices.
+    """Sets the fields of a module for a run: its dtypes, and the axis of its batch norms.
 
-    Fields that the module does not have are left alone.
+    Fields that the module does not have are skipped.
 
     Raises:
-      ValueError: where the precision is bfloat16 and the module cannot be told; or where a field
-        cannot be hashed, so that programs could not be shared between runs.
+      ValueError: if the precision is bfloat16 and the module has no field `dtype`; or if a field
+        cannot be hashed, since runs share programs by the hash of the module.
     """
     module = module_of(model)
-    wanted: dict[str, Any] = {
+    fields: dict[str, Any] = {
         "dtype": jnp.bfloat16 if precision == "bfloat16" else None,
         "param_dtype": jnp.result_type(float),
         "axis_name": axis_name,
@@ -69,10 +74,9 @@ def configure_model(model: Model, precision: str, axis_name: str | None) -> Mode
     names = {field.name for field in dataclasses.fields(module)}
     if precision == "bfloat16" and "dtype" not in names:
         raise InputError(
-            f"{type(module).__name__} has no field dtype, so it cannot be told to use bfloat16"
+            f"{type(module).__name__} has no field dtype, so it cannot be set to bfloat16"
         )
-    told = {key: value for key, value in wanted.items() if key in names}
-    module = _hashable(module.clone(**told))
+    module = _hashable(module.clone(**{name: fields[name] for name in fields.keys() & names}))
     try:
         hash(module)
     except TypeError as error:
@@ -84,20 +88,20 @@ def configure_model(model: Model, precision: str, axis_name: str | None) -> Mode
 
 
 def _hashable(value: Any) -> Any:
-    """Replaces lists among a module's fields by tuples, at every depth, as in `nn.Sequential`."""
+    """Replaces lists by tuples among a module's fields, at every depth, as for `nn.Sequential`."""
     if isinstance(value, nn.Module):
-        fields = {
-            field.name: getattr(value, field.name)
-            for field in dataclasses.fields(value)
-            if field.init and field.name not in ("parent", "name")
-        }
-        frozen = {name: _hashable(field) for name, field in fields.items()}
-        changed = {name: new for name, new in frozen.items() if new is not fields[name]}
+        changed = {}
+        for field in dataclasses.fields(value):
+            if field.init and field.name not in ("parent", "name"):
+                old = getattr(value, field.name)
+                new = _hashable(old)
+                if new is not old:
+                    changed[field.name] = new
         return value.clone(**changed) if changed else value
     if isinstance(value, (list, tuple)) and not hasattr(value, "_fields"):
-        inside = tuple(map(_hashable, value))
-        same = isinstance(value, tuple) and all(map(lambda a, b: a is b, inside, value))
-        return value if same else inside
+        items = tuple(map(_hashable, value))
+        same = isinstance(value, tuple) and all(map(lambda a, b: a is b, items, value))
+        return value if same else items
     if isinstance(value, dict):
-        return FrozenDict({key: _hashable(each) for key, each in value.items()})
+        return FrozenDict({key: _hashable(item) for key, item in value.items()})
     return value

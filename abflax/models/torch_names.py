@@ -1,4 +1,4 @@
-"""The names under which PyTorch code publishes the weights of each architecture."""
+"""Finds the names of each architecture's weights in published PyTorch code."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from abflax.models import MobileNetV1, MobileNetV2, ResNet, WideResNet
 
 _Patterns = tuple[tuple[str, str], ...]
 
-
+# The norm of a convolution that is named here, such as `stem_norm`, has the next number.
 _WIDE_RESNET: _Patterns = (
     (r"stem", r"conv1"),
     (r"norm", r"bn1"),
@@ -21,73 +21,52 @@ _WIDE_RESNET: _Patterns = (
     (r"group(\d+)_block(\d+)/conv(\d)", r"block\1.layer.\2.conv\3"),
     (r"group(\d+)_block(\d+)/shortcut", r"block\1.layer.\2.convShortcut"),
 )
-
-
 _RESNET: _Patterns = (  # as torchvision names them
-    (r"stem", r"conv1"),
     (r"stem_norm", r"bn1"),
+    (r"stem", r"conv1"),
     (r"classifier", r"fc"),
     (r"stage(\d+)_block(\d+)/norm(\d)", r"layer\1.\2.bn\3"),
     (r"stage(\d+)_block(\d+)/conv(\d)", r"layer\1.\2.conv\3"),
     (r"stage(\d+)_block(\d+)/shortcut", r"layer\1.\2.downsample.0"),
-    (r"stage(\d+)_block(\d+)/shortcut_norm", r"layer\1.\2.downsample.1"),
 )
-
-
 _MOBILENET_V1: _Patterns = (
     (r"stem", r"model.0.0"),
-    (r"stem_norm", r"model.0.1"),
     (r"classifier", r"fc"),
     (r"block(\d+)/depthwise", r"model.\1.0"),
-    (r"block(\d+)/depthwise_norm", r"model.\1.1"),
     (r"block(\d+)/pointwise", r"model.\1.3"),
-    (r"block(\d+)/pointwise_norm", r"model.\1.4"),
 )
 
 
 def _mobilenet_v2(model: Any) -> _Patterns:
-    """The names of the published code of activation boundaries, or torchvision's."""
-    last = sum(model.stage_sizes) + 1
+    """Returns the names of activation boundaries' published code, or those of torchvision."""
     ends = (
         (r"stem", r"features.0.0"),
-        (r"stem_norm", r"features.0.1"),
-        (r"last", rf"features.{last}.0"),
-        (r"last_norm", rf"features.{last}.1"),
+        (r"last", rf"features.{sum(model.stage_sizes) + 1}.0"),
         (r"classifier", r"classifier.1"),
     )
     if model.first_expansion:
         return ends + (
             (r"block(\d+)/expand", r"features.\1.conv.0"),
-            (r"block(\d+)/expand_norm", r"features.\1.conv.1"),
             (r"block(\d+)/depthwise", r"features.\1.conv.3"),
-            (r"block(\d+)/depthwise_norm", r"features.\1.conv.4"),
             (r"block(\d+)/project", r"features.\1.conv.6"),
-            (r"block(\d+)/project_norm", r"features.\1.conv.7"),
         )
     return ends + (
         (r"block1/depthwise", r"features.1.conv.0.0"),
-        (r"block1/depthwise_norm", r"features.1.conv.0.1"),
         (r"block1/project", r"features.1.conv.1"),
-        (r"block1/project_norm", r"features.1.conv.2"),
         (r"block(\d+)/expand", r"features.\1.conv.0.0"),
-        (r"block(\d+)/expand_norm", r"features.\1.conv.0.1"),
         (r"block(\d+)/depthwise", r"features.\1.conv.1.0"),
-        (r"block(\d+)/depthwise_norm", r"features.\1.conv.1.1"),
         (r"block(\d+)/project", r"features.\1.conv.2"),
-        (r"block(\d+)/project_norm", r"features.\1.conv.3"),
     )
 
 
-# Architecture -> (Flax path -> published name: patterns on the module's path, first match wins),
-# and a module by whose published name state dicts of different architectures are told apart.
+# Architecture -> (patterns, module). The patterns map a module's Flax path to its published name;
+# the first match counts. The module's published name occurs in no other architecture.
 PUBLISHED_NAMES: Mapping[type[nn.Module], tuple[Callable[[Any], _Patterns], str]] = {
     WideResNet: (lambda _: _WIDE_RESNET, "group1_block0/conv2"),
     ResNet: (lambda _: _RESNET, "stage1_block0/conv3"),
     MobileNetV1: (lambda _: _MOBILENET_V1, "block1/pointwise"),
     MobileNetV2: (_mobilenet_v2, "block1/depthwise"),
 }
-
-
 _LEAVES = {
     "kernel": "weight",
     "scale": "weight",
@@ -95,17 +74,18 @@ _LEAVES = {
     "mean": "running_mean",
     "var": "running_var",
 }
-
-
 IGNORED = "num_batches_tracked"
 
 
 def torch_name_of(model: nn.Module, path: tuple[str, ...]) -> str:
-    """The published name of a Flax leaf: (collection, modules …, leaf)."""
+    """Returns the published name of the Flax leaf at (collection, modules …, leaf)."""
     _, *modules, leaf = path
-    here = "/".join(modules)
+    module = "/".join(modules)
     patterns, _ = PUBLISHED_NAMES[type(model)]
     for pattern, replacement in patterns(model):
-        if match := re.fullmatch(pattern, here):
+        if match := re.fullmatch(pattern, module):
             return f"{match.expand(replacement)}.{_LEAVES[leaf]}"
-    raise AssertionError(f"{type(model).__name__} has a module without published name: {here}")
+        if match := re.fullmatch(f"{pattern}_norm", module):
+            prefix, number = match.expand(replacement).rsplit(".", 1)
+            return f"{prefix}.{int(number) + 1}.{_LEAVES[leaf]}"
+    raise AssertionError(f"{type(model).__name__}: module {module} has no published name")

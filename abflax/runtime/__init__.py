@@ -1,1 +1,1 @@
-"""Several processes, signals, and what is shown of progress."""
+"""Several processes, signals, and progress reports."""

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM, acted on between two dispatches rather than in the middle of one."""
+"""Notes Ctrl-C and SIGTERM, so that the training loop can stop between two dispatches."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from types import FrameType
 
 
 class Interrupted(KeyboardInterrupt):
-    """A run was asked to stop, and has: the checkpoint is written.
+    """A signal stopped a run, after its checkpoint was written.
 
     Attributes:
-      signal: which signal asked.
+      signal: the number of the signal.
     """
 
     def __init__(self, message: str, signal_number: int) -> None:
@@ -20,13 +20,13 @@ class Interrupted(KeyboardInterrupt):
 
 
 class Preemption:
-    """A context in which SIGINT and SIGTERM are noted instead of acted upon.
+    """A context manager that notes the first SIGINT or SIGTERM.
 
-    A second one acts at once. Outside the main thread, where signals cannot be caught, nothing is
-    changed.
+    A second signal has its usual effect. Outside the main thread, where Python cannot handle
+    signals, this does nothing.
 
     Attributes:
-      signal: the one that has come to this process; 0: none.
+      signal: the number of the signal that this process got; 0: none.
     """
 
     def __init__(self) -> None:
@@ -40,11 +40,13 @@ class Preemption:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)  # type: ignore[arg-type]
+        self._restore()
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         del frame
         self.signal = number
-        for each, handler in self._before.items():
-            signal.signal(each, handler)  # type: ignore[arg-type]
+        self._restore()
+
+    def _restore(self) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]

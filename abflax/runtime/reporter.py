@@ -1,4 +1,4 @@
-"""What the training loop reports of its progress."""
+"""The interface through which the training loop reports its progress."""
 
 from __future__ import annotations
 
@@ -6,34 +6,34 @@ from typing import Any
 
 
 class Reporter:
-    """Is called by the training loop; shows nothing. Subclasses show or log what they want."""
+    """The training loop calls these methods, which do nothing. Subclasses override them."""
 
     def phase(self, label: str, name: str, steps: int, done: int, epochs: int) -> None:
-        """A phase begins, or is resumed.
+        """Reports that a phase begins or is resumed.
 
         Args:
           label: of the run.
           name: of the phase.
-          steps: of the whole phase.
-          done: steps that were made before.
-          epochs: of the whole phase.
+          steps: the steps of the whole phase.
+          done: the steps that are already done.
+          epochs: the epochs of the whole phase.
         """
 
     def steps(self, count: int, images: int, epoch: float, loss: float | None) -> None:
-        """More steps were made.
+        """Reports more steps.
 
         Args:
-          count: how many.
-          images: that they saw.
-          epoch: of the phase, reached so far.
+          count: the number of new steps.
+          images: the number of images in these steps.
+          epoch: the epoch of the phase that is reached.
           loss: of a recent step, if known.
         """
 
     def evaluated(self, entry: dict[str, Any]) -> None:
-        """An evaluation was added to the history (see `abflax.training.record`)."""
+        """Reports a new entry of the history (see `abflax.training.record`)."""
 
     def finished(self, note: str = "") -> None:
-        """The phase is over; or, with a note, the run needs no training, or has failed."""
+        """Reports the end of a phase; or, with a note, that a run is already done or has failed."""
 
 
 class NullReporter(Reporter):

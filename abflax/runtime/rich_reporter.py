@@ -18,11 +18,11 @@ _PLAIN_SECONDS = 10.0
 
 
 class RichReporter(Reporter):
-    """One line a phase: label, bar, epochs, loss, test error, images/s, time left.
+    """Shows one line per phase: label, bar, epochs, loss, test error, images/s, time left.
 
     Args:
-      console: where to; if it is no terminal, a plain line at most every ten seconds, and one at
-        the end of each phase.
+      console: the output. If it is not a terminal, a plain line appears at most every ten seconds,
+        and one at the end of each phase.
     """
 
     def __init__(self, console: Console) -> None:
@@ -62,17 +62,17 @@ class RichReporter(Reporter):
             )
 
     def steps(self, count: int, images: int, epoch: float, loss: float | None) -> None:
-        """Moves the bar on."""
+        """Advances the bar."""
         now = time.perf_counter()
         self._done += count
-        if self._last is not None:  # neither compilation nor evaluation is in the rate
+        if self._last is not None:  # the rate excludes compilation and evaluation
             self._images += images
             self._timed += count
             self._busy += now - self._last
             self._fields["rate"] = self._images / max(self._busy, 1e-9)
         self._last = now
         self._fields["epoch"] = epoch
-        if loss is not None:  # else the last one stays
+        if loss is not None:
             self._fields["loss"] = loss
         self._show()
 
@@ -111,7 +111,7 @@ class RichReporter(Reporter):
 
 
 class _Summary(ProgressColumn):
-    """Everything to the right of the bar."""
+    """The text to the right of the bar."""
 
     def render(self, task: Task) -> Text:
         text = _describe(task.fields)
@@ -122,7 +122,7 @@ class _Summary(ProgressColumn):
 
 
 def _describe(fields: dict[str, Any]) -> str:
-    """The figures of one phase, in fixed order."""
+    """Formats the numbers of one phase."""
     loss = "-" if fields["loss"] is None else f"{fields['loss']:.3g}"
     error = "-" if fields["error"] is None else f"{100 * fields['error']:.2f} %"
     rate = f"{fields['rate']:,.0f}" if fields["rate"] else "-"

@@ -1,1 +1,1 @@
-"""What is written to the disk: checkpoints, locks, whole files, TensorBoard events."""
+"""Files on disk: checkpoints, locks, atomic writes, TensorBoard events."""

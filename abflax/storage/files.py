@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and read with a sentence where they are damaged."""
+"""Writes files atomically, and reads JSON with readable errors."""
 
 from __future__ import annotations
 
@@ -12,23 +12,34 @@ from abflax.errors import DiskError, InputError
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Replaces a file's content in one step, on the disk and not only in its cache.
+    """Replaces a file's content in one step, and flushes it to disk.
 
     Raises:
-      DiskError: if that cannot be done; the file is what it was.
+      DiskError: if the file cannot be written; it is unchanged then.
     """
     try:
-        _write_whole(path, content)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.chmod(temporary, 0o644)
+            os.replace(temporary, path)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
     except OSError as error:
         raise DiskError(f"cannot write {path}: {error.strerror}") from error
 
 
 def read_json(path: Path) -> Any:
-    """What a JSON file holds.
+    """Reads a JSON file.
 
     Raises:
-      FileNotFoundError: if there is none.
-      ValueError: if it cannot be read, or is no JSON.
+      FileNotFoundError: if there is no such file.
+      ValueError: if it cannot be read, or is not JSON.
     """
     try:
         return json.loads(path.read_text())
@@ -38,18 +49,3 @@ def read_json(path: Path) -> Any:
         raise InputError(f"{path} cannot be read: {error.strerror}") from error
     except ValueError as error:
         raise InputError(f"{path} is damaged: {error}") from error
-
-
-def _write_whole(path: Path, content: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise

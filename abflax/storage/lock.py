@@ -1,4 +1,4 @@
-"""One run at a time: a lock that dies with its process."""
+"""Locks a file until the process ends, so that only one process works on a run."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ _HELD = {errno.EAGAIN, errno.EWOULDBLOCK, errno.EACCES}
 
 
 class Lock:
-    """A context in which no other process holds the lock on the same file.
+    """A context manager that holds an exclusive lock on a file.
 
-    `flock` on a file that names its holder. The kernel lets go of it when the holder ends, by
-    SIGKILL or power too, so what a dead process left behind is just a file and is taken over. On
-    leaving, the file is removed.
+    It uses `flock`, and writes the holder's name into the file. The kernel releases the lock when
+    the holder ends, also by SIGKILL or a power failure. So a file that a dead process left behind
+    is not locked. On exit the file is removed.
 
-    Between hosts it holds where the file system carries locks: NFSv4 does, NFSv3 with its lock
-    daemon, Lustre mounted with `flock`. Mounted to lock within one host only (`nolock`,
-    `localflock`), two hosts do not see each other, and nothing here can tell. A file system that
-    refuses locks is told of in a warning, and the work goes on. Of several processes at one run the
-    first holds it, for all.
+    The lock works between hosts if the file system supports it: NFSv4, NFSv3 with its lock daemon,
+    Lustre mounted with `flock`. With the mount options `nolock` or `localflock` hosts do not see
+    each other's locks, which cannot be detected here. If the file system refuses locks, a warning
+    says so, and the work continues without one. With several processes per run, process 0 holds
+    the lock.
 
     Args:
-      path: of the file; its directory exists.
-      what: what it protects, for the message.
+      path: of the file; its directory must exist.
+      what: what the lock protects, for the message.
 
     Raises:
-      BusyError: on entering, if another process (or thread) holds it.
+      BusyError: on entering, if another process (or thread) holds the lock.
       DiskError: on entering, if the file cannot be written.
     """
 
@@ -65,11 +65,11 @@ class Lock:
                     stacklevel=2,
                 )
                 return self
-            if os.fstat(file).st_nlink == 0:  # its last holder removed it after it was opened here
+            if os.fstat(file).st_nlink == 0:  # the last holder removed the file after `open`
                 os.close(file)
                 continue
             self._file = file
-        # Only a help for whoever reads it: a full disk is not a reason to stop here.
+        # The holder's name is only for messages, so a full disk is no error here.
         with contextlib.suppress(OSError):
             os.ftruncate(self._file, 0)
             os.pwrite(self._file, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
@@ -79,6 +79,6 @@ class Lock:
         if self._file is None:
             return
         with contextlib.suppress(OSError):
-            self._path.unlink()  # while it is still held: who opened it meanwhile sees no link
+            self._path.unlink()  # before the release, so that others see that the file is gone
         os.close(self._file)
         self._file = None

@@ -1,4 +1,4 @@
-"""A run's history as TensorBoard events, written by a thread of its own and without TensorFlow."""
+"""Writes a run's history as TensorBoard events, in a background thread, without TensorFlow."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from flax.traverse_util import flatten_dict
 
 from abflax.errors import import_extra
 
-_PLACE = ("epoch", "epoch_of_phase", "step", "phase")  # where an entry is, not what it says
+_NOT_SCALARS = ("epoch", "epoch_of_phase", "step", "phase")  # the position of an entry
 
 
 class EventLog:
     """Writes the scalars of a history over the steps of the run; a context manager.
 
     Args:
-      directory: of the event files. Files that are there are replaced by `history`, so that events
-        after the last checkpoint are not written twice.
-      history: the entries so far, as `abflax.training.record` has them.
+      directory: of the event files. Existing files are replaced by `history`, so that events after
+        the last checkpoint do not occur twice.
+      history: the entries so far; see `abflax.training.record`.
     """
 
     def __init__(self, directory: Path, history: Sequence[Mapping[str, Any]]) -> None:
@@ -37,6 +37,6 @@ class EventLog:
 
     def write(self, entry: Mapping[str, Any]) -> None:
         """Queues the scalars of an entry, such as "loss" and "agreement/layer1"."""
-        scalars = {name: value for name, value in entry.items() if name not in _PLACE}
+        scalars = {name: value for name, value in entry.items() if name not in _NOT_SCALARS}
         for name, value in flatten_dict(scalars, sep="/").items():
             self._writer.add_scalar(name, value, entry["step"])

@@ -1,9 +1,10 @@
-"""Taps: a network's named pre-activations, and the one way to run a network for them."""
+"""Runs networks for their taps, the named pre-activations, and finds what can be tapped."""
 
 from abflax.taps.running import (
     Forward,
     Model,
     Tapped,
+    abstract_forward,
     depth_order,
     in_mode,
     module_of,
@@ -20,6 +21,7 @@ __all__ = [
     "Forward",
     "Model",
     "Tapped",
+    "abstract_forward",
     "depth_order",
     "in_mode",
     "marked",

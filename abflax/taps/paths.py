@@ -1,7 +1,8 @@
-"""Where a module is among those that run, and what it has put out."""
+"""Finds the output of a submodule by its path."""
 
 from __future__ import annotations
 
+import operator
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -13,51 +14,55 @@ from abflax.errors import InputError, unknown
 
 
 def watch(calls: dict[tuple[str, ...], Any]) -> Callable[..., Any]:
-    """An interceptor that notes the class and the output's shapes of every module that runs.
+    """Returns an interceptor that puts {path: (class name, output shapes)} of modules into `calls`.
 
-    Shapes are those that the module itself sees, without the axes that `nn.scan` adds.
+    The shapes are those inside the module, without the axes that `nn.scan` adds.
     """
 
-    def note(call: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
-        out = call(*args, **kwargs)
+    def intercept(call: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
+        outputs = call(*args, **kwargs)
         if context.method_name == "__call__":
-            shapes = [jax.numpy.shape(leaf) for leaf in jax.tree.leaves(out)]
+            shapes = [jax.numpy.shape(leaf) for leaf in jax.tree.leaves(outputs)]
             calls[context.module.path] = (type(context.module).__name__, shapes)
-        return out
+        return outputs
 
-    return note
+    return intercept
 
 
 def tapped_at(
     sown: Mapping[str, Any], calls: Mapping[tuple[str, ...], Any], path: str
 ) -> jax.Array:
-    """The one array that the module at `path` has put out, or that was sown there."""
-    name, *within = re.split(r"\[(\d+(?:,\d+)*)\]\Z", path)
-    steps = tuple(map(int, within[0].split(","))) if within else ()
-    place, flat = tuple(name.split("/")), flatten_dict(dict(sown))
-    key = (*place, "__call__") if (*place, "__call__") in flat else place
-    if key not in flat and place in calls:
+    """Finds the array that the module at a path (see `run_model`) returned, or that was sown there.
+
+    `sown` is the collection `intermediates`, and `calls` is what `watch` recorded.
+
+    Raises:
+      ValueError: if there is no such path, or not exactly one array.
+    """
+    name, *index = re.split(r"\[(\d+(?:,\d+)*)\]\Z", path)
+    iteration = tuple(map(int, index[0].split(","))) if index else ()
+    parts, flat = tuple(name.split("/")), flatten_dict(dict(sown))
+    key = (*parts, "__call__") if (*parts, "__call__") in flat else parts
+    if key not in flat and parts in calls:
         raise InputError(
             f"tap path '{path}': the module there runs inside a transformation that keeps its "
             "output; give that nn.scan (or nn.vmap) variable_axes={'intermediates': 0, …}"
         )
     if key not in flat:
-        named = {"/".join(k[:-1] if k[-1] == "__call__" else k) for k in flat}
-        raise unknown("tap path", name, named - {""})
+        known = {"/".join(k[:-1] if k[-1] == "__call__" else k) for k in flat}
+        raise unknown("tap path", name, known - {""})
     values = flat[key] if isinstance(flat[key], tuple) else (flat[key],)
     if len(values) != 1 or not isinstance(values[0], jax.Array):
         raise InputError(
             f"tap path '{path}': a tap is one array, but the module there ran {len(values)} times "
-            "or puts out something else"
+            "or returned something else"
         )
     lengths = scanned(flat, calls, key[:-1])
-    if len(steps) != len(lengths) or any(i >= n for i, n in zip(steps, lengths, strict=True)):
+    if len(iteration) != len(lengths) or any(map(operator.ge, iteration, lengths)):
         last = f"'{name}[{','.join(str(n - 1) for n in lengths)}]' is the last"
-        raise InputError(
-            f"tap path '{path}': "
-            + (f"it runs once an iteration of nn.scan; {last}" if lengths else "it runs once")
-        )
-    return values[0][steps]
+        times = f"once per iteration of nn.scan; {last}" if lengths else "once"
+        raise InputError(f"tap path '{path}': it runs {times}")
+    return values[0][iteration]
 
 
 def scanned(
@@ -65,10 +70,7 @@ def scanned(
     calls: Mapping[tuple[str, ...], Any],
     module: tuple[str, ...],
 ) -> tuple[int, ...]:
-    """Finds the leading axes that `nn.scan` and `nn.vmap` add to what a module returns or sows.
-
-    They are the lengths of the loops around it.
-    """
+    """Finds the lengths of the axes that `nn.scan` and `nn.vmap` add to a module's outputs."""
     outer = [leaf.shape for leaf in jax.tree.leaves(flat.get((*module, "__call__"), ()))]
     _, inner = calls.get(module, ("", outer))
     if not outer or not inner:

@@ -1,4 +1,4 @@
-"""Sown taps, and the one way to run a network for its taps."""
+"""Sows taps, and runs a network for its taps."""
 
 from __future__ import annotations
 
@@ -15,38 +15,37 @@ from flax import struct
 from abflax.errors import InputError
 from abflax.taps.paths import tapped_at, watch
 
-COLLECTION = "intermediates"  # Flax leaves this one out of what `init` returns
+COLLECTION = "intermediates"  # a collection that Flax's `init` does not return
 FEATURES = "features"
 
 
 def sow_tap(module: nn.Module, name: str, value: jax.Array) -> None:
     """Sows a pre-activation under its name, as a bare array. Call it from the root module.
 
-    With Flax's default reducer the entry is a tuple that grows with every call; this one
-    overwrites. Where nobody asks for the taps, a sow costs nothing.
+    With Flax's default reducer the entry would be a tuple that grows with every call; this one
+    overwrites it. It costs nothing if the collection is not mutable.
     """
     module.sow(COLLECTION, name, value, reduce_fn=lambda _, new: new, init_fn=lambda: None)
 
 
 def sow_features(module: nn.Module, value: jax.Array) -> None:
-    """Sows what the classifier reads, `[batch, features]`. Call it from the root module."""
+    """Sows the classifier's input, `[batch, features]`. Call it from the root module."""
     sow_tap(module, FEATURES, value)
 
 
 @struct.dataclass
 class Forward:
-    """What one pass of a network gives.
+    """The results of one forward pass of a network.
 
     Attributes:
       logits: `[batch, classes]`.
       taps: name -> pre-activations, `[batch, height, width, channels]` or `[batch, features]`,
         in `depth_order`.
-      features: what the classifier reads, `[batch, features]`; None where the network does not
-        say.
-      batch_stats: the running statistics after the pass; those before it in evaluation mode,
-        and {} for a network without any.
-      pullback: {tap: cotangent} -> the gradient with respect to the images, through that same
-        pass, from the taps that are given; None where `run_model` was not asked for it.
+      features: the classifier's input, `[batch, features]`; None if the network does not sow it.
+      batch_stats: the running statistics after the pass, which does not change them in evaluation
+        mode; {} for a network without any.
+      pullback: {tap: cotangent} -> the gradient of these taps with respect to the images, through
+        the same pass; None unless `run_model` was called with `pullback=True`.
     """
 
     logits: jax.Array
@@ -60,14 +59,18 @@ class Forward:
 
 @dataclasses.dataclass(frozen=True, init=False)
 class Tapped:
-    """A model that knows nothing of abflax, and where it is tapped.
+    """A model that does not sow its taps, with the paths of its taps.
 
-    Goes wherever a module goes: `distill(Tapped(student, {"layer1": "Conv_0"}),
+    Use it in place of a module: `distill(Tapped(student, {"layer1": "Conv_0"}),
     Network(Tapped(teacher, {"layer1": "Block_2/norm"}), variables), data)`.
 
-    Attributes:
+    Args:
       model: any Linen module that takes images.
-      tap_paths: (name, path) of each tap; see `abflax.taps.run_model`. Given as a mapping.
+      tap_paths: name -> path of each tap; see `abflax.taps.run_model`.
+
+    Attributes:
+      model: the module.
+      tap_paths: (name, path) of each tap, in `depth_order`.
     """
 
     model: nn.Module
@@ -80,11 +83,11 @@ class Tapped:
 
 
 Model = nn.Module | Tapped
-"""What can be run for its taps: a module that sows them, or one that is told where they are."""
+"""A module that sows its taps, or a `Tapped` one."""
 
 
 def module_of(model: Model) -> nn.Module:
-    """The Linen module itself."""
+    """Returns the Linen module of a model."""
     return model.model if isinstance(model, Tapped) else model
 
 
@@ -101,23 +104,22 @@ def run_model(
     """Runs a network once and returns its logits, taps and running statistics.
 
     Args:
-      model: any Linen module that takes images, or one with its taps (`Tapped`). It is told of
-        `train` as `in_mode` says.
+      model: any Linen module that takes images, or a `Tapped` one. Its mode is set by `in_mode`.
       variables: its `params` and, if it has any, `batch_stats`. Other collections are passed on
         unchanged.
-      images: `[batch, height, width, channels]`, normalised.
-      train: whether batch norms use the batch's statistics (and move the running ones).
-      tap_paths: name -> path of a submodule, e.g. `{"layer1": "Block_2/BatchNorm_0"}`; that
-        module's output becomes the tap. Or the path of what a module has sown into
-        `intermediates`. What runs under `nn.scan` is tapped an iteration at a time, `"Scan_0/
-        Conv_0[2]"` (`[2,0]` where scans nest), if the scan carries `intermediates` along axis 0.
-        None: what the model has sown at its root with `sow_tap`.
-      pullback: whether `Forward.pullback` is wanted; it cannot leave a `jax.jit`.
-      dropout_key: of the random numbers called "dropout"; None: there are none.
+      images: `[batch, height, width, channels]`, normalized.
+      train: whether batch norms use the batch's statistics (and update the running ones).
+      tap_paths: name -> path of a submodule, e.g. `{"layer1": "Block_2/BatchNorm_0"}`, whose
+        output becomes the tap; or the path of an array that was sown into `intermediates`. Under
+        `nn.scan` a path names one iteration, `"Scan_0/Conv_0[2]"` (`[2,0]` in nested scans); the
+        scan must stack `intermediates` along axis 0. None: the taps that the model sows at its
+        root with `sow_tap`.
+      pullback: whether to compute `Forward.pullback`, which cannot be returned from a `jax.jit`.
+      dropout_key: for the random numbers named "dropout"; None: there are none.
 
     Raises:
-      ValueError: if a path is nothing that ran, or ran more than once, or puts out something else
-        than one array; or if the model does not put out one array of logits.
+      ValueError: if nothing at a path ran, or it ran more than once or returned something else
+        than one array; or if the model does not return one array of logits.
 
     Examples:
       >>> model = nn.Sequential([nn.Dense(16), nn.relu, nn.Dense(10)])
@@ -131,9 +133,7 @@ def run_model(
     if isinstance(model, Tapped) and tap_paths is None:
         tap_paths = dict(model.tap_paths)
     module, mode = in_mode(module_of(model), train)
-    wanted = dict(tap_paths or {})
-    mutable = [COLLECTION] + (["batch_stats"] if train else [])
-    rngs: dict[str, Any] = {} if dropout_key is None else {"rngs": {"dropout": dropout_key}}
+    paths = dict(tap_paths or {})
 
     def run(images: jax.Array) -> tuple[dict[str, jax.Array], Forward]:
         calls: dict[tuple[str, ...], Any] = {}
@@ -142,30 +142,23 @@ def run_model(
                 {key: value for key, value in variables.items() if key != COLLECTION},
                 images,
                 **mode,
-                **rngs,
-                mutable=mutable,
-                # All or nothing: `nn.jit` keeps what it has traced, whatever was asked for then.
-                capture_intermediates=bool(wanted),
+                rngs=None if dropout_key is None else {"dropout": dropout_key},
+                mutable=[COLLECTION, "batch_stats"] if train else [COLLECTION],
+                # Not a filter of the paths: `nn.jit` would reuse a trace with an earlier filter.
+                capture_intermediates=bool(paths),
             )
         if not isinstance(logits, jax.Array):
             raise InputError(
-                f"{type(module).__name__} puts out a {type(logits).__name__}, where one array of "
+                f"{type(module).__name__} returns a {type(logits).__name__}, where one array of "
                 "logits is needed"
             )
         sown = state.get(COLLECTION, {})
-        taps = (
-            {name: tapped_at(sown, calls, path) for name, path in wanted.items()}
-            if wanted
-            else {k: v for k, v in sown.items() if k != FEATURES and isinstance(v, jax.Array)}
-        )
-        features = sown.get(FEATURES)
-        forward = Forward(
-            logits,
-            {},
-            features if isinstance(features, jax.Array) else None,
-            state.get("batch_stats", variables.get("batch_stats", {})),
-        )
-        return {name: taps[name] for name in depth_order(taps)}, forward
+        arrays = {name: value for name, value in sown.items() if isinstance(value, jax.Array)}
+        features = arrays.pop(FEATURES, None)
+        taps = {k: tapped_at(sown, calls, path) for k, path in paths.items()} if paths else arrays
+        statistics = state.get("batch_stats", variables.get("batch_stats", {}))
+        ordered = {name: taps[name] for name in depth_order(taps)}
+        return ordered, Forward(logits, {}, features, statistics)
 
     if not pullback:
         taps, forward = run(images)
@@ -173,32 +166,43 @@ def run_model(
     taps, tangents, forward = jax.linearize(run, images, has_aux=True)
 
     def pull(cotangents: dict[str, jax.Array]) -> jax.Array:
-        # Of the linear part only what leads to these taps: nothing behind the deepest is passed.
-        some = lambda images: {name: tangents(images)[name] for name in cotangents}  # noqa: E731
-        return jax.linear_transpose(some, images)(cotangents)[0]
+        # Only these taps are transposed, so nothing beyond the deepest of them is computed.
+        part = lambda images: {name: tangents(images)[name] for name in cotangents}  # noqa: E731
+        return jax.linear_transpose(part, images)(cotangents)[0]
 
     return dataclasses.replace(forward, taps=taps, pullback=pull)
 
 
+def abstract_forward(
+    model: Model,
+    variables: Any,
+    shape: tuple[int, ...],
+    *,
+    train: bool = False,
+    dropout_key: jax.Array | None = None,
+) -> Forward:
+    """Finds the shapes that `run_model` returns for images of a shape, without computing."""
+    run = lambda v, x: run_model(model, v, x, train=train, dropout_key=dropout_key)  # noqa: E731
+    return jax.eval_shape(run, variables, jax.ShapeDtypeStruct(shape, jax.numpy.result_type(float)))
+
+
 def number_of_logits(model: Model, variables: Any, image_shape: tuple[int, ...]) -> int:
-    """How many classes a model tells apart.
+    """Finds the number of classes of a model's logits, without computing anything.
 
     Raises:
-      ValueError: if it does not put out `[batch, classes]`.
+      ValueError: if the model does not return `[batch, classes]`.
     """
-    images = jax.ShapeDtypeStruct((1, *image_shape), jax.numpy.result_type(float))
-    run = lambda v, x: run_model(model, v, x, train=False).logits  # noqa: E731
-    shape = jax.eval_shape(run, variables, images).shape
+    shape = abstract_forward(model, variables, (1, *image_shape)).logits.shape
     if len(shape) != 2:
         raise InputError(
-            f"{type(module_of(model)).__name__} puts out {shape} for one image, where logits "
+            f"{type(module_of(model)).__name__} returns {shape} for one image, where logits "
             "[batch, classes] are needed"
         )
     return shape[-1]
 
 
 def depth_order(names: Iterable[str]) -> list[str]:
-    """The names from the shallowest to the deepest: `layer2` comes before `layer10`."""
+    """Sorts names from the shallowest to the deepest; `layer2` comes before `layer10`."""
 
     def key(name: str) -> list[tuple[bool, int | str]]:
         parts = re.findall(r"\d+|\D+", name)
@@ -207,46 +211,38 @@ def depth_order(names: Iterable[str]) -> list[str]:
     return sorted(names, key=key)
 
 
-# What Flax models call the switch between training and evaluation -> its value while training.
-_SWITCHES = {
-    "train": True,
-    "training": True,
-    "is_training": True,
-    "deterministic": False,
-    "use_running_average": False,
-}
+# The common names of the switch between training and evaluation in Flax models -> its value in
+# training.
+_SWITCHES = dict.fromkeys(("train", "training", "is_training"), True)
+_SWITCHES |= dict.fromkeys(("deterministic", "use_running_average"), False)
 
 
 def in_mode(module: nn.Module, train: bool) -> tuple[nn.Module, dict[str, Any]]:
-    """A module in training or evaluation mode, and what its `__call__` is to be told of it.
+    """Sets a module's fields to a mode; returns it, and the arguments of that mode for `__call__`.
 
     The switch is the argument `train`, `training`, `is_training`, `deterministic` or
-    `use_running_average` of `__call__`, or else a field of that name. A module without any has
-    one mode.
+    `use_running_average` of `__call__`, or else a field of that name. A module without such a
+    switch has one mode.
 
     Raises:
-      ValueError: if `__call__` needs something else besides the images.
+      ValueError: if `__call__` needs more arguments than the images and a switch.
     """
-    _, *arguments = inspect.signature(type(module).__call__).parameters.values()
-    named = [each for each in arguments if each.kind not in (each.VAR_POSITIONAL, each.VAR_KEYWORD)]
-    told = {each.name: train == _SWITCHES[each.name] for each in named if each.name in _SWITCHES}
-    images = next((each for each in named if each.name not in told), None)
-    for each in named:
-        if each is not images and each.name not in told and each.default is each.empty:
-            raise InputError(
-                f"{type(module).__name__} needs '{each.name}' besides the images, which nothing "
-                "here gives it"
-            )
-    fields = {field.name for field in dataclasses.fields(module)} - set(told)
-    switched: dict[str, Any] = {
-        name: train == _SWITCHES[name] for name in _SWITCHES if name in fields
-    }
-    return (module.clone(**switched) if switched else module), told
+    _, *parameters = inspect.signature(type(module).__call__).parameters.values()
+    named = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    arguments = {p.name: train == _SWITCHES[p.name] for p in named if p.name in _SWITCHES}
+    images = next((p for p in named if p.name not in arguments), None)
+    others = [p.name for p in named if p is not images and p.default is p.empty]
+    if unmet := [name for name in others if name not in arguments]:
+        raise InputError(
+            f"{type(module).__name__} needs '{unmet[0]}' besides the images, which abflax does not "
+            "pass"
+        )
+    fields = {field.name for field in dataclasses.fields(module)} - set(arguments)
+    switched: dict[str, Any] = {k: train == v for k, v in _SWITCHES.items() if k in fields}
+    return (module.clone(**switched) if switched else module), arguments
 
 
 def tap_shapes(model: Model, variables: Any, image_shape: tuple[int, ...]) -> dict[str, Any]:
-    """Name -> shape of each tap for a batch of one image, without computing anything."""
-    dtype = jax.numpy.result_type(float)
-    images = jax.ShapeDtypeStruct((1, *image_shape), dtype)
-    run = jax.eval_shape(lambda v, x: run_model(model, v, x, train=False).taps, variables, images)
-    return {name: tap.shape for name, tap in run.items()}
+    """Finds {name: shape} of the taps for a batch of one image, without computing anything."""
+    taps = abstract_forward(model, variables, (1, *image_shape)).taps
+    return {name: tap.shape for name, tap in taps.items()}

@@ -1,4 +1,4 @@
-"""What of a model can be tapped, and what the paper would tap."""
+"""Finds what can be tapped in a model, and which taps follow the paper's rule."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from abflax.taps.running import COLLECTION, FEATURES, Model, in_mode, module_of,
 
 @dataclasses.dataclass(frozen=True)
 class Candidate:
-    """What can be tapped.
+    """A possible tap.
 
     Attributes:
       path: for `run_model`'s `tap_paths`.
-      shape: of the tap, for the batch that was given.
+      shape: of the tap, for the given batch.
       kind: the module's class, or "sown".
-      rectified: whether no entry is negative, so that it comes after a ReLU (or a sigmoid) and
-        is no pre-activation; None where the images or the variables are abstract. (The batch norm
-        of an untrained network, too, leaves rectified inputs so.)
+      rectified: whether no entry is negative, which means that a ReLU (or a sigmoid) came before
+        and this is not a pre-activation; None if the images or the variables are abstract. (In an
+        untrained network this also holds for a batch norm of rectified inputs.)
       marked: whether the paper's rule would tap it.
     """
 
@@ -38,17 +38,21 @@ class Candidate:
 
 
 def suggest(model: Model, variables: Any, images: Any) -> tuple[Candidate, ...]:
-    """What can be tapped of a model, in the order in which it runs.
+    """Lists the possible taps of a model, in the order in which its modules run.
 
-    Marked is the paper's choice, the last pre-activation of each spatial size: of what the model
-    has sown with that size, else of the modules' outputs that are not known to be rectified. Maps
-    of one position count as features; where there are no maps, the deepest features are marked.
+    The marked ones follow the paper's rule: the last pre-activation of each spatial size. If the
+    model has sown arrays of that size, the last of them is marked, else the last output of a
+    module that is not known to be rectified. Maps of one position count as features. If there are
+    no maps, the deepest features are marked.
 
     Args:
       model: any Linen module that takes images.
       variables: its variables, arrays or shapes.
-      images: `[batch, …]`, an array or a `jax.ShapeDtypeStruct`. Shapes are found by
-        `jax.eval_shape`; only `rectified` needs a pass, of at most 16 images.
+      images: `[batch, …]`, an array or a `jax.ShapeDtypeStruct`. `jax.eval_shape` finds the
+        shapes; only `rectified` needs a forward pass, of at most 16 images.
+
+    Returns:
+      The candidates; `marked` turns them into `tap_paths`.
 
     Examples:
       >>> class Net(nn.Module):
@@ -59,8 +63,8 @@ def suggest(model: Model, variables: Any, images: Any) -> tuple[Candidate, ...]:
       ...         return nn.Dense(10)(x.mean(axis=(1, 2)))
       >>> images = jax.numpy.ones((1, 8, 8, 1))
       >>> candidates = suggest(Net(), Net().init(jax.random.key(0), images), images)
-      >>> for each in candidates:
-      ...     print(each.path, each.shape, each.marked)
+      >>> for tap in candidates:
+      ...     print(tap.path, tap.shape, tap.marked)
       Conv_0 (1, 8, 8, 4) True
       Conv_1 (1, 4, 4, 8) True
       >>> marked(candidates)
@@ -87,68 +91,64 @@ def suggest(model: Model, variables: Any, images: Any) -> tuple[Candidate, ...]:
         return taps
 
     variables = {name: tree for name, tree in variables.items() if name != COLLECTION}
-    found = []
+    candidates = []
     shapes = jax.eval_shape(trace, variables, images)
+    # The taps in one scan are listed iteration by iteration.
     for (_, lengths), group in itertools.groupby(
-        zip(keys, shapes, strict=True), lambda each: (each[0][0][0], each[0][2])
+        zip(keys, shapes, strict=True), lambda pair: (pair[0][0][0], pair[0][2])
     ):
-        inside = list(group)
-        for steps in np.ndindex(*lengths):
-            at = f"[{','.join(map(str, steps))}]" if steps else ""
-            for (key, kind, _), tap in inside:
-                path = "/".join(key[:-1] if key[-1] == "__call__" else key) + at
-                found.append(Candidate(path, tap.shape[len(steps) :], kind, None))
-    found = [each for each in found if len(each.shape) in (2, 4)]
+        taps = list(group)
+        for iteration in np.ndindex(*lengths):
+            suffix = f"[{','.join(map(str, iteration))}]" if iteration else ""
+            for (key, kind, _), tap in taps:
+                path = "/".join(key[:-1] if key[-1] == "__call__" else key) + suffix
+                candidates.append(Candidate(path, tap.shape[len(iteration) :], kind, None))
+    candidates = [tap for tap in candidates if len(tap.shape) in (2, 4)]
     if not any(
         isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves((variables, images))
     ):
-        lowest = _lowest(model, variables, images[:16], [each.path for each in found])
-        found = [dataclasses.replace(each, rectified=lowest[each.path] >= 0) for each in found]
-    chosen = _chosen(found)
-    return tuple(dataclasses.replace(each, marked=each in chosen) for each in found)
+        lowest = _lowest(model, variables, images[:16], [tap.path for tap in candidates])
+        for index, tap in enumerate(candidates):
+            candidates[index] = dataclasses.replace(tap, rectified=bool(lowest[tap.path] >= 0))
+    chosen = _chosen(candidates)
+    return tuple(dataclasses.replace(tap, marked=tap in chosen) for tap in candidates)
 
 
 def _chosen(candidates: Iterable[Candidate]) -> list[Candidate]:
-    """The last pre-activation of each spatial size; what was sown comes before what was not."""
+    """Finds the last pre-activation of each spatial size; sown ones take precedence."""
     last: dict[tuple[int, ...], Candidate] = {}
-    for each in candidates:
-        size = each.shape[1:-1] if each.shape[1:-1] != (1, 1) else ()
+    for tap in candidates:
+        size = tap.shape[1:-1] if tap.shape[1:-1] != (1, 1) else ()
         sown_before = size in last and last[size].kind == "sown"
-        if each.rectified or each.path == FEATURES or (sown_before and each.kind != "sown"):
+        if tap.rectified or tap.path == FEATURES or (sown_before and tap.kind != "sown"):
             continue
-        last[size] = each
-    return [each for size, each in last.items() if size or len(last) == 1]
+        last[size] = tap
+    return [tap for size, tap in last.items() if size or len(last) == 1]
 
 
 def marked(candidates: Iterable[Candidate]) -> dict[str, str]:
-    """Collects the marked candidates as `Tapped` takes them.
-
-    Example: `Tapped(model, marked(suggest(model, …)))`.
-
-    Returns:
-      {"layer1": path, …}, the shallowest first.
-    """
-    paths = [each.path for each in candidates if each.marked]
+    """Returns {"layer1": path, …} of the marked candidates, the second argument of `Tapped`."""
+    paths = [tap.path for tap in candidates if tap.marked]
     return {f"layer{index}": path for index, path in enumerate(paths, start=1)}
 
 
 def _in_order(stored: list[tuple[str, ...]], ran: list[tuple[str, ...]]) -> list[tuple[str, ...]]:
     """Sorts stored keys by the order in which the modules ran.
 
-    What was sown stays behind the module that it follows in the store.
+    A sown array comes after the module that it follows in the store.
     """
-    order, at = [key for key in ran if key in stored], 0
+    order, position = [key for key in ran if key in stored], 0
     for key in stored:
         if key in order:
-            at = order.index(key) + 1
+            position = order.index(key) + 1
         else:
-            order.insert(at, key)
-            at += 1
+            order.insert(position, key)
+            position += 1
     return order
 
 
-def _lowest(model: Model, variables: Any, images: Any, paths: list[str]) -> dict[str, float]:
-    """Path -> the smallest entry of that tap."""
+def _lowest(model: Model, variables: Any, images: Any, paths: list[str]) -> dict[str, Any]:
+    """Computes {path: smallest entry of that tap}."""
 
     @jax.jit
     def lowest(variables: Any, images: Any) -> dict[str, jax.Array]:
@@ -156,4 +156,4 @@ def _lowest(model: Model, variables: Any, images: Any, paths: list[str]) -> dict
         taps = run_model(model, variables, images, train=False, tap_paths=named).taps
         return {path: tap.min() for path, tap in taps.items()}
 
-    return {path: float(value) for path, value in lowest(variables, images).items()}
+    return jax.device_get(lowest(variables, images))

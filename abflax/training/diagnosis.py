@@ -91,7 +91,7 @@ def find_nonfinite(
 
 
 def describe_nonfinite(found: dict[str, list[dict[str, Any]]]) -> str:
-    """What `look` found, in half a sentence."""
+    """Describes the result of `find_nonfinite`, in half a sentence."""
     sources, taps, results = (
         [name for entry in found[kind] for name, bad in entry.items() if bad]
         for kind in ("sources", "taps", "results")

@@ -93,8 +93,10 @@ def evaluation_steps(
 ) -> dict[int, int]:
     """Step of the run -> epoch, for each evaluation; ends of phases included."""
     ends = {each.epochs_before + each.epochs for each in schedules}
-    steps = {}
+    steps: dict[int, int] = {}
     for epoch in range(1, sum(config.epochs) + 1):
-        if epoch in ends or epoch % config.evaluate_every == 0:
-            steps[int(epoch * Fraction(examples, config.batch_size))] = epoch
+        step = int(epoch * Fraction(examples, config.batch_size))
+        # Where a step spans several epochs, the end of a phase gives it its name.
+        if epoch in ends or (epoch % config.evaluate_every == 0 and steps.get(step, 0) not in ends):
+            steps[step] = epoch
     return {step: epoch for step, epoch in steps.items() if step > 0}

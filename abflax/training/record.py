@@ -38,9 +38,10 @@ import tempfile
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
+import pydantic
 
 from abflax.config import RunConfig
 from abflax.errors import InputError
@@ -146,11 +147,15 @@ def require_writable(directory: Path) -> None:
         raise InputError(f"cannot write to {directory}: {error.strerror}") from error
 
 
-def read_record(path: Path) -> dict[str, Any] | None:
-    """The record at that path; None: there is none.
+def read_record(path: Path, name: str | None = None) -> dict[str, Any] | None:
+    """Reads the record at a path; None: there is none.
+
+    Args:
+      path: of the file.
+      name: the hash that a finished run's record must have, which is that of its configuration.
 
     Raises:
-      ValueError: if there is one, but it is damaged or of another schema.
+      ValueError: if there is one, but it is damaged, of another schema or of another run.
     """
     try:
         record = read_json(path)
@@ -158,7 +163,31 @@ def read_record(path: Path) -> dict[str, Any] | None:
         return None
     if not isinstance(record, dict) or record.get("schema") != SCHEMA:
         raise InputError(f"{path} is no record of schema {SCHEMA}")
+    try:
+        _Record.model_validate(record)
+    except pydantic.ValidationError as error:
+        where = ".".join(map(str, error.errors()[0]["loc"]))
+        raise InputError(f"{path} is damaged: {where}: {error.errors()[0]['msg']}") from None
+    if name is not None and (record["hash"], record["state"]) != (name, "finished"):
+        raise InputError(f"{path} is not the record of the finished run {name}")
     return record
+
+
+class _Record(pydantic.BaseModel):
+    """The schema, as far as it is checked; see the page of this module."""
+
+    model_config = pydantic.ConfigDict(strict=True, extra="allow")
+
+    hash: str = pydantic.Field(pattern=r"^[0-9a-f]{12}$")
+    config: dict[str, Any]
+    state: Literal["finished", "diverged"]
+    environment: dict[str, Any]
+    finished: str
+    error: str | None = None
+    phases: list[dict[str, Any]] = []
+    history: list[dict[str, Any]] = []
+    result: dict[str, Any] = {}
+    seconds: float = 0.0
 
 
 def _version(package: str) -> str | None:

@@ -248,6 +248,11 @@ class Run:
 
     def _restore_checkpoint(self, description: dict[str, Any]) -> None:
         """Sets history and state to those of the newest checkpoint."""
+        if "history" not in description:
+            raise InputError(
+                f"the checkpoints in {self.directory.path} are of an older version of abflax: "
+                "remove that folder to begin anew"
+            )
         saved, own = description["config"], self.config.as_json()
         differing = sorted(k for k in {*saved, *own} if saved.get(k) != own.get(k))
         if differing:

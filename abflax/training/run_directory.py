@@ -15,6 +15,12 @@ from abflax.runtime.distributed import is_first, on_process_zero
 from abflax.storage.checkpoint import Checkpoints
 from abflax.storage.lock import Lock
 from abflax.storage.tensorboard import EventLog
+from abflax.training.fingerprint import (
+    Fingerprint,
+    is_same_run,
+    require_same_run,
+    write_fingerprint,
+)
 from abflax.training.record import read_record, require_writable, write_record
 from abflax.weights import save_variables
 
@@ -37,9 +43,9 @@ class Result:
 
 @on_process_zero
 def finished_record(directory: Path) -> dict[str, Any] | None:
-    """The record of a finished run; None where something is left to do, or to tidy up."""
+    """Reads the record of a finished run; None if something is left to do, or to tidy up."""
     untidy = os.path.exists(directory / "checkpoints")  # False where the folder is not readable
-    return None if untidy else read_record(directory / "record.json")
+    return None if untidy else read_record(directory / "record.json", directory.name)
 
 
 class RunDirectory:
@@ -52,10 +58,18 @@ class RunDirectory:
       path: None: nothing is written.
       config: the run's configuration.
       force: whether a finished run is trained again.
+      fingerprint: of the run, see `abflax.training.fingerprint`; not needed without a path.
     """
 
-    def __init__(self, path: Path | None, config: RunConfig, force: bool = False) -> None:
+    def __init__(
+        self,
+        path: Path | None,
+        config: RunConfig,
+        force: bool = False,
+        fingerprint: Fingerprint | None = None,
+    ) -> None:
         self.path, self._config, self._force = path, config, force
+        self._fingerprint = fingerprint or {}
         self._lock, self._writers = contextlib.ExitStack(), contextlib.ExitStack()
         self._checkpoints: Checkpoints | None = None
         self._events: EventLog | None = None
@@ -66,12 +80,20 @@ class RunDirectory:
         Raises:
           BusyError: if another process is training the run.
           DiskError: if the lock cannot be written.
+          ValueError: if the folder holds another experiment's run, and it is not forced.
         """
         if self.path is None:
             return None
         on_process_zero(require_writable)(self.path)
         self._lock.enter_context(Lock(self.path / "lock", f"run {self._config.hash}"))
-        if (record := _tidy(self.path, self._config, self._force)) is not None:
+        if self._fingerprint and not self._force:
+            require_same_run(self.path, self._fingerprint)
+        elif self._fingerprint and not is_same_run(self.path, self._fingerprint):
+            on_process_zero(shutil.rmtree)(self.path / "checkpoints", ignore_errors=True)
+        record = _tidy(self.path, self._config, self._force)
+        if self._fingerprint:
+            write_fingerprint(self.path, self._fingerprint)
+        if record is not None:
             self.close()
             return Result(record, None, self.path)
         checkpoints = Checkpoints(self.path / "checkpoints")
@@ -116,6 +138,9 @@ class RunDirectory:
         self._writers.close()
         if self.path is not None:
             _finish(self.path, record, variables)
+            if self._fingerprint:
+                write_fingerprint(self.path, self._fingerprint)
+            on_process_zero(shutil.rmtree)(self.path / "checkpoints", ignore_errors=True)
         self.close()
         return Result(record, variables, self.path)
 
@@ -151,4 +176,3 @@ def _tidy(directory: Path, config: RunConfig, force: bool) -> dict[str, Any] | N
 def _finish(directory: Path, record: dict[str, Any], variables: Any) -> None:
     save_variables(directory / "student.safetensors", variables)
     write_record(directory / "record.json", record)
-    shutil.rmtree(directory / "checkpoints", ignore_errors=True)

@@ -1,6 +1,4 @@
-"""What is found out about networks, as arrays, as JSON and as tables."""
-
-from __future__ import annotations
+"""Examines networks, and gives what it measures as arrays, as JSON and as tables."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -19,14 +17,15 @@ from abflax.analysis import (
     examine,
 )
 from abflax.errors import InputError
+from experiments.common import cli
 from experiments.common.stats import mean_and_std, percent
 
-_MOST_CLASSES = 20  # in a table; files have all
+_MOST_CLASSES = 20  # in a table; the files have all of them
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Found:
-    """What was seen of each network (a seed each), and of their teacher.
+class Findings:
+    """Measurements of each network (a seed each) and of their teacher.
 
     Attributes:
       examinations: one a network.
@@ -41,13 +40,13 @@ class Found:
     data: Dataset
 
 
-def look(
+def examine_all(
     networks: Sequence[Network],
     teacher: Network | None,
     test: Dataset,
     distance_images: int = 0,
     distance_neurons: int = 32,
-) -> Found:
+) -> Findings:
     """Examines networks that are seeds of one.
 
     Raises:
@@ -70,45 +69,45 @@ def look(
             for layer in layers
         }
 
-    taught = examinations[0].teacher
-    return Found(
+    activity = examinations[0].teacher
+    return Findings(
         examinations,
         [distances(network, list(shapes[0])) for network in networks],
-        distances(teacher, list(taught.firing_rate) if taught else []),
+        distances(teacher, list(activity.firing_rate) if activity else []),
         test,
     )
 
 
-def summarise(found: Found, groups: int) -> dict[str, Any]:
-    """All that fits into JSON: lists are over the networks."""
-    first = found.examinations[0]
+def summarise(findings: Findings, groups: int) -> dict[str, Any]:
+    """Makes the JSON summary; lists are over the networks."""
+    first = findings.examinations[0]
     summary: dict[str, Any] = {
-        "examples": len(found.data),
-        "error": [float(each.student.wrong.mean()) for each in found.examinations],
+        "examples": len(findings.data),
+        "error": [float(each.student.wrong.mean()) for each in findings.examinations],
         "teacher_error": float(first.teacher.wrong.mean()) if first.teacher else None,
-        "joint_patterns": [each.student.joint_patterns for each in found.examinations],
+        "joint_patterns": [each.student.joint_patterns for each in findings.examinations],
         "unmatched": list(first.unmatched),
         "layers": {},
     }
     for layer, rate in first.student.firing_rate.items():
         entry: dict[str, Any] = {"shape": list(rate.shape)}
-        entry |= _activity([each.student for each in found.examinations], layer)
+        entry |= _activity([each.student for each in findings.examinations], layer)
         if first.teacher and layer in first.teacher.firing_rate:
             entry["teacher"] = _activity([first.teacher], layer)
         if layer in first.match:
-            matches = [each.match[layer] for each in found.examinations]
+            matches = [each.match[layer] for each in findings.examinations]
             entry["agreement"] = [match.agreement for match in matches]
             entry["agreement_by_class"] = [
                 [None if np.isnan(share) else float(share) for share in match.by_class]
                 for match in matches
             ]
-        if found.distances[0]:
-            entry["distance"] = [_nearest(each[layer]) for each in found.distances]
-        if layer in found.teacher_distances:
-            entry["teacher"]["distance"] = [_nearest(found.teacher_distances[layer])]
+        if findings.distances[0]:
+            entry["distance"] = [_nearest(each[layer]) for each in findings.distances]
+        if layer in findings.teacher_distances:
+            entry["teacher"]["distance"] = [_nearest(findings.teacher_distances[layer])]
         summary["layers"][layer] = entry
     if first.match:
-        summary["groups"] = [_split(each, groups) for each in found.examinations]
+        summary["groups"] = [_split(each, groups) for each in findings.examinations]
     return summary
 
 
@@ -123,7 +122,7 @@ def _activity(activities: Sequence[Activity], layer: str) -> dict[str, list[Any]
 
 
 def _nearest(distances: np.ndarray) -> dict[str, float]:
-    """Medians over the images: of all neurons looked at, and of the nearest among them."""
+    """Medians over the images: of all measured neurons, and of the nearest of them."""
     return {
         "median": float(np.median(distances)),
         "nearest": float(np.median(distances.min(axis=1))),
@@ -147,42 +146,42 @@ def _split(examination: Examination, groups: int) -> dict[str, list[float]]:
     }
 
 
-def arrays(found: Found) -> dict[str, np.ndarray]:
-    """Name -> array, as `analysis.npz` holds them; what is of a network has its number first."""
-    flat: dict[str, np.ndarray] = {"labels": found.data.labels}
-    taught = found.examinations[0].teacher
-    named = {str(index): each.student for index, each in enumerate(found.examinations)}
-    for name, activity in (named | ({"teacher": taught} if taught else {})).items():
+def arrays(findings: Findings) -> dict[str, np.ndarray]:
+    """Name -> array of `analysis.npz`; names of a network's arrays start with its number."""
+    flat: dict[str, np.ndarray] = {"labels": findings.data.labels}
+    teacher = findings.examinations[0].teacher
+    activities = {str(index): each.student for index, each in enumerate(findings.examinations)}
+    for name, activity in (activities | ({"teacher": teacher} if teacher else {})).items():
         flat[f"{name}/predictions"] = activity.predictions
         for layer, rate in activity.firing_rate.items():
             flat[f"{name}/{layer}/firing_rate"] = rate
-    for index, examination in enumerate(found.examinations):
+    for index, examination in enumerate(findings.examinations):
         for layer, match in examination.match.items():
             for field in ("by_neuron", "by_channel", "by_class", "by_example"):
                 flat[f"{index}/{layer}/agreement_{field}"] = getattr(match, field)
-        for layer, distance in found.distances[index].items():
+        for layer, distance in findings.distances[index].items():
             flat[f"{index}/{layer}/distance"] = distance
-    for layer, distance in found.teacher_distances.items():
+    for layer, distance in findings.teacher_distances.items():
         flat[f"teacher/{layer}/distance"] = distance
     return flat
 
 
 def tables(summary: dict[str, Any]) -> list[Table]:
-    """What is printed."""
-    made = [_layer_table(summary)]
+    """Makes the tables that are printed."""
+    shown = [_layer_table(summary)]
     if "groups" in summary:
-        made.append(_group_table(summary))
+        shown.append(_group_table(summary))
         matched = {k: v for k, v in summary["layers"].items() if "agreement" in v}
         classes = len(next(iter(matched.values()))["agreement_by_class"][0])
         if classes <= _MOST_CLASSES:
-            made.append(_class_table(matched, classes))
-    return made
+            shown.append(_class_table(matched, classes))
+    return shown
 
 
 def _layer_table(summary: dict[str, Any]) -> Table:
-    of = len(summary["networks"])
+    count = len(summary["networks"])
     title = (
-        f"{summary['networks'][0]}{f' and {of - 1} more' if of > 1 else ''} on "
+        f"{summary['networks'][0]}{f' and {count - 1} more' if count > 1 else ''} on "
         f"{summary['examples']:,} held-out images of {summary['dataset']}: error "
         f"{mean_and_std(summary['error'])} %"
     )
@@ -190,8 +189,8 @@ def _layer_table(summary: dict[str, Any]) -> Table:
         title += f"; teacher {summary['teacher']}: {percent(summary['teacher_error'])} %"
     if summary["unmatched"]:
         title += f"\nno agreement (other neurons): {', '.join(summary['unmatched'])}"
-    table = _table(title, "layer", "neurons", "agreement %", "never fire %", "always fire %",
-                   "patterns", "nearest boundary")  # fmt: skip
+    columns = ("layer", "neurons", "agreement %", "never fire %", "always fire %", "patterns")
+    table = cli.make_table((*columns, "nearest boundary"), title)
     for layer, entry in summary["layers"].items():
         agreement = mean_and_std(entry["agreement"], 1) if "agreement" in entry else "–"
         rows = [(layer, entry, "×".join(map(str, entry["shape"])), agreement)]
@@ -209,10 +208,9 @@ def _layer_table(summary: dict[str, Any]) -> Table:
 
 
 def _group_table(summary: dict[str, Any]) -> Table:
-    table = _table(
-        "images by how well the activation pattern matches the teacher's (mean over the layers)",
-        "group", "images", "agreement %", "error %", "teacher's error %", "other answer %",
-    )  # fmt: skip
+    title = "images by how well the activation pattern matches the teacher's (mean over the layers)"
+    columns = ("group", "images", "agreement %", "error %", "teacher's error %", "other answer %")
+    table = cli.make_table(columns, title)
     groups = summary["groups"]
     for index, count in enumerate(groups[0]["examples"]):
         shares = [
@@ -226,18 +224,11 @@ def _group_table(summary: dict[str, Any]) -> Table:
 
 
 def _class_table(layers: dict[str, Any], classes: int) -> Table:
-    table = _table("agreement by class, %", "class", *layers)
+    table = cli.make_table(("class", *layers), "agreement by class, %")
     for label in range(classes):
         cells = []
         for entry in layers.values():
             shares = [each[label] for each in entry["agreement_by_class"]]
             cells.append("–" if None in shares else mean_and_std(shares, 1))
         table.add_row(str(label), *cells)
-    return table
-
-
-def _table(title: str, *columns: str) -> Table:
-    table = Table(title=title, title_justify="left", box=None, header_style="bold")
-    for index, column in enumerate(columns):
-        table.add_column(column, justify="right" if index else "left", no_wrap=True)
     return table

@@ -1,7 +1,5 @@
 """A train step of a MobileNet, its depthwise convolutions as shifted slices or as XLA's own."""
 
-from __future__ import annotations
-
 from typing import Any
 from unittest import mock
 
@@ -16,10 +14,10 @@ from abflax.models.depthwise import depthwise
 from abflax.models.variables import init_variables
 from abflax.training.step import create_train_state, train_step
 from experiments.benchmark.jax_work import SPAN
-from experiments.benchmark.timing import Work, compiled
+from experiments.benchmark.timing import Work, compiled_work
 from experiments.common.flops import count_flops
 
-EVALUATION_BATCH, SHAPE = 8, (112, 112, 3)
+BATCH, SHAPE = 8, (112, 112, 3)
 NETWORKS = ("mobilenet-v1", "mobilenet-v2")
 
 
@@ -39,8 +37,8 @@ def train(name: str, by_slices: bool) -> Work:
 def _train(name: str) -> Work:
     model, (phase,) = MODELS[name](), METHODS["cross-entropy"]()
     objective = bind(model, None, phase, SHAPE)
-    images = jax.random.normal(jax.random.key(1), (EVALUATION_BATCH, *SHAPE))
-    labels = jnp.arange(EVALUATION_BATCH) % 10
+    images = jax.random.normal(jax.random.key(1), (BATCH, *SHAPE))
+    labels = jnp.arange(BATCH) % 10
 
     def begin(key: jax.Array) -> Any:
         student = init_variables(model, key, SHAPE)
@@ -59,8 +57,5 @@ def _train(name: str) -> Work:
         lambda leaf: (0.1 * draw.standard_normal(leaf.shape)).astype(leaf.dtype),
         jax.eval_shape(begin, jax.random.key(0)),
     )
-    run, seconds, held = compiled(jax.jit(step), state, images)
     flops = count_flops(step, state, images)
-    return Work(
-        lambda: jax.block_until_ready(run(state, images)), EVALUATION_BATCH, 1, flops, held, seconds
-    )
+    return compiled_work(jax.jit(step), state, images, images=BATCH, flops=flops)

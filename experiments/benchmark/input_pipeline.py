@@ -9,13 +9,12 @@ Examples:
   python -m experiments.benchmark.input_pipeline --images photos --student mobilenet-v1 --workers 8
 """
 
-from __future__ import annotations
-
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import jax
@@ -74,12 +73,13 @@ class Spent:
     decoded: tuple[int, ...]
 
 
-def spent(work: Callable[[], None], decoders: Decoders) -> Spent:
-    """Does some work, and measures."""
+def spent(work: Callable[[int], Any], steps: Iterable[int], decoders: Decoders) -> Spent:
+    """Does some work for each step, and measures."""
     before = list(decoders.decoded)
     wall, here, there = time.perf_counter(), time.process_time(), decoders.seconds()
     with mock.patch.object(Image, "open", wraps=Image.open) as opened:
-        work()
+        for step in steps:
+            work(step)
     return Spent(
         time.perf_counter() - wall,
         time.process_time() - here,
@@ -93,20 +93,14 @@ def main(console: Console) -> None:
     """Runs the command."""
     arguments = cli.parse(Arguments, "experiments.benchmark.input_pipeline", __doc__)
     folder = read_folder(
-        arguments.images,
-        side=arguments.size,
-        held_out=arguments.holdout,
-        workers=arguments.workers,
+        arguments.images, side=arguments.size, held_out=arguments.holdout, workers=arguments.workers
     )
-    devices = usable_devices()
-    stream = Stream(len(folder.train), arguments.batch_size, seed=0)
     data = folder.train
-    spec = parallel.InputSpec(data.preprocessing, data.image_shape, devices, True, 1)
+    stream = Stream(len(data), arguments.batch_size, seed=0)
+    spec = parallel.InputSpec(data.preprocessing, data.image_shape, usable_devices(), True, 1)
     inputs = TrainInputs(data, stream, spec, 0, arguments.workers)
     try:
-        inputs(0, 1)  # the processes start
-        assert inputs.decoders is not None
-        _report(console, arguments, inputs, inputs.decoders, data.num_classes, spec)
+        _report(console, arguments, inputs, data.num_classes, spec)
     finally:
         inputs.close()
 
@@ -115,25 +109,20 @@ def _report(
     console: Console,
     arguments: Arguments,
     inputs: TrainInputs,
-    decoders: Decoders,
     num_classes: int,
     spec: parallel.InputSpec,
 ) -> None:
     count = arguments.batches
     images = count * arguments.batch_size
+    inputs(0, 1)  # the processes start
+    decoders = inputs.decoders
+    assert decoders is not None
 
-    def decode() -> None:
-        for step in range(1, count + 1):
-            inputs(step, 1)
-
-    found = spent(decode, decoders)
+    found = spent(lambda number: inputs(number, 1), range(1, count + 1), decoders)
     console.print(
         f"decoding: {images / found.seconds:.0f} images/s by {len(found.decoded)} processes; "
         f"{1e3 * found.there / sum(found.decoded):.1f} ms of CPU an image there, "
-        f"{1e3 * found.here / images:.2f} ms here",
-        soft_wrap=True,
-    )
-    console.print(
+        f"{1e3 * found.here / images:.2f} ms here\n"
         f"images decoded: {' + '.join(map(str, found.decoded))} there, {found.opened} here",
         soft_wrap=True,
     )
@@ -142,17 +131,12 @@ def _report(
     step = _step(arguments.student, num_classes, spec)
     batch = inputs(count + 1, 1)
     step(batch)  # compiles
-
-    def alone() -> None:
-        for _ in range(count):
-            step(batch)
-
-    def together() -> None:
-        for number in range(count):
-            step(inputs(count + 2 + number, 1))
-
-    for words, work in (("that lie there", alone), ("as they come", together)):
-        found = spent(work, decoders)
+    works: dict[str, Callable[[int], Any]] = {
+        "that lie there": lambda number: step(batch),
+        "as they come": lambda number: step(inputs(number, 1)),
+    }
+    for words, work in works.items():
+        found = spent(work, range(count + 2, 2 * count + 2), decoders)
         console.print(
             f"{arguments.student} on batches {words}: {1e3 * found.seconds / count:.1f} ms a step, "
             f"{images / found.seconds:.0f} images/s; CPU {found.here:.1f} s here, "

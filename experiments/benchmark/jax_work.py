@@ -1,7 +1,5 @@
 """The work of a run, piece by piece: the engine's own compiled functions on made-up images."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 from fractions import Fraction
@@ -32,7 +30,7 @@ from abflax.training.devices import (
 from abflax.training.inputs import EVALUATION_BATCH
 from abflax.training.step import train_step
 from abflax.training.target_cache import cached_targets
-from experiments.benchmark.timing import Work, compiled
+from experiments.benchmark.timing import Work, compiled, compiled_work
 from experiments.common.flops import count_flops
 
 SHAPE = (32, 32, 3)
@@ -64,11 +62,10 @@ class Bench:
         """All devices."""
         return usable_devices()
 
-    @functools.cached_property
-    def networks(self) -> tuple[Model, Model]:
-        """(student, teacher), as a run uses them."""
+    def networks(self, axis: str | None = AXIS) -> tuple[Model, Model]:
+        """(student, teacher), as a run uses them; axis None: on one device."""
         student, teacher = (
-            configure_model(MODELS[name](), self.precision, AXIS)
+            configure_model(MODELS[name](), self.precision, axis)
             for name in (self.student, self.teacher)
         )
         return student, teacher
@@ -101,34 +98,24 @@ class Bench:
 
     def program(self, phase: Phase, views: int | None = None) -> parallel.PhaseProgram:
         """The compiled functions of a phase."""
-        return parallel.compile_phase(*self.networks, phase, SPAN, self.spec(views))
+        return parallel.compile_phase(*self.networks(), phase, SPAN, self.spec(views))
 
     def cached_targets(self, phase: Phase, views: int) -> Any:
         """The targets of a phase for all views of all images."""
-        teacher = self.teacher_variables
-        return cached_targets(
-            self.program(phase, views), self.spec(views), teacher["params"],
-            teacher["batch_stats"], self.data["images"], self.batch,
-        )  # fmt: skip
+        params, stats = (self.teacher_variables[key] for key in ("params", "batch_stats"))
+        program, spec = self.program(phase, views), self.spec(views)
+        return cached_targets(program, spec, params, stats, self.data["images"], self.batch)
 
     def train(self, phase: Phase, cached: bool = False, students: int = 1) -> Work:
-        """One dispatch of a phase's steps, augmentation included.
-
-        Args:
-          phase: what is optimized.
-          cached: whether the teacher's targets are cached.
-          students: how many are trained in it.
-        """
+        """One dispatch of a phase's steps, augmentation included; cached: the teacher's targets."""
         views = 1 if cached else None
-        program, spec, state = self.program(phase, views), self.spec(views), self._state(phase)
-        steps = spec.steps_per_dispatch
-        index = np.arange(steps * self.batch, dtype=np.int32).reshape(steps, self.batch)
-        examples = shard_batch(index % self.examples, self.devices)
+        program, spec = self.program(phase, views), self.spec(views)
+        state, steps = self._begin(self.program(phase)), spec.steps_per_dispatch
+        examples = self._examples(steps, self.batch)
         inputs = parallel.StepInputs(**self.data, examples=examples, epochs=np.zeros_like(examples))
         targets = (self.cached_targets(phase, views),) * students if views is not None else None
-        fixed = (
-            self.teacher_variables["params"], inputs, jax.random.key(0), np.int32(steps), targets
-        )  # fmt: skip
+        teacher = self.teacher_variables["params"]
+        fixed = (teacher, inputs, jax.random.key(0), np.int32(steps), targets)
         states = tuple(jax.tree.map(jnp.copy, state) for _ in range(students))
         train = parallel.compile_steps((program,) * students, spec)
         run, seconds, held = compiled(train, states, *fixed)
@@ -149,11 +136,8 @@ class Bench:
         steps = default_steps_per_dispatch(self.devices)
         objective, optimizer, state = self._on_one_device(phase)
         states = jax.tree.map(lambda leaf: jnp.stack([leaf] * students), state)
-        index = jnp.arange(self.batch, dtype=jnp.int32)
-        fixed = (
-            self.teacher_variables, self.data, jax.random.key(0), index % self.examples,
-            jnp.zeros_like(index),
-        )  # fmt: skip
+        key, chosen = jax.random.key(0), jnp.arange(self.batch, dtype=jnp.int32) % self.examples
+        fixed = (self.teacher_variables, self.data, key, chosen, jnp.zeros_like(chosen))
 
         def one(states: Any, teacher: Any, data: Any, key: Any, chosen: Any, epochs: Any) -> Any:
             images = augment(data["images"][chosen], chosen, epochs, key, PREPROCESSING)
@@ -181,40 +165,34 @@ class Bench:
 
     def teacher_forward(self) -> Work:
         """The teacher's forward pass alone: taps and logits of a batch."""
-        model = configure_model(MODELS[self.teacher](), self.precision, None)
-        function = lambda variables, images: _seen(run_model(model, variables, images, train=False))  # noqa: E731
-        arguments = (self.teacher_variables, self._images())
-        return self._jitted(function, *arguments)
+        return self._forward(self.networks(axis=None)[1], self.teacher_variables, train=False)
 
     def evaluate(self) -> Work:
         """Error of the student on all the made-up images, in one dispatch, without a teacher."""
         (phase,) = METHODS["cross-entropy"]()
-        program = dataclasses.replace(self, method="cross-entropy")._without_teacher(phase)
+        program = parallel.compile_phase(
+            self.networks()[0], None, phase, PhaseSchedule.single_step(), self.spec()
+        )
         state = self._begin(program)
         batch = EVALUATION_BATCH * len(self.devices)
-        batches = max(1, self.examples // batch)
-        index = np.arange(batches * batch, dtype=np.int32).reshape(batches, batch)
-        examples = shard_batch(index % self.examples, self.devices)
-        student = (state.params, state.batch_stats)
+        examples = self._examples(max(1, self.examples // batch), batch)
         inputs = parallel.StepInputs(
             **self.data, examples=examples, mask=np.ones_like(examples, bool)
         )
-        arguments: tuple[Any, ...] = ((student,), {}, inputs)
         evaluation = parallel.compile_evaluation((program,), self.spec())
-        run, seconds, held = compiled(evaluation, *arguments)
-        return Work(
-            lambda: jax.block_until_ready(run(*arguments)), index.size, 1, None, held, seconds,
-            len(self.devices),
-        )  # fmt: skip
+        student = (state.params, state.batch_stats)
+        return compiled_work(
+            evaluation, (student,), {}, inputs, images=examples.size, devices=len(self.devices)
+        )
 
     def parts(self) -> dict[str, Work]:
         """Where a step of the first phase goes."""
         objective, _, state = self._on_one_device(self.phases[0])
-        variables, images = self.teacher_variables, self._images()
+        variables, images = self.teacher_variables, self._images
         labels = jnp.zeros(self.batch, jnp.int32)
-        targets = jax.jit(
-            lambda v, x: make_targets(objective, v["params"], v["batch_stats"], x)[0]
-        )(variables, images)
+
+        def targets_of(teacher: Any, images: jax.Array) -> Any:
+            return make_targets(objective, teacher["params"], teacher["batch_stats"], images)[0]
 
         def loss(params: Any, stats: Any, targets: Any, images: jax.Array) -> jax.Array:
             return student_loss(objective, params, stats, targets, images, labels)[0]
@@ -225,58 +203,52 @@ class Bench:
             return sum((jnp.vdot(tap, tap) for tap in taps.values()), start=jnp.zeros(()))
 
         student = {"params": state.params["student"], "batch_stats": state.batch_stats["student"]}
+        targets = jax.jit(targets_of)(variables, images)
         arguments = (state.params, state.batch_stats, targets, images)
         return {
-            "teacher": self._jitted(
-                lambda v, x: make_targets(objective, v["params"], v["batch_stats"], x)[0],
-                variables, images,
-            ),
-            "student forward": self._jitted(
-                lambda v, x: _seen(run_model(objective.student, v, x, train=True)),
-                student, images,
-            ),
+            "teacher": self._jitted(targets_of, variables, images),
+            "student forward": self._forward(objective.student, student, train=True),
             "forward and backward, of the taps' squares": self._jitted(
                 jax.grad(of_taps), student["params"], student["batch_stats"], images
             ),
             "forward, connectors, loss": self._jitted(loss, *arguments),
             "forward and backward, of the loss": self._jitted(jax.grad(loss), *arguments),
-        }  # fmt: skip
+        }
 
     def step_flops(self, phase: Phase, cached: bool = False) -> float:
         """FLOP of one step, counted without devices; without the teacher's if they are cached."""
         objective, optimizer, state = self._on_one_device(phase)
-        teacher, images = self.teacher_variables, self._images()
+        params, stats = (self.teacher_variables[key] for key in ("params", "batch_stats"))
         labels = jnp.zeros(self.batch, jnp.int32)
 
-        def targets(images: jax.Array) -> Any:
-            return make_targets(objective, teacher["params"], teacher["batch_stats"], images)
-
-        def step(state: Any, images: jax.Array, precomputed: Any) -> Any:
+        def step(state: Any, images: jax.Array, targets: Any) -> Any:
             return train_step(
-                objective,
-                optimizer,
-                state,
-                teacher["params"],
-                images,
-                labels,
-                precomputed_targets=precomputed,
+                objective, optimizer, state, params, images, labels, precomputed_targets=targets
             )
 
-        precomputed = jax.eval_shape(targets, images) if cached else None
-        return count_flops(step, state, images, precomputed)
+        make = functools.partial(make_targets, objective, params, stats)
+        targets = jax.eval_shape(make, self._images) if cached else None
+        return count_flops(step, state, self._images, targets)
 
+    @property
     def _images(self) -> jax.Array:
         return jax.random.normal(jax.random.key(1), (self.batch, *SHAPE))
 
-    def _jitted(self, function: Any, *arguments: Any) -> Work:
-        run, seconds, held = compiled(jax.jit(function), *arguments)
-        flops = count_flops(function, *arguments)
-        return Work(
-            lambda: jax.block_until_ready(run(*arguments)), self.batch, 1, flops, held, seconds
-        )
+    def _examples(self, batches: int, batch: int) -> Any:
+        """The examples of some batches, on the devices."""
+        index = np.arange(batches * batch, dtype=np.int32).reshape(batches, batch)
+        return shard_batch(index % self.examples, self.devices)
 
-    def _state(self, phase: Phase) -> Any:
-        return self._begin(self.program(phase))
+    def _forward(self, model: Model, variables: Any, train: bool) -> Work:
+        def outputs(variables: Any, images: jax.Array) -> Any:
+            forward = run_model(model, variables, images, train=train)
+            return forward.logits, forward.taps, forward.batch_stats
+
+        return self._jitted(outputs, variables, self._images)
+
+    def _jitted(self, function: Any, *arguments: Any) -> Work:
+        flops = count_flops(function, *arguments)
+        return compiled_work(jax.jit(function), *arguments, images=self.batch, flops=flops)
 
     def _begin(self, program: parallel.PhaseProgram) -> Any:
         student = program.init(jax.random.key(2))
@@ -284,23 +256,9 @@ class Bench:
         state = program.begin(student, stats, jax.random.key(3))
         return replicate(jax.tree.map(np.array, state), self.devices)
 
-    def _without_teacher(self, phase: Phase) -> parallel.PhaseProgram:
-        return parallel.compile_phase(
-            self.networks[0], None, phase, PhaseSchedule.single_step(), self.spec()
-        )
-
     def _on_one_device(self, phase: Phase) -> tuple[Objective, optax.GradientTransformation, Any]:
         """What a step is made of, and the state before it."""
-        student, teacher = (
-            configure_model(MODELS[name](), self.precision, None)
-            for name in (self.student, self.teacher)
-        )
-        objective = bind(student, teacher, phase, SHAPE)
-        state = self._state(phase)
+        objective = bind(*self.networks(axis=None), phase, SHAPE)
+        state = self._begin(self.program(phase))
         optimizer = phase.optimizer.transformation(SPAN, jax.tree.map(lambda _: True, state.params))
         return objective, optimizer, state.replace(opt_state=optimizer.init(state.params))
-
-
-def _seen(forward: Any) -> tuple[Any, Any, Any]:
-    """What a compiler must not leave out."""
-    return forward.logits, forward.taps, forward.batch_stats

@@ -1,7 +1,5 @@
 """Measurements as tables, and experiments/BENCH.md from those that are published."""
 
-from __future__ import annotations
-
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -58,20 +56,22 @@ def page(all_found: Sequence[Found]) -> str:
 
 def section(name: str, found: Found) -> str:
     """One section as Markdown: a title and a table of the columns that have something to say."""
-    rows = found["sections"][name]
+    rows = [dict(row) for row in found["sections"][name]]
+    for row in rows:
+        if row.get("flops_per_second") is not None:
+            peak = found["peak_flops"] * row.get("devices", 1)
+            row["percent_of_peak"] = 100 * row["flops_per_second"] / peak
     columns = {
-        title: show
+        title: (key, show)
         for title, (key, show) in _COLUMNS.items()
         if any(row.get(key) is not None for row in rows)
     }
-    lines = [
-        " | ".join(["", "work", *columns, ""]).strip(),
-        " | ".join(["", "---", *("---:" for _ in columns), ""]).strip(),
-    ]
+    lines = [["work", *columns], ["---", *("---:" for _ in columns)]]
     for row in rows:
-        cells = [show(row, found) for show in columns.values()]
-        lines.append(" | ".join(["", row["name"], *cells, ""]).strip())
-    text = f"### {_TITLES[name]}\n\n" + "\n".join(lines) + "\n"
+        cells = ("–" if row.get(key) is None else show(row[key]) for key, show in columns.values())
+        lines.append([row["name"], *cells])
+    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    text = f"### {_TITLES[name]}\n\n{table}\n"
     return text + (f"\n{_SUMMARIES[name](rows)}\n" if name in _SUMMARIES else "")
 
 
@@ -102,56 +102,36 @@ def _shares(rows: Sequence[Mapping[str, Any]]) -> str:
     return f"By their medians, of a whole step: {shares}."
 
 
-def _milliseconds(key: str) -> Callable[[dict[str, Any], Found], str]:
-    def show(row: dict[str, Any], found: Found) -> str:
-        del found
-        if not row.get(key):
-            return "–"
-        times = [1000 * each for each in row[key]]
-        return f"{statistics.median(times):.1f} ({min(times):.1f} to {max(times):.1f})"
-
-    return show
+def _milliseconds(seconds: Sequence[float]) -> str:
+    times = [1000 * each for each in seconds]
+    return f"{statistics.median(times):.1f} ({min(times):.1f} to {max(times):.1f})"
 
 
-def _number(key: str, scale: float, digits: int) -> Callable[[dict[str, Any], Found], str]:
-    def show(row: dict[str, Any], found: Found) -> str:
-        del found
-        return "–" if row.get(key) is None else f"{row[key] * scale:,.{digits}f}"
-
-    return show
+def _number(digits: int, scale: float = 1) -> Callable[[float], str]:
+    return lambda value: f"{value * scale:,.{digits}f}"
 
 
-def _text(key: str) -> Callable[[dict[str, Any], Found], str]:
-    return lambda row, found: row.get(key, "–")
-
-
-def _share(row: dict[str, Any], found: Found) -> str:
-    if row.get("flops_per_second") is None:
-        return "–"
-    peak = found["peak_flops"] * row.get("devices", 1)
-    return f"{100 * row['flops_per_second'] / peak:.0f}"
-
-
-_COLUMNS: Mapping[str, tuple[str, Callable[[dict[str, Any], Found], str]]] = {
-    "ms": ("seconds", _milliseconds("seconds")),
-    "PyTorch, ms": ("torch_seconds", _milliseconds("torch_seconds")),
-    "ratio": ("ratio", _number("ratio", 1, 2)),
-    "lax.conv, ms": ("convolved_seconds", _milliseconds("convolved_seconds")),
-    "times as fast": ("times_convolved", _number("times_convolved", 1, 1)),
-    "time, × cross-entropy": ("times_cross_entropy", _number("times_cross_entropy", 1, 2)),
-    "time, × one student": ("times_one", _number("times_one", 1, 2)),
-    "of it, each": ("share_each", _number("share_each", 1, 2)),
-    "s": ("epoch_seconds", _number("epoch_seconds", 1, 1)),
-    "s in all": ("whole_seconds", _number("whole_seconds", 1, 0)),
-    "test error %": ("test_error", _text("test_error")),
-    "agreement %": ("agreement", _text("agreement")),
-    "images/s": ("images_per_second", _number("images_per_second", 1, 0)),
-    "GFLOP a step": ("flops", _number("flops", 1e-9, 1)),
-    "GFLOP/s": ("flops_per_second", _number("flops_per_second", 1e-9, 0)),
-    "% of matrix product": ("flops_per_second", _share),
-    "MB held": ("bytes", _number("bytes", 1e-6, 0)),
-    "lax.conv, MB held": ("convolved_bytes", _number("convolved_bytes", 1e-6, 0)),
-    "s to compile": ("compile_seconds", _number("compile_seconds", 1, 1)),
+# title -> (key of a row, how its value is shown)
+_COLUMNS: Mapping[str, tuple[str, Callable[[Any], str]]] = {
+    "ms": ("seconds", _milliseconds),
+    "PyTorch, ms": ("torch_seconds", _milliseconds),
+    "ratio": ("ratio", _number(2)),
+    "lax.conv, ms": ("convolved_seconds", _milliseconds),
+    "times as fast": ("times_convolved", _number(1)),
+    "time, × cross-entropy": ("times_cross_entropy", _number(2)),
+    "time, × one student": ("times_one", _number(2)),
+    "of it, each": ("share_each", _number(2)),
+    "s": ("epoch_seconds", _number(1)),
+    "s in all": ("whole_seconds", _number(0)),
+    "test error %": ("test_error", str),
+    "agreement %": ("agreement", str),
+    "images/s": ("images_per_second", _number(0)),
+    "GFLOP a step": ("flops", _number(1, 1e-9)),
+    "GFLOP/s": ("flops_per_second", _number(0, 1e-9)),
+    "% of matrix product": ("percent_of_peak", _number(0)),
+    "MB held": ("bytes", _number(0, 1e-6)),
+    "lax.conv, MB held": ("convolved_bytes", _number(0, 1e-6)),
+    "s to compile": ("compile_seconds", _number(1)),
 }
 
 _SUMMARIES: Mapping[str, Callable[[Sequence[Mapping[str, Any]]], str]] = {

@@ -1,7 +1,5 @@
 """What grows with what: seconds with images, bytes with views; and what half precision costs."""
 
-from __future__ import annotations
-
 import statistics
 from collections.abc import Sequence
 from typing import Any

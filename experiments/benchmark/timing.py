@@ -1,7 +1,5 @@
 """How long things take: alternating, medians, and what a device can do at most."""
 
-from __future__ import annotations
-
 import dataclasses
 import statistics
 import time
@@ -67,6 +65,15 @@ def compiled(function: Any, *arguments: Any) -> tuple[Any, float, int]:
     parts = ("argument_size_in_bytes", "output_size_in_bytes", "temp_size_in_bytes")
     held = sum(getattr(memory, part) for part in parts) - memory.alias_size_in_bytes
     return program, seconds, held
+
+
+def compiled_work(
+    function: Any, *arguments: Any, images: int, flops: float | None = None, devices: int = 1
+) -> Work:
+    """Compiles a jitted or pmapped function into work of one step on its arguments."""
+    run, seconds, held = compiled(function, *arguments)
+    once = lambda: jax.block_until_ready(run(*arguments))  # noqa: E731
+    return Work(once, images, 1, flops, held, seconds, devices)
 
 
 def peak_flops(dtype: Any, repetitions: int = 5) -> float:

@@ -4,8 +4,6 @@ Wide ResNets whose forward pass returns the pre-activations, 1×1 connectors wit
 hinge, KD, SGD with Nesterov momentum. Images wait normalised in memory: no augmentation is timed.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch

@@ -1,7 +1,5 @@
 """A whole run, from its record: what share of its time was arithmetic, phase by phase."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 
@@ -56,9 +54,8 @@ def whole(record: Record, bench: Bench) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     phases = {phase.name: phase for phase in RunConfig.from_json(record["config"]).phases()}
     for phase in record["phases"]:
-        flops, steps, seconds = (
-            bench.step_flops(phases[phase["name"]]), phase["steps"], phase["seconds"]
-        )  # fmt: skip
+        flops = bench.step_flops(phases[phase["name"]])
+        steps, seconds = phase["steps"], phase["seconds"]
         rows.append({
             "name": f"{phase['name']}: {phase['epochs']} epochs, {steps:,} steps",
             "whole_seconds": seconds,

@@ -1,7 +1,5 @@
 """What all commands share: flags made from dataclasses, one way to fail, the compilation cache."""
 
-from __future__ import annotations
-
 import contextlib
 import ctypes
 import dataclasses
@@ -22,6 +20,7 @@ import docstring_parser
 import jax
 import tyro
 from rich.console import Console
+from rich.table import Table
 from tyro.constructors import (
     ConstructorRegistry,
     PrimitiveConstructorSpec,
@@ -103,7 +102,9 @@ def _joined(values: Iterable[Any]) -> str:
 Epochs = Annotated[
     tuple[int, int], text(read_epochs, "I+C", lambda epochs: "+".join(map(str, epochs)))
 ]
-SeedList = Annotated[tuple[int, ...], text(read_seeds, "N|LIST", _joined)]
+SeedList = Annotated[
+    tuple[int, ...], text(read_seeds, "N|LIST", lambda seeds: "".join(f"{seed}," for seed in seeds))
+]
 Names = Annotated[tuple[str, ...], text(read_names, "NAMES", _joined)]
 Numbers = Annotated[tuple[float, ...], text(read_numbers, "X,X,…", _joined)]
 
@@ -249,20 +250,16 @@ def main(command: Callable[[Console], None]) -> NoReturn:
     warnings.showwarning = lambda text, *_, **__: print(f"warning: {text}", file=sys.stderr)
     # Where nobody looks at the width, tables are as wide as they need to be.
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
+    codes = {BusyError: os.EX_TEMPFAIL, DiskError: os.EX_IOERR, InputError: 2, NonFiniteError: 1}
     try:
         command(console)
-    except BusyError as error:
-        _leave(f"error: {error}", os.EX_TEMPFAIL)
+    except (BusyError, DiskError, InputError, NonFiniteError) as error:
+        code = next(code for kind, code in codes.items() if isinstance(error, kind))
+        _leave(f"error: {error}", code)
     except LostError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         sys.stdout.flush()
         os._exit(os.EX_UNAVAILABLE)  # on the way out JAX would wait for the others, then abort
-    except DiskError as error:
-        _leave(f"error: {error}", os.EX_IOERR)
-    except InputError as error:
-        _leave(f"error: {error}", 2)
-    except NonFiniteError as error:
-        _leave(f"error: {error}", 1)
     except Interrupted as stop:
         _leave(str(stop), 128 + stop.signal)
     except KeyboardInterrupt:
@@ -294,11 +291,42 @@ def results_of(groups: Iterable[Callable[[], Sequence[Result]]]) -> list[Result]
     return results
 
 
+def attempt(
+    train: Callable[[Sequence[_T]], None], group: Sequence[_T]
+) -> list[tuple[_T, BusyError | NonFiniteError]]:
+    """Trains a group of runs in one program; returns (member, error) for each that failed.
+
+    After an error each is trained alone, which shows whose error it is; finished runs are not
+    trained again.
+    """
+    if not group:
+        return []
+    try:
+        train(group)
+        return []
+    except (BusyError, NonFiniteError) as error:
+        if len(group) == 1:
+            return [(group[0], error)]
+    return [failed for member in group for failed in attempt(train, [member])]
+
+
 def require_all(finished: Sequence[Any], busy: Sequence[BusyError]) -> None:
     """Raises `BusyError` if some runs are another process's, so that no mean is of a part."""
     if busy:
         total = len(finished) + len(busy)
         raise BusyError(f"{len(finished)} of {total} runs are finished; {busy[0]}")
+
+
+def make_table(
+    columns: Iterable[str], title: str | None = None, left: int = 1, pad_edge: bool = True
+) -> Table:
+    """Makes an empty table to print; left: how many columns are text, not numbers."""
+    table = Table(
+        title=title, title_justify="left", box=None, header_style="bold", pad_edge=pad_edge
+    )
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="left" if index < left else "right", no_wrap=True)
+    return table
 
 
 def _leave(message: str, code: int) -> NoReturn:

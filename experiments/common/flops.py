@@ -1,7 +1,5 @@
 """How many floating-point operations a function takes."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

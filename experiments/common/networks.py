@@ -1,7 +1,5 @@
 """Teachers and students by name: their weights, their data, and the names that tables give them."""
 
-from __future__ import annotations
-
 import dataclasses
 from pathlib import Path
 

@@ -1,6 +1,4 @@
-"""Pictures: legible at the width of a page, safe for the colour-blind, deviations shown."""
-
-from __future__ import annotations
+"""Draws pictures that are legible at the width of a page and by the colour-blind."""
 
 import dataclasses
 import io
@@ -34,12 +32,9 @@ Records = Mapping[str, Sequence[Mapping[str, Any]]]
 
 
 def curves(records: Records, path: Path, title: str) -> None:
-    """Test error, and the agreement of each layer, against epochs: one line a method.
+    """Draws test error, and the agreement of each layer, against epochs: one line a method.
 
-    Args:
-      records: method -> its records, one a seed.
-      path: of the PNG.
-      title: above the panels.
+    `records` has the records of each method, one a seed.
     """
     layers = sorted(
         {name for runs in records.values() for name in runs[0]["history"][-1]["agreement"]}
@@ -51,9 +46,8 @@ def curves(records: Records, path: Path, title: str) -> None:
         )
         error, *agreement = axes[0]
         styles = _styles(records)
-        _panel(error, records, lambda entry: entry["test_error"], styles)
+        _error_panel(error, records, styles, 0.5)
         error.set(title="test error", ylabel="held-out examples wrong, %")
-        _logarithmic(error, 0.5 * min(_means(records)))
         for axis, layer in zip(agreement, layers, strict=True):
             _panel(axis, records, _agreement(layer), styles)
             axis.axhline(50, color="0.5", linewidth=0.8, linestyle=":")
@@ -62,11 +56,8 @@ def curves(records: Records, path: Path, title: str) -> None:
             _shade_initialise(axis, records)
         if agreement:
             agreement[0].set_ylabel("neurons that fire alike, %")
-        figure.legend(
-            *error.get_legend_handles_labels(),
-            loc="outside lower center",
-            ncols=len(records),
-        )
+        handles, labels = error.get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=len(records))
         figure.suptitle(title, fontsize=11)
         _save(figure, path, 150)
 
@@ -78,22 +69,20 @@ def _agreement(layer: str) -> Callable[[Mapping[str, Any]], float | None]:
 def learning_curves(
     panels: Mapping[str, Records], names: Sequence[str], path: Path, title: str
 ) -> None:
-    """Test error against epochs: a panel for each group of records, one line a method.
+    """Draws test error against epochs: a panel for each group of records, one line a method.
 
     Args:
       panels: title -> method -> its records, one a seed.
-      names: of all methods, also of those that are not here: each has its own look.
-      path: of the PNG.
+      names: all methods, whether drawn or not: colour and marker follow from their order.
+      path: where the PNG is written.
       title: above the panels.
     """
-    columns = min(len(panels), 3)
     styles = _styles(names)
     used = {name: styles[name] for name in names if any(name in each for each in panels.values())}
-    with _figure(len(panels), columns, path, title, used) as axes:
+    with _figure(len(panels), min(len(panels), 3), path, title, used) as axes:
         for axis, (name, records) in zip(axes, panels.items(), strict=True):
-            _panel(axis, records, lambda entry: entry["test_error"], styles)
+            _error_panel(axis, records, styles, 0.7)
             axis.set(title=name, ylabel="test error, %")
-            _logarithmic(axis, 0.7 * min(_means(records)))
             _shade_initialise(axis, records)
 
 
@@ -102,10 +91,9 @@ class Panel:
     """Numbers over a few places, in percent.
 
     Attributes:
-      title, ylabel, xlabel: what the panel says.
-      places: (label, where it lies; None: the axis is of names), in order.
+      title, ylabel, xlabel: the panel's texts.
+      places: (label, coordinate; None: the axis is of names), in order.
       series: name -> one (mean, standard deviation or None) for each place; None: there is none.
-      group: panels of one group have the same range of the y axis.
     """
 
     title: str
@@ -113,58 +101,51 @@ class Panel:
     xlabel: str
     places: Sequence[tuple[str, float | None]]
     series: Mapping[str, Sequence[tuple[float, float | None] | None]]
-    group: str
 
 
 def points(panels: Sequence[Panel], names: Sequence[str], path: Path, title: str) -> None:
-    """Means with error bars over a table's other axis, one look a series.
+    """Draws means with error bars over a table's other axis.
 
-    Numeric places are joined by lines, over a logarithmic axis; named ones stand beside each
-    other.
-
-    Args:
-      panels: see `Panel`.
-      names: of all series, also of those that are not here: each has its own look.
-      path: of the PNG.
-      title: above the panels.
+    Numeric places are joined by lines over a logarithmic axis. At named places the series are
+    drawn side by side. Panels with the same measure have the same range of the y axis. Colour and
+    marker follow from the order of `names`, which has all series, whether drawn or not.
     """
-    looks = _styles(names)
-    styles = {name: looks[name] for panel in panels for name in panel.series}
+    all_styles = _styles(names)
+    styles = {name: all_styles[name] for panel in panels for name in panel.series}
     with _figure(len(panels), min(len(panels), 2), path, title, styles) as axes:
         for axis, panel in zip(axes, panels, strict=True):
             _series(axis, panel, styles)
-        for group in {panel.group for panel in panels}:
-            same = [a for a, panel in zip(axes, panels, strict=True) if panel.group == group]
-            limits = [axis.get_ylim() for axis in same]
+        for measure in {panel.ylabel for panel in panels}:
+            same = [axis for axis in axes if axis.get_ylabel() == measure]
+            low = min(axis.get_ylim()[0] for axis in same)
+            high = max(axis.get_ylim()[1] for axis in same)
             for axis in same:
-                low, high = min(low for low, _ in limits), max(high for _, high in limits)
                 axis.set_ylim(low - 0.03 * (high - low), high)
 
 
 def _series(axis: Axes, panel: Panel, styles: Mapping[str, tuple[str, str]]) -> None:
-    """The series of one panel, side by side where the places are names."""
+    """Draws the series of one panel, side by side where the places are names."""
     numbers = [place for _, place in panel.places if place is not None]
     numeric = len(numbers) == len(panel.places)
     for index, (name, values) in enumerate(panel.series.items()):
         colour, marker = styles[name]
         beside = 0.0 if numeric else 0.7 * ((index + 0.5) / len(panel.series) - 0.5)
-        found = [
+        drawn = [
             (place if numeric else position + beside, *value)
             for position, ((_, place), value) in enumerate(zip(panel.places, values, strict=True))
             if value is not None
         ]
-        if found:
-            x, mean, spread = zip(*found, strict=True)
-            axis.errorbar(
-                x, mean, [np.nan if each is None else each for each in spread], color=colour,
-                capsize=3, linewidth=1.2, linestyle="-" if numeric else "none",
-            )  # fmt: skip
+        if drawn:
+            x, mean, spread = zip(*drawn, strict=True)
+            bars = [np.nan if deviation is None else deviation for deviation in spread]
+            line = "-" if numeric else "none"
+            axis.errorbar(x, mean, bars, color=colour, capsize=3, linewidth=1.2, linestyle=line)
             for single in (False, True):  # hollow where there is no deviation
                 chosen = [each is None for each in spread] == np.full(len(x), single)
+                fill = "white" if single else colour
                 axis.plot(
-                    np.array(x)[chosen], np.array(mean)[chosen], color=colour, marker=marker,
-                    markersize=6, markerfacecolor="white" if single else colour, linestyle="none",
-                )  # fmt: skip
+                    *np.array([x, mean])[:, chosen], marker, color=colour, markersize=6, mfc=fill
+                )
     labels = [label for label, _ in panel.places]
     if numeric:
         axis.set_xscale("log")
@@ -180,7 +161,7 @@ def _series(axis: Axes, panel: Panel, styles: Mapping[str, tuple[str, str]]) -> 
 
 
 def _folded(label: str) -> str:
-    """On several lines, to stand beside its neighbours."""
+    """Breaks a label into several short lines."""
     return "\n".join(textwrap.fill(part, 11) for part in label.split(": "))
 
 
@@ -188,13 +169,13 @@ def _folded(label: str) -> str:
 def _figure(
     panels: int, columns: int, path: Path, title: str, styles: Mapping[str, tuple[str, str]]
 ) -> Iterator[list[Axes]]:
-    """The axes of a figure with one legend, which is saved when the context ends."""
+    """Gives the axes of a figure with one legend; saves it at the end of the context."""
     rows = -(-panels // columns)
     with plt.rc_context(STYLE):
+        size = (max(3.9 * columns, 6.0), 3.5 * rows + 0.4)
         figure, axes = plt.subplots(
-            rows, columns, figsize=(max(3.9 * columns, 6.0), 3.5 * rows + 0.4),
-            layout="constrained", squeeze=False,
-        )  # fmt: skip
+            rows, columns, figsize=size, layout="constrained", squeeze=False
+        )
         flat = list(axes.flat)
         for unused in flat[panels:]:
             unused.set_axis_off()
@@ -219,33 +200,27 @@ def _save(figure: Figure, path: Path, dpi: int) -> None:
 
 def _styles(names: Iterable[str]) -> dict[str, tuple[str, str]]:
     """Name -> colour and marker."""
+    count = len(COLOURS)  # there are as many markers
     return {
-        name: (
-            COLOURS[index % len(COLOURS)],
-            MARKERS[(index + index // len(COLOURS)) % len(MARKERS)],
-        )
+        name: (COLOURS[index % count], MARKERS[(index + index // count) % count])
         for index, name in enumerate(names)
     }
 
 
-def _logarithmic(axis: Axes, low: float) -> None:
-    """A logarithmic axis of errors in percent, from a little below the smallest."""
+def _error_panel(
+    axis: Axes, records: Records, styles: Mapping[str, tuple[str, str]], room: float
+) -> None:
+    """Draws test error on a logarithmic axis, from `room` times the smallest mean upward."""
+    _panel(axis, records, lambda entry: entry["test_error"], styles)
+    means = [np.mean([run["result"]["test_error"] for run in runs]) for runs in records.values()]
     axis.set_yscale("log")
     axis.set_yticks(_TICKS, labels=[f"{tick:g}" for tick in _TICKS])
     axis.minorticks_off()
-    axis.set_ylim(low, 110)
-
-
-def _means(records: Records) -> list[float]:
-    """The mean test error of each method at the end, in percent."""
-    return [
-        100 * float(np.mean([run["result"]["test_error"] for run in runs]))
-        for runs in records.values()
-    ]
+    axis.set_ylim(room * (100 * float(min(means))), 110)
 
 
 def _shade_initialise(axis: Axes, records: Records) -> None:
-    """Shades the epochs in which a two-stage method sees no label and no logit."""
+    """Shades the epochs in which two-stage methods use no labels and no logits."""
     ends = [
         entry["epoch"]
         for runs in records.values()
@@ -254,8 +229,8 @@ def _shade_initialise(axis: Axes, records: Records) -> None:
     ]
     if ends:
         axis.axvspan(0, max(ends), color="0.92", zorder=0, linewidth=0)
-        axis.text(0.4, 1.0, "initialise", transform=axis.get_xaxis_transform(), fontsize=8,
-                  color="0.35", va="top")  # fmt: skip
+        place = axis.get_xaxis_transform()
+        axis.text(0.4, 1.0, "initialise", transform=place, fontsize=8, color="0.35", va="top")
     axis.set_xlim(left=0)
 
 
@@ -265,23 +240,21 @@ def _panel(
     value: Callable[[Mapping[str, Any]], float | None],
     styles: Mapping[str, tuple[str, str]],
 ) -> None:
-    """One line a method, with a band of one standard deviation."""
+    """Draws one line a method, with a band of one standard deviation."""
     for method, runs in records.items():
         table = [[(entry["epoch"], value(entry)) for entry in run["history"]] for run in runs]
-        epochs = np.array([epoch for epoch, found in table[0] if found is not None])
-        values = 100 * np.array([[f for _, f in row if f is not None] for row in table])
+        epochs = np.array([epoch for epoch, share in table[0] if share is not None])
+        values = 100 * np.array([[share for _, share in row if share is not None] for row in table])
         if not epochs.size:
             continue
         mean = values.mean(axis=0)
         colour, marker = styles[method]
+        every = -(-len(epochs) // 20)
         axis.plot(
-            epochs, mean, color=colour, marker=marker, markersize=3.5, label=method,
-            markevery=-(-len(epochs) // 20),
-        )  # fmt: skip
+            epochs, mean, "-" + marker, color=colour, markersize=3.5, label=method, markevery=every
+        )
         if len(runs) > 1:
             spread = values.std(axis=0, ddof=1)
-            axis.fill_between(
-                epochs, np.maximum(mean - spread, 0.05), mean + spread, color=colour, alpha=0.2,
-                linewidth=0,
-            )  # fmt: skip
+            low, high = np.maximum(mean - spread, 0.05), mean + spread
+            axis.fill_between(epochs, low, high, color=colour, alpha=0.2, linewidth=0)
     axis.set_xlabel("epochs")

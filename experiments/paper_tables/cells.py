@@ -1,12 +1,11 @@
-"""A table filled from records: which cell has which numbers, and how it reads in Markdown."""
-
-from __future__ import annotations
+"""Fills a table from records, and writes it as Markdown."""
 
 import dataclasses
 import itertools
 import shlex
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from abflax.config import RunConfig, Seeds
 from abflax.errors import InputError
@@ -14,24 +13,23 @@ from experiments.common.networks import architecture
 from experiments.common.stats import beyond_error_bars, mean_and_std
 from experiments.paper_tables.definitions import SCALES
 from experiments.paper_tables.records import short
-from experiments.paper_tables.spec import Axis, Measure, Point, Record, Table
+from experiments.paper_tables.spec import Measure, Point, Record, Table
 
 _LISTED = 6  # reversed pairs that are named; the others are counted
 
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-    """What there is of one cell.
+    """One cell of a filled table.
 
     Attributes:
       row, column: where it is.
       measure: what it shows.
-      run: of which run; None: the table does not have this cell.
+      run: its run; None: the table does not have this cell.
       paper: the paper's number, in percent.
-      records: of its seeds, by seed.
-      diverged: how many further seeds have ended in numbers that are none.
-      values: what the records say, as shares; empty where they are of a method that has no such
-        number.
+      records: of its seeds, in order.
+      diverged: how many further seeds ended with non-finite numbers.
+      values: the records' numbers, as shares; empty if the method has no such number.
     """
 
     row: Point
@@ -56,7 +54,7 @@ class Cell:
 
 @dataclasses.dataclass(frozen=True)
 class Filled:
-    """A table, and its cells by (row, column) in the order of its groups."""
+    """A table with its cells by (row, column), in the order of its groups."""
 
     table: Table
     cells: Mapping[tuple[str, str], Cell]
@@ -71,31 +69,24 @@ class Filled:
 
     @property
     def records(self) -> tuple[Record, ...]:
-        """All that it was filled from, each once."""
-        found = {record["hash"]: record for cell in self.cells.values() for record in cell.records}
-        return tuple(found.values())
+        """The records that it was filled from, each once."""
+        records = [record for cell in self.cells.values() for record in cell.records]
+        return tuple({record["hash"]: record for record in records}.values())
 
 
 def seeded(run: RunConfig, networks: Mapping[str, str], seed: int) -> RunConfig | None:
-    """Completes a cell's configuration by its networks' identities and a seed.
+    """Completes a cell's configuration by a seed of everything and its networks' identities.
 
-    Args:
-      run: the cell's.
-      networks: name -> identity, of teachers and of students with published weights.
-      seed: of everything.
-
-    Returns:
-      The configuration of the run; None where a network's identity is not known.
+    `networks` has the identities of teachers and of students with published weights, by name. If
+    one of the run's is not among them, the result is None.
     """
-    begins = run.student if architecture(run.student) != run.student else None
-    if not {run.teacher, begins} - {None} <= set(networks):
+    names = {} if run.teacher is None else {"teacher": run.teacher}
+    if architecture(run.student) != run.student:
+        names["student"] = run.student
+    if not set(names.values()) <= set(networks):
         return None
-    return dataclasses.replace(
-        run,
-        student=run.student if begins is None else networks[begins],
-        teacher=None if run.teacher is None else networks[run.teacher],
-        seeds=Seeds.all(seed),
-    )
+    changes: dict[str, Any] = {role: networks[name] for role, name in names.items()}
+    return dataclasses.replace(run, seeds=Seeds.all(seed), **changes)
 
 
 def fill(
@@ -107,31 +98,31 @@ def fill(
     """Finds the records of each cell.
 
     Args:
-      table: to be filled.
+      table: the table to fill.
       records: hash -> record.
-      teachers: architecture -> identity, where it is known, and so for students with published
-        weights. Records of another network do not count then; where it is not known, the records
-        must agree in one.
-      diverged: hash -> how it ended, of runs without a record because their numbers went wrong.
+      teachers: architecture -> identity, of teachers and of students with published weights.
+        Records of other networks are ignored. Where no identity is given, all records must have
+        the same.
+      diverged: hash -> how the run ended, of runs whose numbers became non-finite.
 
     Raises:
-      ValueError: naming two teachers that records of one table have, or a record that lacks what
+      ValueError: naming two teachers in records of one table, or a record that lacks a number that
         the table shows.
     """
-    ended = {name: each for name, each in (diverged or {}).items() if name not in records}
-    both = {**records, **ended}
-    seeds, teachers = _seeds(both), identities(table, both, teachers or {})
+    diverged = {name: end for name, end in (diverged or {}).items() if name not in records}
+    known = {**records, **diverged}
+    seeds, teachers = _seeds(known), identities(table, known, teachers or {})
     cells = {}
     for row, column in itertools.chain.from_iterable(table.groups):
         run, measure = table.configuration(row, column), table.measure(row, column)
-        found, lost = (
-            _records_of(run, known, seeds, teachers) if run is not None else ()
-            for known in (records, ended)
+        finished, lost = (
+            _records_of(run, part, seeds, teachers) if run is not None else ()
+            for part in (records, diverged)
         )
-        values = [value for record in found if (value := measure.read(record)) is not None]
+        values = [value for record in finished if (value := measure.read(record)) is not None]
         paper = table.paper.get((row.label, column.label))
         cells[row.label, column.label] = Cell(
-            row, column, measure, run, paper, found, len(lost), tuple(values)
+            row, column, measure, run, paper, finished, len(lost), tuple(values)
         )
     return Filled(table, cells)
 
@@ -145,36 +136,31 @@ def identities(
 ) -> dict[str, str]:
     """Finds the networks whose records a table shows: teachers, and students' published weights.
 
-    Args:
-      table: the table.
-      records: hash -> record.
-      known: architecture -> identity, of networks that are known already.
-
     Returns:
-      Architecture -> identity.
+      Architecture -> identity, of the known networks and of those that the records name.
 
     Raises:
-      ValueError: where it is not known, and the records have several.
+      ValueError: if the records have several networks of an architecture that is not known.
     """
-    found, seeds = dict(known), _seeds(records)
+    networks, seeds = dict(known), _seeds(records)
     for name in {*table.teachers, *table.given} - set(known):
         role = "teacher" if name in table.teachers else "student"
         candidates = {str(record["config"][role]) for record in records.values()}
+        runs = [run for run in table.runs if getattr(run, role) == name]
         used = [
-            each
-            for each in sorted(candidates)
-            if each.startswith(f"{architecture(name)}:")
-            and any(_records_of(run, records, seeds, {name: each}) for run in table.runs
-                    if getattr(run, role) == name)
-        ]  # fmt: skip
+            identity
+            for identity in sorted(candidates)
+            if identity.startswith(f"{architecture(name)}:")
+            and any(_records_of(run, records, seeds, {name: identity}) for run in runs)
+        ]
         if len(used) > 1:
             raise InputError(
                 f"records of table {table.name}, scale {table.scale}, come from different "
-                f"{role}s, {' and '.join(used)}: they do not belong into one table"
+                f"{role}s, {' and '.join(used)}: they do not belong in one table"
             )
         if used:
-            found[name] = used[0]
-    return found
+            networks[name] = used[0]
+    return networks
 
 
 def _records_of(
@@ -185,34 +171,31 @@ def _records_of(
 
 
 def markdown(filled: Filled) -> str:
-    """The table with its caption, what is missing, and how its order compares."""
+    """Writes a table with its caption, what is missing, and how its order compares."""
     table = filled.table
-    winners = {id(cell) for group in filled.groups for cell in best(group)}
-    compared = {
-        id(cell)
-        for group in filled.groups
-        for cell in group
-        if any(other.paper is not None for other in group)
-    }
+    shown = {}
+    for group in filled.groups:
+        winners, compared = best(group), any(cell.paper is not None for cell in group)
+        for cell in group:
+            place = cell.row.label, cell.column.label
+            shown[place] = _shown(cell, cell in winners, compared)
     header = [f"{table.rows.name} \\ {table.columns.name}", *(p.shown for p in table.columns)]
     lines = [header, ["---", *("---:" for _ in table.columns)]]
     for row in table.rows:
-        cells = [filled.cells[row.label, column.label] for column in table.columns]
-        shown = (_shown(c, id(c) in winners, id(c) in compared) for c in cells)
-        lines.append([row.shown, *shown])
+        lines.append([row.shown, *(shown[row.label, column.label] for column in table.columns)])
     rows = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     parts = [rows, _caption(filled), missing(filled), order(filled)]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
 def best(group: Sequence[Cell]) -> list[Cell]:
-    """The cells of a group with the best mean; none where fewer than two have been run."""
-    run = [cell for cell in group if cell.values]
-    if len(run) < 2 or run[0].measure.lower_is_better is None:
+    """The cells of a group with the best mean; none if fewer than two have numbers."""
+    measured = [cell for cell in group if cell.values]
+    if len(measured) < 2 or measured[0].measure.lower_is_better is None:
         return []
-    choose = min if run[0].measure.lower_is_better else max
-    winner = choose(cell.mean for cell in run)
-    return [cell for cell in run if cell.mean == winner]
+    choose = min if measured[0].measure.lower_is_better else max
+    winner = choose(cell.mean for cell in measured)
+    return [cell for cell in measured if cell.mean == winner]
 
 
 def _shown(cell: Cell, wins: bool, compared: bool) -> str:
@@ -234,21 +217,21 @@ def _shown(cell: Cell, wins: bool, compared: bool) -> str:
 
 
 def _caption(filled: Filled) -> str:
-    """What the numbers are of, and where they come from."""
-    table, runs = filled.table, [record["environment"] for record in filled.records]
+    """Says what the numbers are, and where they come from."""
+    table, environments = filled.table, [record["environment"] for record in filled.records]
     measures = sorted({cell.measure.name for cell in filled.cells.values()})
     what = "; ".join(measures)
     when = "last epoch" if len(measures) == 1 else "of the last epoch unless said otherwise"
     teachers = _listed(record["config"]["teacher"] for record in filled.records)
-    made = ""
-    if runs:
-        devices = _listed((each["device"] for each in runs), between="; ")
-        commits = _listed(short(each["commit"]) for each in runs)
-        made = f" Teacher: {teachers}. Device: {devices}. Commit: {commits}."
+    origin = ""
+    if environments:
+        devices = _listed((run["device"] for run in environments), between="; ")
+        commits = _listed(short(run["commit"]) for run in environments)
+        origin = f" Teacher: {teachers}. Device: {devices}. Commit: {commits}."
     return (
         f"{what[0].upper() + what[1:]}: paper │ here, mean ± sample standard deviation (number of "
         f"seeds), {when}; the best in bold. Here, scale `{table.scale}`: {table.setting}; "
-        f"protocol `{table.run.protocol}`, batch {table.run.batch_size}.{made} "
+        f"protocol `{table.run.protocol}`, batch {table.run.batch_size}.{origin} "
         f"Paper: {table.paper_setting}. {SCALES[table.scale].caveat} {table.caveat}"
     ).rstrip()
 
@@ -264,31 +247,27 @@ def missing(filled: Filled) -> str:
     absent = [cell for cell in cells if len(cell.records) + cell.diverged < seeds]
     if not absent:
         return ""
-    begun = sum(bool(cell.records) for cell in absent)
-    told = f"Not run yet: {len(absent) - begun} of {len(cells)} cells"
-    told += f"; begun, with fewer than {seeds} seeds: {begun}" * (begun > 0)
+    started = sum(bool(cell.records) for cell in absent)
+    note = f"Not run yet: {len(absent) - started} of {len(cells)} cells"
+    note += f"; begun, with fewer than {seeds} seeds: {started}" * (started > 0)
     command = f"python -m experiments.table {table.name} --scale {table.scale}"
     for flag, axis, labels in (
         ("--rows", table.rows, {cell.row.label for cell in absent}),
         ("--columns", table.columns, {cell.column.label for cell in absent}),
     ):
-        if _varies(axis) and (axis.selected or len(labels) < len(axis.points)):
+        varies = any(point.changes for point in axis)  # points may be measures of the same runs
+        if varies and (axis.selected or len(labels) < len(axis.points)):
             chosen = ",".join(point.label for point in axis if point.label in labels)
             command += f" {flag} {shlex.quote(chosen)}"
-    return f"{told}. `{command}`"
-
-
-def _varies(axis: Axis) -> bool:
-    """Whether the points of an axis are different runs, and not readings of the same."""
-    return any(point.changes for point in axis)
+    return f"{note}. `{command}`"
 
 
 def order(filled: Filled) -> str:
-    """Whether the paper's order holds here, counted over the pairs of cells that compete.
+    """Says whether the paper's order holds here, over all pairs of cells that compete.
 
     A pair keeps or reverses the paper's order where its means ± deviations do not overlap.
     """
-    kept = within = single = 0
+    same = within = single = 0
     against: list[str] = []
     for group in filled.groups:
         for one, other in itertools.combinations([cell for cell in group if cell.values], 2):
@@ -297,28 +276,32 @@ def order(filled: Filled) -> str:
             sign = 1 if one.measure.lower_is_better else -1
             first = sign * one.paper < sign * other.paper
             better, worse = (one, other) if first else (other, one)
-            found = beyond_error_bars(better.values, worse.values)
-            if found is None:
+            sign_here = beyond_error_bars(better.values, worse.values)
+            if sign_here is None:
                 single += 1
-            elif found == 0:
+            elif sign_here == 0:
                 within += 1
-            elif found == -sign:
-                kept += 1
+            elif sign_here == -sign:
+                same += 1
             else:
                 against.append(_pair(filled.table, worse, better))
-    total = kept + within + len(against)
+    total = same + within + len(against)
     alone = f" Pairs with a single seed, which has no error bar: {single}." if single else ""
     if not total:
         return f"The paper's order: nothing to compare yet.{alone}"
-    verdict = (
-        ("holds" if not within else "holds wherever the error bars decide" if kept else "is open")
-        if not against
-        else ("holds in part" if kept else "does not hold")
-    )
+    if against:
+        verdict = "holds in part" if same else "does not hold"
+    elif within:
+        verdict = "holds wherever the error bars decide" if same else "is open"
+    else:
+        verdict = "holds"
+    examples = "; ".join(against[:_LISTED])
+    examples += f" and {len(against) - _LISTED} more" * (len(against) > _LISTED)
+    examples = f" ({examples})" * bool(against)
     return (
-        f"The paper's order {verdict} here: of {total} pair{'s' * (total > 1)}, {kept} in the same "
-        f"order beyond the error bars, {within} within them, {len(against)} reversed"
-        f"{_named(against)}.{_leaders(filled)}{alone}"
+        f"The paper's order {verdict} here: of {total} pair{'s' * (total > 1)}, {same} in the same "
+        f"order beyond the error bars, {within} within them, {len(against)} reversed{examples}."
+        f"{_leaders(filled)}{alone}"
     )
 
 
@@ -328,23 +311,16 @@ def _pair(table: Table, first: Cell, second: Cell) -> str:
     return f"{first.column.label} before {second.column.label} at {first.row.label}"
 
 
-def _named(pairs: Sequence[str]) -> str:
-    if not pairs:
-        return ""
-    more = f" and {len(pairs) - _LISTED} more" if len(pairs) > _LISTED else ""
-    return f" ({'; '.join(pairs[:_LISTED])}{more})"
-
-
 def _leaders(filled: Filled) -> str:
-    """In how many groups the paper's best is the best here, where both are known."""
+    """Says in how many groups the paper's best is the best here, where both are known."""
     same = known = 0
     for group in filled.groups:
-        told = [(cell, cell.paper) for cell in group if cell.paper is not None]
-        if len(told) < 2:
+        papers = [(cell, cell.paper) for cell in group if cell.paper is not None]
+        if len(papers) < 2:
             continue
-        choose = min if told[0][0].measure.lower_is_better else max
-        top = choose(paper for _, paper in told)
-        leaders = [cell for cell, paper in told if paper == top]
+        choose = min if papers[0][0].measure.lower_is_better else max
+        top = choose(paper for _, paper in papers)
+        leaders = [cell for cell, paper in papers if paper == top]
         if all(cell.values for cell in leaders) and (winners := best(group)):
             known += 1
             same += any(cell in leaders for cell in winners)

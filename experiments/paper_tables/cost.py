@@ -1,6 +1,4 @@
-"""About how long runs take: the seconds of the records, by the arithmetic of their networks."""
-
-from __future__ import annotations
+"""Estimates how long runs take, from records' seconds per FLOP and the networks' FLOP."""
 
 import functools
 import statistics
@@ -17,14 +15,15 @@ from experiments.common.networks import architecture
 from experiments.paper_tables.plan import Job
 from experiments.paper_tables.spec import Record
 
-# (data set, method, phase) -> seconds per FLOP, as `_step` counts them
+# (data set, method, phase) -> seconds per FLOP, with FLOP as counted by `_step`
 Rates = Mapping[tuple[str, str, str], float]
 
 
 def rates(records: Mapping[str, Record], device: str) -> Rates:
     """Estimates the rates of a device from records.
 
-    Where it has no record, those of other devices count, times the median ratio of what both have.
+    Rates without a record of this device are another device's, times the median ratio of the
+    rates that both devices have.
     """
     here, borrowed = measured(records, device), defaultdict(list)
     for other in {record["environment"]["device"] for record in records.values()} - {device}:
@@ -36,25 +35,25 @@ def rates(records: Mapping[str, Record], device: str) -> Rates:
 
 
 def measured(records: Mapping[str, Record], device: str) -> Rates:
-    """What the records say of that device: medians, evaluation and compilation included.
+    """Reads a device's rates from records: medians, evaluation and compilation included.
 
-    Runs that were trained in one program with others do not count.
+    Runs that were trained in one program with others are left out.
     """
-    found = defaultdict(list)
+    measurements = defaultdict(list)
     for record in records.values():
         if record["environment"]["device"] != device or "abreast" in record["environment"]:
             continue
         run = RunConfig.from_json(record["config"])
         for phase in record["phases"]:
             seconds = phase["seconds"] / phase["steps"]
-            found[run.dataset, run.method, phase["name"]].append(seconds / _step(run))
-    return {key: statistics.median(values) for key, values in found.items()}
+            measurements[run.dataset, run.method, phase["name"]].append(seconds / _step(run))
+    return {key: statistics.median(values) for key, values in measurements.items()}
 
 
 def seconds(job: Job, known: Rates) -> float | None:
-    """About how long a run takes; None: nothing is known of its data set.
+    """Estimates how long a run takes; None: there is no rate for its data set.
 
-    A phase of a method that has no record at all takes as long as the others' median.
+    A phase without a rate takes the median of the other rates.
     """
     run = job.run
     others = [rate for (dataset, _, _), rate in known.items() if dataset == run.dataset]
@@ -68,23 +67,23 @@ def seconds(job: Job, known: Rates) -> float | None:
 
 
 def total(plan: Sequence[Job], known: Rates) -> tuple[float, int]:
-    """(seconds of the runs of which something is known, how many are unknown)."""
-    found = [seconds(job, known) for job in plan]
-    return sum(each for each in found if each is not None), found.count(None)
+    """(seconds of all runs with an estimate, how many have none)."""
+    estimates = [seconds(job, known) for job in plan]
+    return sum(time for time in estimates if time is not None), estimates.count(None)
 
 
 def _step(run: RunConfig) -> float:
-    """FLOP of a step: the teacher forward, the student forward and, twice that, backward.
+    """FLOP of a step: the teacher's forward pass, the student's, and its backward pass, twice that.
 
-    What else a method does is in the rates of its records.
+    The rates of a method's records include everything else that it computes.
     """
-    taught = 0.0 if run.teacher is None else _forward(architecture(run.teacher))
-    return run.batch_size * (taught + 3 * _forward(architecture(run.student)))
+    teacher = 0.0 if run.teacher is None else _forward(architecture(run.teacher))
+    return run.batch_size * (teacher + 3 * _forward(architecture(run.student)))
 
 
 @functools.cache
 def _forward(name: str) -> float:
-    """FLOP of a network's forward pass for one image of CIFAR's size: only ratios count."""
+    """FLOP of a network's forward pass for one image of CIFAR's size; only ratios matter."""
     model = MODELS[name](num_classes=10)
     image = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
     init = functools.partial(model.init, train=False)

@@ -1,6 +1,4 @@
-"""What a plan would do, without doing it: its cost, or the first steps of every cell."""
-
-from __future__ import annotations
+"""Shows what a plan would do: its cost, or the first steps of every cell."""
 
 import dataclasses
 import time
@@ -10,11 +8,9 @@ from collections.abc import Mapping, Sequence
 import jax
 import numpy as np
 from rich.console import Console
-from rich.table import Table as Printed
 
 from abflax import InputError, Network, NonFiniteError, Resources, distill
 from abflax.config import RunConfig, Seeds
-from abflax.data import Dataset, ImageFiles
 from abflax.models import MODELS
 from abflax.models.variables import init_variables
 from abflax.training.record import device_name
@@ -33,11 +29,7 @@ def forecast(
 ) -> None:
     """Prints what would run, in how many steps and about how long.
 
-    Args:
-      console: where it is printed.
-      plan: the runs.
-      records: hash -> record, of finished runs.
-      teachers: architecture -> identity, as far as they are known.
+    `teachers` has the identities of known architectures, `records` finished runs by hash.
     """
     device = device_name(jax.devices()[0])
     known, here = rates(records, device), measured(records, device)
@@ -45,33 +37,30 @@ def forecast(
     left: dict[RunConfig, list[Job]] = defaultdict(list)
     for job in waiting:
         left[job.run].append(job)
-    table = Printed(box=None, pad_edge=False, header_style="bold")
-    for column in ("to run", "networks", "data", "epochs", "seeds", "steps each", "time each"):
-        right = column not in ("to run", "networks")
-        table.add_column(column, justify="right" if right else "left", no_wrap=True)
+    columns = ("to run", "networks", "data", "epochs", "seeds", "steps each", "time each")
+    table = cli.make_table(columns, left=2, pad_edge=False)
     for group in left.values():
         seeds = ",".join(str(job.seed) for job in group)
-        steps, each = sum(group[0].steps.values()), seconds(group[0], known)
-        told = _duration(each) + "?" * (each is not None and not _is_measured(group[0], here))
-        table.add_row(*group[0].words, seeds, f"{steps:,}", told)
+        steps, estimate = sum(group[0].steps.values()), seconds(group[0], known)
+        guess = estimate is not None and not _is_measured(group[0], here)
+        table.add_row(*group[0].words, seeds, f"{steps:,}", _duration(estimate) + "?" * guess)
     if left:
         console.print(table, soft_wrap=True)
     steps = sum(sum(job.steps.values()) for job in waiting)
     whole, unknown = total(waiting, known)
-    told = _duration(whole)
-    about = f"about {told} on {device}" if unknown < len(waiting) else f"time unknown on {device}"
+    time_left = "time unknown" if unknown == len(waiting) else f"about {_duration(whole)}"
     console.print(
         f"{len(plan)} runs, {sum(job.teaches for job in plan)} of them of teachers; "
         f"{len(plan) - len(waiting)} finished, {len(waiting)} to run in {steps:,} steps"
-        + (f"; {about}" if waiting else "")
+        + (f"; {time_left} on {device}" if waiting else "")
         + (f" for {len(waiting) - unknown}, unknown for {unknown}" * (0 < unknown < len(waiting))),
         soft_wrap=True,
     )
     guesses = sum(not _is_measured(job, here) for job in waiting)
     if guesses and unknown < len(waiting):
         console.print(
-            f"?: {guesses} runs of methods that this device has no record of: in proportion to "
-            "another's, or as long as other methods",
+            f"?: {guesses} runs of methods without a record of this device: estimated from another "
+            "device's records, or from other methods'",
             soft_wrap=True,
         )
 
@@ -89,15 +78,15 @@ def start_every_cell(
     data_dir: str | None,
     resources: Resources,
 ) -> None:
-    """Makes a few steps of each phase of every run that differs in more than its length or data.
+    """Makes a few steps of each phase of every cell, once for all lengths and shares of the data.
 
-    The networks, the method, its options and the batch size are the real ones; the training data
-    are as many images as the steps need, and one evaluation batch is measured. Nothing is
-    written. A teacher that is not there is an untrained network. Runs of other lengths or shares
-    of the data are the same programs; that their phases have steps at all is looked at.
+    The networks, the method, its options and the batch size are those of the real runs. The
+    training data are as many images as the steps need, and one evaluation batch is measured.
+    Nothing is written. An untrained network replaces a missing teacher. Runs that differ only in
+    their length or share of the data are the same program; each phase of each must have a step.
 
     Raises:
-      ValueError: if a cell does not start; after the others.
+      ValueError: at the end, if a cell does not start.
     """
     if steps < 1:
         raise InputError(f"--steps must be at least 1, not {steps}")
@@ -123,11 +112,8 @@ def start_every_cell(
         runs = "1 run" if len(group) == 1 else f"{len(group)} runs"
         took = time.perf_counter() - began
         console.print(f"starts  {label} ({runs}): {losses}; {took:.0f} s", soft_wrap=True)
-    console.print(
-        f"{len(groups) - len(failures)} of {len(groups)} start, for {len(plan)} runs; "
-        "nothing was kept",
-        soft_wrap=True,
-    )
+    starting = f"{len(groups) - len(failures)} of {len(groups)} start"
+    console.print(f"{starting}, for {len(plan)} runs; nothing was kept", soft_wrap=True)
     if failures:
         raise InputError(f"{len(failures)} of {len(groups)} do not start: {failures[0]}")
 
@@ -143,7 +129,9 @@ def _start(
     data, test = (read(run.dataset, split, data_dir) for split in ("train", "test"))
     teacher = teachers.get(run.teacher) if run.teacher is not None else None
     if run.teacher is not None and teacher is None:
-        teacher = _untrained(run.teacher, data)
+        model = MODELS[run.teacher](num_classes=data.num_classes)
+        variables = init_variables(model, jax.random.key(1000), data.image_shape)
+        teacher = Network(model, variables, f"{run.teacher}:untrained")
     result = distill(
         MODELS[architecture(run.student)](num_classes=data.num_classes),
         teacher,
@@ -155,12 +143,6 @@ def _start(
     phases = {phase["name"]: phase["steps"] for phase in result.record["phases"]}
     losses = {entry["phase"]: entry["loss"] for entry in result.record["history"]}
     return ", ".join(f"{name} {phases[name]} steps, loss {losses[name]:.3g}" for name in phases)
-
-
-def _untrained(name: str, data: Dataset | ImageFiles) -> Network:
-    model = MODELS[name](num_classes=data.num_classes)
-    variables = init_variables(model, jax.random.key(1000), data.image_shape)
-    return Network(model, variables, f"{name}:untrained")
 
 
 def _duration(seconds: float | None) -> str:

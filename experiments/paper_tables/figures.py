@@ -1,6 +1,4 @@
-"""Pictures of tables: learning curves, or what is here beside what the paper has."""
-
-from __future__ import annotations
+"""Draws tables: learning curves, or the numbers beside the paper's."""
 
 import textwrap
 from pathlib import Path
@@ -20,18 +18,18 @@ def draw(filled: Filled, path: Path) -> None:
 
 
 def _curves(filled: Filled, path: Path, title: str) -> None:
-    """A panel for each group that has records."""
+    """Draws a panel for each group that has records."""
     over = filled.table.columns if filled.table.competing == "rows" else filled.table.rows
     panels = {}
     for group in filled.groups:
-        found = {_split(cell, over)[1].label: cell.records for cell in group if cell.records}
-        if found:
-            panels[f"{_split(group[0], over)[0].label} {over.name}"] = found
-    plots.learning_curves(panels, _looks(filled, over), path, title)
+        records = {_split(cell, over)[1].label: cell.records for cell in group if cell.records}
+        if records:
+            panels[f"{_split(group[0], over)[0].label} {over.name}"] = records
+    plots.learning_curves(panels, _styled_names(filled, over), path, title)
 
 
 def _points(filled: Filled, path: Path, title: str) -> None:
-    """For each measure a panel of what is here, and one of what the paper has."""
+    """Draws two panels for each measure: the numbers here, and the paper's."""
     table = filled.table
     numeric = all(point.place is not None for point in table.columns)
     over = table.columns if table.competing == "rows" or numeric else table.rows
@@ -40,26 +38,22 @@ def _points(filled: Filled, path: Path, title: str) -> None:
         cells = [cell for cell in filled.cells.values() if cell.measure.name == measure]
         labels = {_split(cell, over)[0].label for cell in cells}
         places = [point for point in over if point.label in labels]
-        for source in ("here", "paper"):
+        for here in (True, False):
             series: dict[str, dict[str, tuple[float, float | None] | None]] = {}
             for cell in cells:
                 place, competitor = _split(cell, over)
-                number = _paper(cell) if source == "paper" else _here(cell)
+                number = _here(cell) if here else _paper(cell)
                 series.setdefault(competitor.label, {})[place.label] = number
             if any(number is not None for line in series.values() for number in line.values()):
-                panels.append(
-                    plots.Panel(
-                        title=f"here, scale {table.scale}" if source == "here" else source,
-                        ylabel=measure,
-                        xlabel=over.name,
-                        places=[
-                            (p.shown if source == "here" else p.label, p.place) for p in places
-                        ],
-                        series={k: [v[p.label] for p in places] for k, v in series.items()},
-                        group=measure,
-                    )
+                panel = plots.Panel(
+                    title=f"here, scale {table.scale}" if here else "paper",
+                    ylabel=measure,
+                    xlabel=over.name,
+                    places=[(p.shown if here else p.label, p.place) for p in places],
+                    series={k: [v[p.label] for p in places] for k, v in series.items()},
                 )
-    plots.points(panels, _looks(filled, over), path, title)
+                panels.append(panel)
+    plots.points(panels, _styled_names(filled, over), path, title)
 
 
 def _split(cell: Cell, over: Axis) -> tuple[Point, Point]:
@@ -68,15 +62,15 @@ def _split(cell: Cell, over: Axis) -> tuple[Point, Point]:
     return (cell.column, cell.row) if here else (cell.row, cell.column)
 
 
-def _looks(filled: Filled, over: Axis) -> list[str]:
-    """What has a look of its own: all methods in the same order for all pictures, then others."""
+def _styled_names(filled: Filled, over: Axis) -> list[str]:
+    """What has a colour of its own: all methods, in the same order in all pictures, then others."""
     known = [point.label for point in TABLES["paper"]["1"].rows]
     other = filled.table.rows if over is filled.table.columns else filled.table.columns
     return known + [point.label for point in other if point.label not in known]
 
 
 def _here(cell: Cell) -> tuple[float, float | None] | None:
-    """(mean, deviation), as the table shows them."""
+    """(mean, deviation) in the table's unit."""
     if not cell.values:
         return None
     factor = cell.measure.factor

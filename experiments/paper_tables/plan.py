@@ -1,6 +1,4 @@
-"""What is to be run for some tables: teachers first, each run once, in shares."""
-
-from __future__ import annotations
+"""Plans the runs of some tables: teachers first, each run once, in shares and groups."""
 
 import dataclasses
 from collections.abc import Collection, Mapping, Sequence
@@ -19,8 +17,8 @@ class Job:
     """One run of a plan.
 
     Attributes:
-      run: its configuration; a teacher is an architecture yet.
-      seed: of the run.
+      run: its configuration, with the architecture for a teacher.
+      seed: the seed of everything.
       examples: of its training data.
       teaches: whether it trains a teacher.
     """
@@ -31,28 +29,25 @@ class Job:
     teaches: bool = False
 
     def configuration(self, teachers: Mapping[str, str]) -> RunConfig | None:
-        """The configuration of the run; None until its teacher and first weights are there.
-
-        Args:
-          teachers: architecture -> identity.
-        """
+        """Completes the configuration; None while its teacher or first weights are missing."""
         return seeded(self.run, teachers, self.seed)
 
     @property
     def group_key(self) -> tuple[Any, ...]:
-        """What jobs have in common whose runs can be trained in one program."""
+        """What is the same for all jobs that can be trained in one program."""
         seeded = dataclasses.replace(self.run, seeds=Seeds.all(self.seed))
         return (self.teaches, *seeded.group_key.values())
 
     @property
     def steps(self) -> dict[str, int]:
-        """Phase -> optimisation steps.
+        """Phase -> optimization steps.
 
         Raises:
           ValueError: if a phase has none.
         """
-        phases, spans = phases_and_schedules(self.run, round(self.run.fraction * self.examples))
-        return {phase.name: span.steps for phase, span in zip(phases, spans, strict=True)}
+        phases, schedules = phases_and_schedules(self.run, round(self.run.fraction * self.examples))
+        pairs = zip(phases, schedules, strict=True)
+        return {phase.name: schedule.steps for phase, schedule in pairs}
 
     @property
     def words(self) -> tuple[str, str, str, str]:
@@ -68,13 +63,13 @@ class Job:
 
     @property
     def label(self) -> str:
-        """The same as a sentence has it."""
+        """One phrase that names the run, without its seed."""
         method, networks, share_of_data, epochs = self.words
         return f"{method}, {networks}, {share_of_data} of {self.run.dataset}, {epochs} epochs"
 
 
 def _plain(value: object) -> str:
-    """An option's value; None stands for all layers."""
+    """Formats an option's value; None means all layers."""
     if value is None:
         return "all"
     return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
@@ -83,14 +78,14 @@ def _plain(value: object) -> str:
 def jobs(
     tables: Sequence[Table], seeds: Sequence[int], given: Collection[str] = ()
 ) -> tuple[Job, ...]:
-    """All runs of some tables, each once: teachers, then group by group, seed by seed.
+    """Lists all runs of some tables, each once: teachers, then group by group, seed by seed.
 
-    It depends on the arguments, not on what is finished, so shares of it stay the same.
+    The list does not depend on which runs are finished, so its shares stay the same.
 
     Args:
       tables: those to fill.
       seeds: of each run.
-      given: the architectures whose weights are there already, so that nobody trains them.
+      given: architectures with known weights, which are not trained.
     """
     teachers: dict[str, Job] = {}
     students: dict[tuple[str, int], Job] = {}
@@ -102,36 +97,29 @@ def jobs(
             for seed in seeds:
                 for name, run in runs.items():
                     students.setdefault((name, seed), Job(run, seed, table.examples_of(run)))
-        for name in table.teachers:
-            if name in given or table.teacher_run is None:
-                continue
-            run = dataclasses.replace(table.teacher_run, student=name)
-            job = Job(run, run.seeds.weights, table.examples, teaches=True)
-            teachers.setdefault(run.hash, job)
+        if table.teacher_run is not None:
+            for name in [name for name in table.teachers if name not in given]:
+                run = dataclasses.replace(table.teacher_run, student=name)
+                job = Job(run, run.seeds.weights, table.examples, teaches=True)
+                teachers.setdefault(run.hash, job)
     return (*teachers.values(), *students.values())
 
 
 def unfinished(
     plan: Sequence[Job], teachers: Mapping[str, str], records: Collection[str]
 ) -> list[Job]:
-    """Those that have no record.
-
-    Args:
-      plan: all runs.
-      teachers: architecture -> identity, as far as they are known.
-      records: by their hashes.
-    """
+    """Lists the jobs without a record; teachers: architecture -> identity; records: by hash."""
     configs = [(job, job.configuration(teachers)) for job in plan]
     return [job for job, config in configs if config is None or config.hash not in records]
 
 
-def share(everything: Sequence[_T], index: int, count: int) -> tuple[_T, ...]:
-    """The index-th of count shares, from 1. Everything is in exactly one.
+def share(elements: Sequence[_T], index: int, count: int) -> tuple[_T, ...]:
+    """The index-th of count shares, from 1. Every element is in exactly one share.
 
-    Each round of `count` begins one share further on, so that no share gets the same method of
-    every round.
+    Each round of `count` elements begins with the next share, so that no share gets the same
+    method in every round.
     """
-    return tuple(each for i, each in enumerate(everything) if (i + i // count) % count == index - 1)
+    return tuple(one for i, one in enumerate(elements) if (i + i // count) % count == index - 1)
 
 
 def group_jobs(plan: Sequence[Job], most: int) -> tuple[tuple[Job, ...], ...]:
@@ -139,10 +127,10 @@ def group_jobs(plan: Sequence[Job], most: int) -> tuple[tuple[Job, ...], ...]:
 
     The groups are in the order of their first jobs.
     """
-    left, found = [(job.group_key, job) for job in plan], []
+    left, groups = [(job.group_key, job) for job in plan], []
     while left:
         group_key = left[0][0]
-        chosen = [each for each in left if each[0] == group_key][:most]
-        left = [each for each in left if each not in chosen]
-        found.append(tuple(job for _, job in chosen))
-    return tuple(found)
+        chosen = [pair for pair in left if pair[0] == group_key][:most]
+        left = [pair for pair in left if pair not in chosen]
+        groups.append(tuple(job for _, job in chosen))
+    return tuple(groups)

@@ -1,6 +1,4 @@
-"""The records there are: those that the repository holds, and a workdir's own."""
-
-from __future__ import annotations
+"""Reads and adds records: those committed to the repository, and those of a workdir."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,28 +14,28 @@ Record = dict[str, Any]
 
 
 def committed(folder: Path = RECORDS) -> dict[str, Record]:
-    """Hash -> record, by hash.
+    """Reads the records of the repository: hash -> record, in order.
 
     Raises:
-      ValueError: naming a file that is no record, or not the one that it is called after.
+      ValueError: naming a file that is no record, or whose name is not the record's hash.
     """
-    found = {}
+    records = {}
     for path in sorted(folder.glob("*.json")):
         record = read_record(path)
         assert record is not None  # the file is there
         if record["hash"] != path.stem:
             raise InputError(f"{path} holds the record of another run, {record['hash']}")
-        found[path.stem] = record
-    return found
+        records[path.stem] = record
+    return records
 
 
 def finished(workdir: Path) -> dict[str, Record]:
-    """Hash -> record, of a workdir's finished runs."""
+    """Reads the records of a workdir's finished runs: hash -> record."""
     return _read(workdir, "record.json")
 
 
 def diverged(workdir: Path) -> dict[str, Record]:
-    """Hash -> how it ended, of a workdir's runs whose numbers went wrong."""
+    """Reads how a workdir's runs with non-finite numbers ended: hash -> record."""
     return _read(workdir, "diverged.json")
 
 
@@ -47,32 +45,32 @@ def _read(workdir: Path, name: str) -> dict[str, Record]:
 
 
 def short(commit: str | None) -> str:
-    """Twelve digits, and the mark of changed code."""
+    """Shortens a commit to twelve digits, and "+" if the code was changed."""
     return "unknown" if commit is None else commit[:12] + "+" * commit.endswith("+")
 
 
-def new(found: Mapping[str, Record], folder: Path = RECORDS) -> tuple[dict[str, Record], int]:
+def new(records: Mapping[str, Record], folder: Path = RECORDS) -> tuple[dict[str, Record], int]:
     """Selects a workdir's CIFAR-10 runs that are not among the records.
 
     Returns:
-      These, by their hashes, and the number of runs that are outdated: a constant has changed, so
-      their hash is no longer that of their configuration.
+      The new records by hash, and the number of outdated runs: a constant of the protocol has
+      changed, so their hash is no longer that of their configuration.
     """
-    there = committed(folder)
-    chosen = {
+    existing = committed(folder)
+    added = {
         name: record
-        for name, record in found.items()
-        if record["config"]["dataset"] == "cifar10" and name not in there
+        for name, record in records.items()
+        if record["config"]["dataset"] == "cifar10" and name not in existing
     }
     current = {
         name: record
-        for name, record in chosen.items()
+        for name, record in added.items()
         if RunConfig.from_json(record["config"]).hash == name
     }
-    return current, len(chosen) - len(current)
+    return current, len(added) - len(current)
 
 
 def add(records: Mapping[str, Record], folder: Path = RECORDS) -> None:
-    """Keeps records, named by their hashes."""
+    """Writes records to files named by their hashes."""
     for name, record in records.items():
         write_record(folder / f"{name}.json", record)

@@ -1,8 +1,8 @@
-"""What a table is: a configuration, two axes that vary it, and what its cells show of a record.
+"""Defines a table: a configuration, two axes that vary it, and what its cells show of a record.
 
-A cell is a `RunConfig` whose teacher is an architecture yet, without weights, and whose seed is
-open; a row or a column is what it replaces in the configuration that the table has in common.
-Cells of different tables that are the same configuration are the same runs.
+A cell is a `RunConfig` whose teacher is the name of an architecture, without weights, and whose
+seed is not set. A row or a column replaces fields of the table's configuration. Cells of different
+tables with the same configuration are the same runs.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ Record = Mapping[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class Scale:
-    """How much a table takes.
+    """The size of the runs of a set of tables.
 
     Attributes:
       summary: one line.
-      seeds: how many, unless told otherwise.
-      caveat: what a reader must know who compares with the paper.
+      seeds: how many, by default.
+      caveat: what readers must know to compare its numbers with the paper's.
     """
 
     summary: str
@@ -41,9 +41,8 @@ class Measure:
       name: with its unit.
       lower_is_better: whether the smaller number wins; None: neither does.
       digits: behind the point.
-      read: record -> number; None where there is no such number: the method has none, or the run's
-        seconds were shared with others. Raises `InputError` where
-        the record should have one and does not.
+      read: record -> number; None if there is no such number: the method has none, or other runs
+        shared the program. Raises `InputError` if the record lacks a number it should have.
       factor: from the number to what is shown; 100 from shares to percent.
     """
 
@@ -56,12 +55,12 @@ class Measure:
 
 def _test_error(record: Record) -> float:
     if "test_error" not in record["result"]:
-        raise InputError(f"record {record['hash']} has no test error: it saw no held-out data")
+        raise InputError(f"record {record['hash']} has no test error: it has no held-out data")
     return record["result"]["test_error"]
 
 
 def _after_initialising(field: str, layer: str) -> Callable[[Record], float | None]:
-    """Of the last evaluation of the initialise phase, on held-out images."""
+    """Reads a field of the last evaluation of the initialise phase, on held-out images."""
 
     def read(record: Record) -> float | None:
         entries = [entry for entry in record["history"] if entry["phase"] == "initialise"]
@@ -75,7 +74,7 @@ def _after_initialising(field: str, layer: str) -> Callable[[Record], float | No
 
 
 def _seconds_per_epoch(record: Record) -> float | None:
-    """None where other runs were in the same program."""
+    """The seconds; None if other runs were trained in the same program."""
     if "abreast" in record["environment"]:
         return None
     phases = record["phases"]
@@ -88,13 +87,13 @@ SECONDS = Measure("seconds an epoch", None, 0, _seconds_per_epoch, factor=1.0)
 
 
 def agreement(layer: str) -> Measure:
-    """Agreement of a layer with the teacher's after the initialise phase."""
+    """Measures a layer's agreement with the teacher after the initialise phase."""
     name = "agreement after initialising, %"
     return Measure(name, False, 1, _after_initialising("agreement", layer))
 
 
-def silent(layer: str) -> Measure:
-    """The share of a layer's neurons that never fire, after the initialise phase."""
+def dead_neurons(layer: str) -> Measure:
+    """Measures the share of a layer's neurons that never fire after the initialise phase."""
     name = "never fire after initialising, %"
     return Measure(name, None, 1, _after_initialising("silent", layer))
 
@@ -104,12 +103,12 @@ class Point:
     """One row or column.
 
     Attributes:
-      label: as the paper has it where it can.
-      changes: what it replaces in the configuration: fields of `RunConfig`.
+      label: the paper's, where it has one.
+      changes: the fields of `RunConfig` that it replaces.
       measure: what its cells show; None: the table's.
       note: shown beside the label.
-      place: where it lies on a numeric axis of a picture; None: the axis is of names.
-      alone: whether what the other axis changes leaves it as it is (KD knows no layers).
+      place: its coordinate on a numeric axis of a picture; None: the axis is of names.
+      alone: whether changes of the other axis are ignored (KD has no layers).
       only: labels of the other axis that it is run with; None: all.
     """
 
@@ -129,7 +128,7 @@ class Point:
 
 @dataclasses.dataclass(frozen=True)
 class Axis:
-    """What varies, and its points in order; selected: they are some of a table's."""
+    """What varies, and its points in order; selected: whether some points were left out."""
 
     name: str
     points: tuple[Point, ...]
@@ -139,7 +138,7 @@ class Axis:
         return iter(self.points)
 
     def select(self, labels: Sequence[str] | None, kind: str) -> Axis:
-        """The axis with the points of these labels, in its own order; None: all of them."""
+        """Selects points by their labels, in the order of the axis; None: all of them."""
         if labels is None:
             return self
         known = [point.label for point in self.points]
@@ -160,18 +159,18 @@ class Table:
       scale: a name in `SCALES`.
       run: what all cells have in common.
       rows, columns: what varies.
-      competing: the axis along which numbers compete: the best of each row or of each column
-        is marked, and its order is compared with the paper's.
+      competing: "rows": the best row of each column is marked, and the order of the rows is
+        compared with the paper's; "columns": likewise, the columns of each row.
       setting: what the cells have in common, in words.
       paper: (row, column) -> the paper's number, in percent.
       paper_setting: what the paper's numbers are of.
-      teacher_run: how a teacher is trained, but for its architecture; None: its weights are
-        published, and must be given.
+      teacher_run: how a teacher is trained, except for its architecture; None: published weights
+        must be given.
       examples, classes: of the training data, all of it.
-      caveat: what a reader must know of its numbers, besides the scale's.
-      shows: what its cells show where neither row nor column says so.
-      picture: learning curves, a panel for each point that is not competing; numbers over those
-        points; or None.
+      picture: "curves": learning curves, a panel for each point that does not compete; "points":
+        numbers over those points; None: no picture.
+      shows: what cells show if neither row nor column has a measure.
+      caveat: what readers must know of its numbers, besides the scale's caveat.
     """
 
     name: str
@@ -192,14 +191,12 @@ class Table:
     caveat: str = ""
 
     def configuration(self, row: Point, column: Point) -> RunConfig | None:
-        """The run of a cell; None where the table does not have that cell."""
+        """The run of a cell; None if the table does not have this cell."""
         for point, other in ((row, column), (column, row)):
             if point.only is not None and other.label not in point.only:
                 return None
-        changes = {
-            **({} if row.alone else column.changes),
-            **({} if column.alone else row.changes),
-        }
+        changes: dict[str, Any] = {} if row.alone else dict(column.changes)
+        changes |= {} if column.alone else row.changes
         run = dataclasses.replace(self.run, **changes)
         return run if run.needs_teacher else dataclasses.replace(run, teacher=None)
 
@@ -208,10 +205,9 @@ class Table:
         return row.measure or column.measure or self.shows
 
     def examples_of(self, run: RunConfig) -> int:
-        """How many of the training data a run has at hand."""
-        if run.per_class is None:
-            return self.examples
-        return min(run.per_class * self.classes, self.examples)
+        """How many training examples there are for a run."""
+        most = self.examples if run.per_class is None else run.per_class * self.classes
+        return min(most, self.examples)
 
     def select(
         self,
@@ -219,33 +215,29 @@ class Table:
         columns: Sequence[str] | None = None,
         methods: Sequence[str] | None = None,
     ) -> Table:
-        """The table with some of its rows and columns; None: all.
+        """Selects some of the rows and columns; None: all.
 
         Raises:
           ValueError: for a name that the table does not have, or names that have no cell.
         """
-        found = dataclasses.replace(
+        table = dataclasses.replace(
             self,
             rows=self.rows.select(rows, f"row of table {self.name}"),
             columns=self.columns.select(columns, f"column of table {self.name}"),
         )
         if methods is not None:
-            axis = "rows" if any("method" in point.changes for point in found.rows) else "columns"
-            chosen = getattr(found, axis).select(methods, f"method of table {self.name}")
-            found = dataclasses.replace(found, **{axis: chosen})
-        if not found.runs:
+            axis = "rows" if any("method" in point.changes for point in table.rows) else "columns"
+            chosen = getattr(table, axis).select(methods, f"method of table {self.name}")
+            table = dataclasses.replace(table, **{axis: chosen})
+        if not table.runs:
             raise InputError(f"table {self.name}, scale {self.scale}, has no cell there")
-        return found
+        return table
 
     @property
     def runs(self) -> tuple[RunConfig, ...]:
         """The runs of all cells, each once, in the order of the groups."""
-        found: dict[str, RunConfig] = {}
-        for group in self.groups:
-            for row, column in group:
-                if (run := self.configuration(row, column)) is not None:
-                    found.setdefault(run.hash, run)
-        return tuple(found.values())
+        runs = [self.configuration(*cell) for group in self.groups for cell in group]
+        return tuple({run.hash: run for run in runs if run is not None}.values())
 
     @property
     def teachers(self) -> tuple[str, ...]:
@@ -256,12 +248,14 @@ class Table:
     def given(self) -> tuple[str, ...]:
         """The networks with published weights among its teachers and students, each once."""
         teachers = self.teachers if self.teacher_run is None else ()
-        begun = {run.student for run in self.runs if architecture(run.student) != run.student}
-        return (*teachers, *sorted(begun))
+        pretrained_students = {
+            run.student for run in self.runs if architecture(run.student) != run.student
+        }
+        return (*teachers, *sorted(pretrained_students))
 
     @property
     def groups(self) -> tuple[tuple[tuple[Point, Point], ...], ...]:
-        """The (row, column)s that compete with each other, group by group."""
+        """Groups of (row, column) whose numbers compete."""
         if self.competing == "rows":
             return tuple(tuple((r, c) for r in self.rows) for c in self.columns)
         return tuple(tuple((r, c) for c in self.columns) for r in self.rows)

@@ -1,4 +1,4 @@
-"""What is said of neurons, by hand on small numbers and networks."""
+"""Measures of neurons, by hand on small numbers and networks."""
 
 import chex
 import jax
@@ -46,7 +46,7 @@ def test_means_by_channel_and_class():
         by_class(np.ones(3), np.ones(2, int), 4)
 
 
-def test_silent():
+def test_dead_neurons():
     never, always = dead_neurons(np.array([0.0, 1.0, 0.5, 1e-9]))
     np.testing.assert_array_equal(never, [True, False, False, False])
     np.testing.assert_array_equal(always, [False, True, False, False])
@@ -100,14 +100,14 @@ def _network(key, **fields):
 
 @pytest.fixture(scope="module")
 def data():
-    """More than a batch, and no multiple of one; every image twice."""
+    """More than one batch, and not a multiple of it; every image occurs twice."""
     images = np.repeat(RNG.standard_normal((133, 2, 2, 1)), 2, axis=0).astype(np.float32)
     labels = RNG.integers(0, 3, 266)
     return Dataset(images, labels, 4, Preprocessing(mean=(0.5,), std=(2.0,)))
 
 
 def _by_hand(network, data):
-    """Pre-activations of both layers and logits, in NumPy."""
+    """Computes the pre-activations of both layers and the logits, in NumPy."""
     x = (data.images.reshape(len(data), -1) - 0.5) / 2
     taps = []
     for name in ("first", "second", "head"):
@@ -166,7 +166,7 @@ def test_layers_of_other_widths_are_left_out_and_named(data):
 
 
 def test_distance_to_the_boundaries_of_the_first_layer_is_exact(data):
-    """|w·x + b| / ‖w‖, of pixels that are normalised by a deviation of 2."""
+    """The distance is |w·x + b| / ‖w‖, with pixels normalized by a deviation of 2."""
     network = _four(_network(0))
     found = boundary_distances(network, data, "layer1", neurons=None)
     kernel = np.asarray(network.variables["params"]["first"]["kernel"])
@@ -182,7 +182,7 @@ def test_distance_to_the_boundaries_of_the_first_layer_is_exact(data):
 
 
 def test_distance_to_deeper_boundaries_is_where_the_neuron_turns(data):
-    """A step of that length against the gradient reaches s = 0 where no unit before it flips."""
+    """A step of that length along the gradient reaches s = 0 if no unit before it flips."""
     network, few = _four(_network(2)), data.take(np.arange(0, 60, 2))
     found = boundary_distances(network, few, "layer2", neurons=None)
     reached = 0

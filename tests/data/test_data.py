@@ -122,7 +122,7 @@ def test_every_augmented_image_is_a_crop_or_its_mirror(augmented):
     assert 20 < mirrored < 44 and len(corners) > 18
 
 
-def test_normalise(x64):
+def test_normalize(x64):
     images = np.array([[[[0, 255]]]], np.uint8)
     found = normalize(jnp.asarray(images), Preprocessing(mean=(100.0, 55.0), std=(50.0, 2.0)))
     chex.assert_trees_all_equal(found, np.array([[[[-2.0, 100.0]]]]))
@@ -166,7 +166,7 @@ def test_holdout_is_balanced_and_disjoint():
 
 @pytest.mark.parametrize(("name", "classes"), [("cifar10", 10), ("cifar100", 100)])
 def test_cifar_is_read_from_tfds(tmp_path, monkeypatch, name, classes):
-    """The format that TensorFlow Datasets gives, without its data and without TensorFlow."""
+    """Reads the format of TensorFlow Datasets, without its data and without TensorFlow."""
     import tensorflow_datasets as tfds
 
     from abflax.data import tfds as reader

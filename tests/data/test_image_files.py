@@ -1,4 +1,4 @@
-"""Photographs: what is decoded, by hand; folders, and the mistakes one makes in them."""
+"""Image files: decoding by hand, and folders with mistakes."""
 
 import io
 import shutil
@@ -111,7 +111,7 @@ def test_a_large_jpeg_is_decoded_small_and_looks_the_same():
         assert abs(np.subtract(*crops)).mean() < 1.5
 
 
-def test_what_cannot_be_decoded_is_told(picture, tmp_path):
+def test_what_cannot_be_decoded_is_reported(picture, tmp_path):
     whole = _encoded(picture, "JPEG")
     files = {"good.jpg": whole, "cut.jpg": whole[:-500], "empty.jpg": b"", "notes.txt": b"a list"}
     for name, data in files.items():
@@ -136,12 +136,12 @@ def test_a_folder(root):
     assert found.train.labels.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]
     assert (len(found.test), found.train.image_shape) == (6, (16, 16, 3))
     assert found.train.places[4].endswith("photos/train/cat/01.png")
-    # Named by what is in it, not by where it lies or what its files are called.
+    # The name depends on the contents, not on paths or file names.
     moved = root.rename(root.parent / "moved")
     (moved / "test" / "cat" / "01.png").rename(moved / "test" / "cat" / "0.png")
     again = read_folder(moved, side=16, workers=2)
     assert again.train.name == found.train.name != found.test.name
-    assert again.test.name != found.test.name  # the order is another
+    assert again.test.name != found.test.name  # in another order
     assert read_folder(moved, side=24, workers=1).train.name != found.train.name
 
 
@@ -168,7 +168,7 @@ def test_held_out_where_there_is_no_test_folder(root):
         assert not set(found.train.places) & set(found.test.places)
 
 
-def test_a_test_image_that_was_trained_on_is_told(root):
+def test_a_test_image_in_the_training_set_is_reported(root):
     shutil.copy(root / "train" / "cat" / "00.png", root / "test" / "ship" / "copy.png")
     (note,) = read_folder(root, workers=1).notes
     assert note.startswith("1 test images are training images too: ") and "copy.png" in note
@@ -240,13 +240,13 @@ PLACES = tuple(map(str, range(7)))
         ({"preprocessing": Preprocessing(pad=1)}, "are not padded"),
     ],
 )
-def test_photographs_that_cannot_be(options, sentence):
+def test_invalid_image_files_are_refused(options, sentence):
     given = {"places": PLACES, "labels": np.zeros(7, int), "classes": ("a", "b"), "name": "n"}
     with pytest.raises(InputError, match=sentence):
         ImageFiles(**given | options)
 
 
-def test_shots_are_balanced_nested_and_all_where_a_class_has_fewer():
+def test_few_shot_subsets_are_balanced_and_nested():
     data = ImageFiles(PLACES, np.array([0, 1, 0, 0, 1, 0, 0]), ("a", "b"), "n")
     three, four = few_shot_subset(data, 3, seed=1), few_shot_subset(data, 4, seed=1)
     assert np.bincount(three.labels).tolist() == [3, 2] and three.name == "n"
@@ -259,13 +259,13 @@ def test_shots_are_balanced_nested_and_all_where_a_class_has_fewer():
 
 @pytest.fixture
 def scenes(tmp_path):
-    """The archive and the lists as they are published, but three classes of five tiny images."""
+    """Writes the archive and lists in the published format: three classes of five tiny images."""
     manual = tmp_path / "downloads" / "manual"
     manual.mkdir(parents=True)
     rng, lists = np.random.default_rng(0), {"TrainImages.txt": [], "TestImages.txt": []}
     with tarfile.open(manual / "indoorCVPR_09.tar", "w") as archive:
         for name in ("bar", "attic", "casino"):
-            for number in range(5):  # one of them is no JPEG, whatever it is called
+            for number in range(5):  # one of them is not a JPEG, despite its name
                 data = _encoded(draw((9, 9, 9), rng), "JPEG" if number else "GIF")
                 member = tarfile.TarInfo(f"Images/{name}/x{number}.jpg")
                 member.size = len(data)
@@ -306,7 +306,7 @@ def test_mit_indoor_scenes_that_are_not_there(scenes):
 
 
 def test_birds_are_read_by_random_access(tmp_path, monkeypatch):
-    """A prepared data set of that name and those features, its masks not decoded either."""
+    """Reads a prepared data set with these features, without decoding its masks."""
     import tensorflow_datasets as tfds
 
     class CaltechBirds2011(tfds.core.GeneratorBasedBuilder):

@@ -31,7 +31,9 @@ def _write_run(workdir, student="wrn10-1", dataset="digits"):
     """Writes as much of a run's folder as an export reads."""
     folder = workdir / "runs" / RUN
     config = {"student": student, "dataset": dataset}
-    write_record(folder / "record.json", {"schema": 1, "config": config})
+    record = {"schema": 1, "hash": "0123456789ab", "config": config, "state": "finished",
+              "environment": {}, "finished": ""}  # fmt: skip
+    write_record(folder / "record.json", record)
     return folder
 
 

@@ -19,7 +19,7 @@ from tests.tiny_tables import GRID, TABLE, record, run_of
 
 @pytest.fixture
 def forgotten(monkeypatch):
-    """An entry each time that a command lets go of compiled programs; other tests need theirs."""
+    """An entry each time that a command frees compiled programs, which other tests still need."""
     times = []
     monkeypatch.setattr(cli, "forget_programs", lambda: times.append(None))
     return times
@@ -141,7 +141,7 @@ def test_runs_that_see_the_same_batches_are_trained_together(command, monkeypatc
     monkeypatch.setitem(TABLES["small"], "1", GRID)
     monkeypatch.setattr(table, "distill_group", distill_group)
     teacher = Network(None, {"params": {}}, "wrn10-1:t")
-    monkeypatch.setattr(table, "look_for_teachers", lambda *_: {"wrn10-1": teacher})
+    monkeypatch.setattr(table, "find_networks", lambda *_: {"wrn10-1": teacher})
     code, out, err = command(
         *TINY, "--seeds", "4,5", "--group", "3", "--teacher-weights", "wrn10-1=t.npz",
         "--methods", "kd,attention,activation-boundary",
@@ -217,6 +217,14 @@ def test_mistakes(command, tmp_path, arguments, sentence):
     code, out, err = command(*arguments)
     assert code == 2 and sentence in plain(err) and out == ""
     assert not list(tmp_path.iterdir())
+
+
+def test_weights_may_be_given_several_times(monkeypatch):
+    given = ("--teacher-weights", "wrn22-4=a.npz", "--teacher-weights", "wrn16-4=b=1,c.npz")
+    monkeypatch.setattr(sys, "argv", ["x", "3", *given, "--student-weights", "mobilenet-v1=v1.pth"])
+    arguments = cli.parse(table.Arguments, "experiments.table", table.__doc__)
+    assert arguments.teacher_weights == (("wrn22-4", "a.npz"), ("wrn16-4", "b=1,c.npz"))
+    assert arguments.student_weights == (("mobilenet-v1", "v1.pth"),)
 
 
 def test_help(command):

@@ -15,7 +15,7 @@ from experiments.paper_tables import records as stored
 from experiments.paper_tables.cells import best, fill, identities, markdown, missing, order
 from experiments.paper_tables.definitions import EVERY_METHOD, TABLES
 from experiments.paper_tables.plan import Job, group_jobs, jobs, share
-from experiments.paper_tables.spec import Axis, Point, agreement, silent
+from experiments.paper_tables.spec import Axis, Point, agreement, dead_neurons
 from tests.tiny_tables import GRID, TABLE, record, run_of
 
 
@@ -127,7 +127,7 @@ def test_a_number_that_a_method_does_not_have_is_a_dash():
 
 def test_records_that_lack_something_are_refused_by_name():
     table = dataclasses.replace(
-        TABLE, columns=Axis("of", (Point("silent", measure=silent("layer1")),))
+        TABLE, columns=Axis("of", (Point("silent", measure=dead_neurons("layer1")),))
     )
     name, made = record(run_of(table, "activation-boundary", "silent"), 0, 0.1)
     with pytest.raises(InputError, match=f"record {name} has no entry 'silent'"):
@@ -235,19 +235,21 @@ def test_every_run_is_in_exactly_one_share(count):
 
 
 @pytest.mark.parametrize("scale", ["small", "paper"])
-def test_runs_abreast_have_their_lesson_in_common(scale):
+def test_grouped_runs_have_the_same_batches_and_teacher(scale):
     plan = jobs([each for each in TABLES[scale].values() if each.teacher_run], range(2))
     assert group_jobs(plan, 1) == tuple((job,) for job in plan)
     found = group_jobs(plan, 4)
     assert sorted(map(repr, itertools.chain(*found))) == sorted(map(repr, plan))
-    assert max(map(len, found)) == 4 and all(len({*map(_lesson, each)}) == 1 for each in found)
+    assert max(map(len, found)) == 4 and all(
+        len({*map(_batches_and_teacher, each)}) == 1 for each in found
+    )
     methods = {frozenset(job.run.method for job in each) for each in found}
     # KD alone has no phase in which the teacher drifts; protocol paper has none at all.
     mixed = any({"kd", "activation-boundary"} <= each for each in methods)
     assert mixed == (scale == "paper")
 
 
-def _lesson(job):
+def _batches_and_teacher(job):
     return job.seed, job.teaches, job.run.teacher, job.run.fraction, job.run.batch_size
 
 

@@ -1,4 +1,4 @@
-"""Neuron selectivity transfer: the kernels by hand, all pairs, and nothing large in between."""
+"""Neuron selectivity transfer: kernels by hand, against all pairs, and the sizes of arrays."""
 
 import chex
 import jax
@@ -36,7 +36,7 @@ def test_neuron_selectivity_by_hand(kernel, expected):
 
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_neuron_selectivity_against_all_pairs(kernel, x64):
-    """The definition, pair by pair, which is what must not be done on a large tap."""
+    """Compares with the definition, pair by pair, which is too slow for a large tap."""
     student, teacher = _normal(2, 4, 4, 3), _normal(2, 2, 2, 5, seed=1)
     f = channel_patterns(positions_pooled(student, teacher)[0])
     g = channel_patterns(teacher)
@@ -57,7 +57,7 @@ def test_neuron_selectivity_against_all_pairs(kernel, x64):
 
 
 def test_no_gradient_flows_through_the_bandwidth(x64):
-    """The gradient is that of the Gaussian MMD with σ² held where it is."""
+    """The gradient is that of the Gaussian MMD with constant σ²."""
     student, teacher = _normal(1, 2, 2, 3), _normal(1, 2, 2, 2, seed=1)
     g = channel_patterns(teacher)
 
@@ -81,7 +81,7 @@ def test_no_gradient_flows_through_the_bandwidth(x64):
 @pytest.mark.parametrize("channels", [1, 4])
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_the_discrepancy_of_equals_is_zero(kernel, channels):
-    """With one channel the Gaussian's bandwidth would be zero, but for its floor."""
+    """With one channel the Gaussian's bandwidth would be zero without its lower bound."""
     features = _normal(3, 2, 4, channels).astype(np.float32)
     loss, gradient = _summed_with_gradient(f"nst-{kernel}")(features, features)
     atol = 1e-3 if (kernel, channels) == ("gaussian", 1) else 2e-6
@@ -110,7 +110,7 @@ def test_neuron_selectivity_makes_nothing_larger_than_taps_and_gram_matrices(ker
 
 
 def _intermediates(jaxpr):
-    """The shapes of all that a program makes, in the programs that it calls, too."""
+    """Yields the shapes of all arrays that a program computes, also in the programs it calls."""
     for equation in jaxpr.eqns:
         yield from (out.aval for out in equation.outvars)
         for value in jax.tree.leaves(tuple(equation.params.values()), is_leaf=_is_jaxpr):

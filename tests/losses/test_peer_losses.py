@@ -38,7 +38,7 @@ def _map(rows):
     return jnp.asarray(rows, jnp.result_type(float))[None, :, None, :]
 
 
-# The losses of two feature maps, one number an example. Compiled whole: it is quicker.
+# The losses of two feature maps, one number per example; compiled, which is faster.
 PER_EXAMPLE = {
     "attention": jax.jit(attention_transfer),
     "jacobian": jax.jit(jacobian_difference),
@@ -65,12 +65,12 @@ def test_feature_difference_by_hand(power):
         expected = (distance**2 + SMOOTHING**2) ** (power / 2) - SMOOTHING**power
     loss = feature_difference(student, teacher, power)
     chex.assert_trees_all_close(loss, np.float32(expected), rtol=1e-5)
-    assert (loss[:2] == 0).all()  # exactly: most neurons of a layer are silent in both networks
+    assert (loss[:2] == 0).all()  # exactly 0: most neurons of a layer are inactive in both networks
 
 
 @pytest.mark.parametrize("power", [0.25, 0.5, 1.0, 1.5, 2.0])
 def test_gradient_of_l_p_at_zero_is_zero(power):
-    at = jnp.asarray([0.0, 0.7, -1.0])  # a tie at 0, a tie above it, both silent
+    at = jnp.asarray([0.0, 0.7, -1.0])  # a tie at 0, a tie above 0, both inactive
     gradient = jax.grad(lambda s: feature_difference(s, at, power).sum())(at)
     chex.assert_trees_all_equal(gradient, jnp.zeros(3))
 
@@ -87,7 +87,7 @@ def test_gradient_of_l_p_near_zero_is_as_documented(power, x64):
 
 @pytest.mark.parametrize("power", [0.5, 1.0, 1.5, 2.0])
 def test_gradient_of_l_p_against_finite_differences(power, x64):
-    # No entry within 0.05 of a kink: of either ReLU's, or of a tie.
+    # No entry is within 0.05 of a kink: the zero of a ReLU, or a tie.
     student = np.asarray([0.3, 1.2, -0.4, -0.2, 2.0])
     teacher = np.asarray([0.9, 0.1, 0.8, -0.6, 1.9])
     check_grads(
@@ -182,8 +182,8 @@ def test_attention_pools_the_activations_before_they_are_squared():
 
 
 @pytest.mark.parametrize("scale", [1e-15, 1.0, 1e15])
-def test_normalisation_knows_no_scale(scale):
-    """Squares of squares leave float32 at 1e±15; the largest entry is divided out first."""
+def test_normalization_is_independent_of_scale(scale):
+    """Fourth powers of 1e±15 are out of range in float32, so the largest entry is divided out."""
     features = _normal(2, 3, 3, 4).astype(np.float32)
     chex.assert_trees_all_close(attention_map(scale * features), attention_map(features), rtol=1e-5)
     gradient = jax.grad(lambda x: (attention_map(x) ** 3).sum())
@@ -249,7 +249,7 @@ def test_cotangent_needs_one_index_for_each_example():
 
 
 def test_jacobian_matching_against_finite_differences_to_second_order(x64):
-    """Through a network: its pixel's input-gradient, and that one's gradient in the weights."""
+    """Tests the input gradient of a network's pixel, and its gradient in the weights."""
     images = _normal(2, 2, 2, 2)
     teacher = _normal(2, 2, 2, 2, seed=1)
     weights = _normal(2, 3, seed=2)
@@ -288,7 +288,7 @@ def test_centred_logits_by_hand():
 
 @pytest.mark.parametrize("name", [n for n in PER_EXAMPLE if n != "nst-gaussian"])
 def test_gradients_against_finite_differences(name, x64):
-    """The teacher's too. (The Gaussian's bandwidth is held: above.)"""
+    """Also in the teacher. (A test above covers the Gaussian's constant bandwidth.)"""
     student, teacher = _normal(2, 2, 2, 3), _normal(2, 2, 2, 3, seed=1)
     check_grads(PER_EXAMPLE[name], (student, teacher), 1, ["rev"], rtol=1e-5)
 
@@ -304,7 +304,7 @@ def test_zeros_give_finite_losses_and_no_gradient(name, silent):
         teacher[where] = 0
     loss, gradient = _summed_with_gradient(name)(student, teacher)
     chex.assert_tree_all_finite((loss, gradient))
-    # Jacobians know no channels, and Gram matrices do not normalise.
+    # Jacobians have no silent channels, and Gram matrices are not normalized.
     if not (name == "fsp" or (name == "jacobian" and silent == "channel")):
         chex.assert_trees_all_equal(gradient[where], jnp.zeros_like(gradient[where]))
 

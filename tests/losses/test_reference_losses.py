@@ -1,4 +1,4 @@
-"""Losses and gradients against the authors' published code, ties included."""
+"""Compares losses and gradients, also at ties, with the authors' published code."""
 
 import chex
 import jax
@@ -48,8 +48,8 @@ def test_disagreement(case):
 
 
 @pytest.mark.parametrize("case", CASES, indirect=True)
-def test_the_data_has_the_ties_it_is_said_to_have(case):
-    """Were they gone, the tests above would show less than they claim."""
+def test_the_data_has_ties(case):
+    """Without ties the tests above would not cover them."""
     student, margin = case["student"], case["margin"]
     for tie in (margin, -margin, np.float32(0)):
         assert np.mean(student == tie) >= 0.05

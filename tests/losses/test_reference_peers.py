@@ -1,4 +1,4 @@
-"""The other methods' losses and gradients against a widely used PyTorch collection's."""
+"""Compares the other methods' losses and gradients with a widely used PyTorch collection."""
 
 import chex
 import jax
@@ -22,12 +22,12 @@ def peers(reference):
 
 
 def _assert_gradient(gradient, expected):
-    """1e-4 of an entry; beside it 1e-6 of the largest: the reference is in float32 itself."""
+    """Compares to 1e-4 of an entry plus 1e-6 of the largest, as the reference is in float32."""
     chex.assert_trees_all_close(gradient, expected, rtol=1e-4, atol=1e-6 * np.abs(expected).max())
 
 
 def _assert_equals_reference(loss, peers, name, layers, teacher):
-    """`loss` of the students' and the teachers' layers, batch-reduced, and its gradients."""
+    """Compares `loss` of the layers, reduced over the batch, and its gradients."""
     students = [peers[f"layer{layer}/student"] for layer in layers]
     teachers = [peers[f"layer{layer}/{teacher}"] for layer in layers]
     value, gradients = jax.jit(jax.value_and_grad(loss))(students, teachers)

@@ -1,4 +1,4 @@
-"""DTL: an extra head learns the teacher's own classes, whatever the images' are."""
+"""DTL: an extra head learns the teacher's classes, which may differ from the images'."""
 
 import chex
 import jax
@@ -21,7 +21,7 @@ SHAPE = (8, 8, 1)
 
 
 def _bound(student, classes, method="dtl"):
-    """Objective, state and teacher of the method's first phase."""
+    """Returns the objective, state and teacher of the method's first phase."""
     teacher = MODELS["wrn10-2"](num_classes=classes)
     (phase, *_) = METHODS[method](protocol="paper")
     objective = bind(student, teacher, phase, SHAPE)
@@ -52,7 +52,7 @@ def test_loss_is_the_formula_and_the_head_is_trained():
     ours, theirs = (x - x.mean(axis=1, keepdims=True) for x in (ours, theirs))
     expected = 10 * np.mean((ours - theirs) ** 2) + cross_entropy(forward.logits, labels).mean()
     chex.assert_trees_all_close(loss, jnp.asarray(expected), rtol=1e-5)
-    # 10 · 2/(batch · classes) · featuresᵀ(S − T), centred already.
+    # 10 · 2/(batch · classes) · featuresᵀ(S − T), already centered.
     expected = 20 / 28 * np.asarray(forward.features).T @ (ours - theirs)
     found = gradients["connectors"]["term1"]["head"]["kernel"]
     chex.assert_trees_all_close(found, jnp.asarray(expected), rtol=1e-4, atol=1e-6)

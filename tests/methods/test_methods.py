@@ -1,4 +1,4 @@
-"""Protocols and methods say what the paper and the published code say; optimisers do it."""
+"""Protocols, methods and optimizers agree with the paper and the published code."""
 
 import dataclasses
 from fractions import Fraction
@@ -78,7 +78,7 @@ def test_methods_add_up():
         (lambda: RunConfig("d", "s", epochs=(0, 0)), "not both 0"),
         (lambda: RunConfig("d", "s", fraction=0.0), r"in \(0, 1\], not 0.0"),
         (lambda: RunConfig("d", "s", precision="float16"), "did you mean"),
-        (lambda: RunConfig("d", "s", seeds=Seeds.all(-1)), "whole numbers >= 0"),
+        (lambda: RunConfig("d", "s", seeds=Seeds.all(-1)), "whole numbers from 0"),
         (lambda: RunConfig("d", "s", batch_size=0), "batch_size"),
     ],
 )  # fmt: skip
@@ -134,13 +134,13 @@ def test_a_configuration_knows_its_settings():
     assert config.settings["views"] == 3 and config.settings["layers"] == ("layer1",)
     assert RunConfig.create(dataset="d", student="s", teacher="t", **config.settings) == config
     fields = {field.name for field in dataclasses.fields(RunConfig)}
-    # The networks and the data are arguments of `distill` of their own.
+    # The networks and the data are separate arguments of `distill`.
     assert fields - set(config.settings) == {"dataset", "student", "teacher", "test", "options"}
     assert config.replace(margin=1.0, method="activation-boundary").options == (("margin", 1.0),)
 
 
 def test_hashes_never_change():
-    """Records are found by them."""
+    """Records are found by their hashes."""
     assert RunConfig("cifar10", "wrn16-1").hash == "0c2b83280cfa"
     config = RunConfig("digits", "wrn10-2", "wrn16-2:abc", options=(("margin", 2.0),),
                        epochs=(1, 2), seeds=Seeds.all(3))  # fmt: skip
@@ -190,7 +190,7 @@ def test_shares_are_exact():
 
 
 def test_sgd_is_pytorchs(x64):
-    """d = g + λp; v = μv + d; p −= η(d + μv), and a reset is a rebuilt optimiser."""
+    """d = g + λp; v = μv + d; p −= η(d + μv), and a reset rebuilds the optimizer."""
     optimizer = Optimizer(learning_rate=0.1, drops=(0.5,), resets=(0.5,), weight_decay=0.01)
     span = PhaseSchedule(0, 6, 0, 6, 6, Fraction(1))
     transformation = optimizer.transformation(span)

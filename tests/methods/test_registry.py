@@ -1,4 +1,4 @@
-"""Every method, on a tiny pair of different widths: its own transfer loss falls in 20 steps."""
+"""Each method's transfer loss falls in 20 steps, on a tiny pair of different widths."""
 
 from typing import Any
 
@@ -14,13 +14,13 @@ from abflax.models.variables import init_variables
 from abflax.taps import sow_features, sow_tap
 
 STEPS = 20
-# The published 3/1000 is made for a wrn22-4 on 32×32 images; the tiny teacher's taps have 64 times
-# fewer neurons and more, so this is about the same weight on the mean over neurons.
+# The published 3/1000 is for a wrn22-4 on 32×32 images. The tiny teacher's taps have at least 64
+# times fewer neurons, so this is about the same weight on the mean over neurons.
 WEIGHT = dict.fromkeys(("activation-boundary", "fitnet", "l2", "l1", "l0.5"), 64.0)
 
 
 class Tiny(nn.Module):
-    """Two convolutions, each with its norm and its tap: compiled in a moment."""
+    """Two convolutions, each with a batch norm and a tap, which compile quickly."""
 
     width: int
     num_classes: int = 10

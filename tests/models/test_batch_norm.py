@@ -1,4 +1,4 @@
-"""Batch norm: Flax's numbers, its variables, its gradients to the second order."""
+"""The batch norm has Flax's numbers, variables, and gradients up to second order."""
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ def _flax(**fields):
 
 
 def _objective(norm, weights):
-    """A scalar that depends on every output, and the new statistics."""
+    """Computes a scalar that depends on every output, and the new statistics."""
 
     def value(variables, x):
         y, state = norm.apply(variables, x, mutable=["batch_stats"])
@@ -121,5 +121,5 @@ def test_a_variance_that_rounding_loses_has_flaxs_gradient(offset):
         for norm in (BatchNorm(False), _flax())
     )
     assert jnp.isfinite(ours).all()
-    if offset == 1e6:  # variances are 0 there, clipped from what rounding made of them
+    if offset == 1e6:  # rounding makes the variances negative there, and they are clipped to 0
         np.testing.assert_allclose(ours, flax, 1e-3, 1e-3)

@@ -1,4 +1,4 @@
-"""The depthwise convolution's two formulations: the same numbers, each where it belongs."""
+"""The depthwise convolution's two formulations give the same numbers."""
 
 import functools
 
@@ -55,7 +55,7 @@ def test_same_values_and_gradients(x64, case):
 
 
 def test_by_hand():
-    """Ones of a 3×3 window inside a 2×2 image are those of the image: all four, everywhere."""
+    """A padded 3×3 window contains all four pixels of a 2×2 image at each position."""
     images = jnp.array([[1.0, 2.0], [3.0, 4.0]]).reshape(1, 2, 2, 1)
     both = jnp.concatenate([images, -images], axis=-1)
     run = functools.partial(depthwise, strides=(1, 1), padding=AROUND, feature_group_count=2)
@@ -82,7 +82,7 @@ def test_bfloat16_is_summed_in_float32():
 
 @pytest.mark.parametrize(("platform", "convolutions"), [("cpu", 0), ("cuda", 3), ("tpu", 3)])
 def test_convolutions_where_they_are_fast(platform, convolutions):
-    """Forward, and the gradients of images and kernel."""
+    """Counts convolutions forward and in the gradients of images and kernel."""
     run = functools.partial(depthwise, strides=(1, 1), padding=AROUND, feature_group_count=3)
     step = jax.jit(lambda x, w: (run(x, w), jax.grad(lambda *a: run(*a).sum(), (0, 1))(x, w)))
     program = step.trace(*_drawn(2, 6, 6, 3, 3, np.float32))
@@ -91,7 +91,7 @@ def test_convolutions_where_they_are_fast(platform, convolutions):
     assert ("stablehlo.while" in text) == (platform == "cpu")
 
 
-def test_what_it_does_not_know():
+def test_unsupported_arguments_are_refused():
     images, kernel = _drawn(1, 4, 4, 2, 3, np.float32)
     for given, others in (
         (kernel, {"feature_group_count": 1}),

@@ -23,7 +23,7 @@ from tests.conftest import draw_variables
 
 SHAPE = (12, 10, 3)
 V2_STAGES = (1, 1, 1, 1, 0, 1, 0)
-# Of each: the module, what its taps are the outputs of, and what comes before the pooling.
+# For each: the module, the submodules whose outputs are taps, and the one before the pooling.
 TINY = {
     "resnet": (
         functools.partial(ResNet, stage_sizes=(1, 1), width=0.125),
@@ -48,14 +48,14 @@ TINY = {
         nn.relu6,
     ),
 }  # fmt: skip
-SLOW = pytest.mark.slow  # they compile for ten seconds and more
+SLOW = pytest.mark.slow  # compiling takes ten seconds or more
 
 
 @pytest.mark.parametrize(
     "name", ["resnet", "v1", *(pytest.param(n, marks=SLOW) for n in TINY if "v2" in n)]
 )
 def test_taps_and_features(x64, name):
-    """Taps are what the named modules put out; features and logits follow from the last."""
+    """Taps are the outputs of the named modules; features and logits follow from the last."""
     make, paths, activation = TINY[name]
     model = make(num_classes=3, param_dtype=jnp.float64)
     variables = draw_variables(model, SHAPE)
@@ -84,7 +84,7 @@ def test_gradients_are_finite_differences(x64, name):
         model = model.clone(stage_sizes=(0, 1))
     variables = draw_variables(model, SHAPE)
     images = np.random.default_rng(1).standard_normal((4, *SHAPE))
-    direction = jax.tree.map(np.cos, variables["params"])  # NumPy's: nothing to compile
+    direction = jax.tree.map(np.cos, variables["params"])  # in NumPy, so nothing is compiled
 
     @jax.jit
     @jax.value_and_grad
@@ -116,7 +116,7 @@ def test_a_step_is_the_same_by_xlas_convolutions(x64, name):
         forward = run_model(model, trained, images, train=True)
         return jnp.sin(forward.logits).sum(), (forward.taps, forward.batch_stats)
 
-    # A function of its own for each, since `jax.jit` remembers what it has traced.
+    # One function for each, since `jax.jit` caches its traces.
     by_slices = jax.jit(lambda p: jax.value_and_grad(loss, has_aux=True)(p))(variables["params"])
     with mock.patch.object(models.layers, "depthwise", jax.lax.conv_general_dilated):
         by_xla = jax.jit(lambda p: jax.value_and_grad(loss, has_aux=True)(p))(variables["params"])
@@ -181,7 +181,7 @@ def test_max_pooling_is_xlas(size):
     chex.assert_trees_all_close(ours, theirs, rtol=1e-6)
 
 
-def test_one_layer_trains_nothing_behind_it():
+def test_one_layer_trains_nothing_after_it():
     make, _, _ = TINY["v1"]
     model = make()
     phase, _ = METHODS["activation-boundary"](layers=("layer1",))

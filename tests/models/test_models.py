@@ -15,8 +15,8 @@ from abflax.models.variables import abstract_variables
 from abflax.models.wide_resnet import WideResNet
 from abflax.taps import run_model, tap_shapes
 
-# Parameters with ten classes; wrn16-2 is stated beside the shipped teacher, the ratios in the
-# paper's Table 3 (wrn16-2 is 16.1 % of wrn22-4, wrn10-1 1.8 %, wrn10-4 27.9 %, of wrn16-4 25.2 %).
+# Parameters with ten classes. The number of wrn16-2 is that of the shipped teacher. The paper's
+# Table 3 has ratios: of wrn22-4 wrn16-2 is 16.1 %, wrn10-1 1.8 %, wrn10-4 27.9 %; wrn16-4 25.2 %.
 PARAMETERS = {
     "resnet50": 23528522,  # with a thousand classes 25557032, as torchvision has it
     "mobilenet-v1": 3217226,  # with a thousand 4231976
@@ -125,7 +125,7 @@ def test_run_model_gives_features_and_logits_that_fit():
 
 
 class _Foreign(nn.Module):
-    """A network that knows nothing of abflax."""
+    """A network that does not use abflax."""
 
     @nn.compact
     def __call__(self, x):
@@ -134,7 +134,7 @@ class _Foreign(nn.Module):
 
 
 class _Jitted(nn.Module):
-    """A block whose inside shows as one equation."""
+    """A jitted block, which is one equation in the traced program."""
 
     @nn.compact
     def __call__(self, images, *, train):
@@ -147,7 +147,7 @@ class _Jitted(nn.Module):
 
 @pytest.mark.parametrize("model", [_Jitted(), MODELS["wrn10-1"]()], ids=["jitted", "wrn"])
 def test_what_a_phase_trains(model):
-    """One layer alone trains nothing behind it, inside a jitted block too."""
+    """One layer alone trains nothing after it, also inside a jitted block."""
     from abflax.methods import METHODS
     from abflax.methods.objective import bind
     from abflax.training.step import trainable_mask

@@ -1,4 +1,4 @@
-"""ResNet-50 and the MobileNets with weights by a recipe: the published code's taps and logits."""
+"""Compares taps and logits of ResNet-50 and the MobileNets with the published code."""
 
 import zlib
 
@@ -21,7 +21,7 @@ FILES = {
 
 
 def by_recipe(names, shapes):
-    """The weights that the reference numbers were computed with, drawn by their names."""
+    """Draws the weights of the reference numbers, each seeded by its name."""
     return {
         str(name): _weight(str(name), tuple(map(int, str(shape).split())))
         for name, shape in zip(names, shapes, strict=True)
@@ -52,7 +52,7 @@ def network(request, reference):
 
 
 def test_taps_and_logits(network):
-    """On a 224×224 image, to 1e-3 of each value, or of the deviation for values near zero."""
+    """Compares on a 224×224 image, to 1e-3 of each value, or of the deviation near zero."""
     name, data, _, variables = network
     images = np.random.default_rng(7).standard_normal((1, 224, 224, 3)).astype(np.float32)
     model = MODELS[name](num_classes=1000)

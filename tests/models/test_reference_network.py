@@ -1,4 +1,4 @@
-"""wrn10-1 with the published code's weights: taps, logits, running statistics."""
+"""Compares taps, logits and running statistics of wrn10-1 with the published code."""
 
 import chex
 import jax
@@ -51,7 +51,7 @@ def test_round_trip_is_exact(network):
 
 
 def _positions(name: str) -> int:
-    """How many positions the batch norm of that published name averages over, on 32×32 images."""
+    """Counts the positions of the batch norm of that published name, on 32×32 images."""
     side = {"block1": 32, "block2": 16, "block3": 8, "bn1": 8}[name.split(".")[0]]
     if name.startswith(("block2.layer.0.bn1", "block3.layer.0.bn1")):
         side *= 2  # the first norm of a group still sees the resolution of the group before

@@ -1,4 +1,4 @@
-"""Several processes at one run: what one does for all, and the same numbers as of one process."""
+"""Several processes at one run: shared results, and the same numbers as one process."""
 
 import json
 import signal
@@ -13,7 +13,7 @@ from abflax.runtime import distributed
 from tests import several
 from tests.conftest import ROOT
 
-# What each of two processes does in common with the other, told as JSON.
+# Each of two processes prints the results of its shared calls as JSON.
 TOGETHER = """
 import json, sys
 import numpy as np
@@ -68,7 +68,7 @@ def test_two_processes_agree():
     ]  # fmt: skip
     ours, theirs = (json.loads(each.communicate(timeout=300)[0].split("\n", 1)[-1])
                     for each in started)  # fmt: skip
-    assert (ours.pop("did"), theirs.pop("did")) == ([7, -3], [])  # the first alone has done it
+    assert (ours.pop("did"), theirs.pop("did")) == ([7, -3], [])  # only process 0 ran it
     assert (ours.pop("split"), theirs.pop("split")) == ([[[0, 1], [4, 5]]], [[[2, 3], [6, 7]]])
     assert ours == theirs == {
         "given": [[7, 7, 7], "0"],
@@ -80,7 +80,7 @@ def test_two_processes_agree():
     }  # fmt: skip
 
 
-def test_one_process_needs_nobody():
+def test_one_process_needs_no_communication():
     def taken():
         raise BusyError("taken")
 
@@ -98,7 +98,7 @@ def facts(tmp_path_factory):
 
 
 def _require(facts):
-    """What RELIABILITY.md claims."""
+    """Reads the claims of RELIABILITY.md."""
     for found in facts["numbers"].values():
         assert found["history"] < 1e-9 and found["weights"] < 1e-9
     assert several.written(facts) == []
@@ -107,7 +107,7 @@ def _require(facts):
         assert several.holds(strike) and strike["on_disk"] >= strike["step"]
         assert strike["seconds"] < distributed.SILENCE + 10
     assert killed["exits"] == [69, -signal.SIGKILL]
-    # Whose coordinator is gone is ended by JAX's runtime, or sees it first.
+    # Without its coordinator a process is ended by JAX's runtime, or raises the error first.
     assert coordinator["exits"] in ([-signal.SIGKILL, 69], [-signal.SIGKILL, -signal.SIGABRT])
     assert stopped["exits"] == [143, 143]
     assert "another process of this run was lost" in killed["last_words"][0][0]

@@ -1,4 +1,4 @@
-"""What the training loop's progress says where no terminal draws it."""
+"""Progress of the training loop as plain lines, without a terminal."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from abflax.runtime.rich_reporter import RichReporter
 
 @pytest.fixture
 def lines(monkeypatch):
-    """A Live that prints at every call while no time passes, and where it prints to."""
+    """Returns a reporter that prints at every call while no time passes, and its output."""
     monkeypatch.setattr(rich_reporter, "time", SimpleNamespace(perf_counter=lambda: 0.0))
     monkeypatch.setattr(rich_reporter, "_PLAIN_SECONDS", -1.0)
     text = io.StringIO()
@@ -34,7 +34,7 @@ def test_a_line_says_where_the_run_is(lines):
 
 
 def test_a_loss_that_is_not_known_yet_leaves_the_last_one(lines):
-    """After a checkpoint no step is under way whose loss could be told."""
+    """After a checkpoint the loss of no step is pending."""
     live, text = lines
     live.steps(1, 128, 0.25, 1.25)
     live.steps(1, 128, 0.5, None)

@@ -1,4 +1,4 @@
-"""Disks that are full, read-only or forget: a sentence, nothing lost, and the rerun goes on."""
+"""Full, read-only or corrupted disks give readable errors, and the rerun resumes."""
 
 import os
 import random
@@ -35,12 +35,12 @@ def _train(digits, workdir, **options):
 
 @pytest.fixture(scope="module")
 def whole(digits, tmp_path_factory):
-    """A run that nothing disturbed."""
+    """An undisturbed run."""
     return _train(digits, tmp_path_factory.mktemp("whole"))
 
 
 class _At(NullReporter):
-    """Calls something after so many steps."""
+    """Calls a function after a number of steps."""
 
     def __init__(self, step, call):
         self.left, self.call = step, call
@@ -51,8 +51,8 @@ class _At(NullReporter):
             self.call()
 
 
-# A child process, since a limit on the size of files cannot be taken back. The disk is full, and
-# later it is not: the limit is soft.
+# A child process, since the hard limit on the size of files cannot be raised again. The soft limit
+# can: the disk is full and later it is not.
 FULL = """
 import resource, sys
 from pathlib import Path
@@ -96,12 +96,12 @@ def test_a_disk_that_fills_up_while_training(digits, whole, tmp_path, step, size
     resumed = _train(digits, tmp_path)
     chex.assert_trees_all_equal(resumed.variables, whole.variables)
     names = sorted(path.name for path in resumed.directory.iterdir())
-    assert names == ["config.json", "record.json", "student.safetensors"]
+    assert names == ["config.json", "fingerprint.json", "record.json", "student.safetensors"]
 
 
 @pytest.mark.parametrize("name", ["student.safetensors", "record.json"])
 def test_a_disk_that_is_full_at_the_end(digits, whole, tmp_path, monkeypatch, name):
-    """Training is over, and its last checkpoint stays until the record is written."""
+    """After training, the last checkpoint stays until the record is written."""
     fsync = os.fsync
 
     def full(file):
@@ -136,8 +136,8 @@ def test_a_file_that_cannot_be_written_stays_what_it_was(tmp_path, monkeypatch):
     assert path.read_bytes() == b"good" and list(tmp_path.iterdir()) == [path]
 
 
-# Nothing is read-only to root, unless it gives up the right to pass over permissions. (Becoming
-# another user will not do: an environment below /root is closed to all others.)
+# Root can write everywhere unless it drops the capability to override permissions. (Another user
+# could not read an environment below /root.)
 ORDINARY = ["setpriv", "--bounding-set=-dac_override,-dac_read_search"] if os.getuid() == 0 else []
 
 
@@ -146,7 +146,7 @@ ORDINARY = ["setpriv", "--bounding-set=-dac_override,-dac_read_search"] if os.ge
     ("mode", "cannot"), [(0o555, "cannot write to"), (0o000, "cannot be read")]
 )
 def test_a_workdir_that_may_only_be_read(mode, cannot, tmp_path):
-    """And one that may not even be read."""
+    """Tests a workdir that is read-only, and one that cannot be read."""
     tmp_path.chmod(mode)
     done = subprocess.run(
         [*ORDINARY, sys.executable, "-m", "experiments.run", "--dataset", "digits", "--method",
@@ -168,13 +168,13 @@ def _flip(path, bit):
 
 
 def _files(folder):
-    """The files that hold something, the largest first."""
+    """Lists the files that are not empty, the largest first."""
     files = [path for path in folder.rglob("*") if path.is_file() and path.stat().st_size]
     return sorted(files, key=lambda path: (-path.stat().st_size, path.name))
 
 
 def test_a_flipped_bit_in_the_newest_checkpoint(digits, whole, tmp_path):
-    """The case that Orbax does not see: a weight is another number."""
+    """Orbax does not detect that a weight has changed."""
     with pytest.raises(Interrupted):
         _train(digits, tmp_path, reporter=_At(3, lambda: signal.raise_signal(signal.SIGTERM)))
     (newest,) = tmp_path.glob("runs/*/checkpoints/3")
@@ -187,7 +187,7 @@ def test_a_flipped_bit_in_the_newest_checkpoint(digits, whole, tmp_path):
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
-    """A folder of two checkpoints, and what they hold."""
+    """Writes a folder of two checkpoints; returns it with their contents."""
     folder = tmp_path_factory.mktemp("two") / "checkpoints"
     held = {}
     with Checkpoints(folder) as checkpoints:
@@ -203,7 +203,7 @@ def two(tmp_path_factory):
 
 
 def _survives(two, folder, damage):
-    """Damages a copy of the newest checkpoint: what is restored is it, or the one before, whole."""
+    """Restores from a damaged copy: the newest checkpoint or the one before, intact."""
     original, held = two
     shutil.copytree(original, folder)
     damage(_files(folder / "2"))
@@ -237,7 +237,7 @@ def _flips(two, folder, count, seed):
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 class TestDamage:
-    """Orbax's reads that are under way when it gives up complain to nobody."""
+    """Silences the unfinished reads that Orbax abandons after an error."""
 
     def test_flipped_bits(self, two, tmp_path):
         assert set(_flips(two, tmp_path / "c", 20, seed=0)) == {1, 2}

@@ -1,4 +1,4 @@
-"""One process at a time on one run: the other leaves and says whose it is."""
+"""Only one process works on a run; the other exits and names the holder."""
 
 import json
 import os
@@ -54,7 +54,7 @@ def test_held_by_another_process_then_stale(holder, tmp_path):
     with pytest.raises(BusyError, match=rf"run x .* process {other.pid} on .*, which holds {path}"):
         Lock(path, "run x").__enter__()
     assert f"process {other.pid} on" in path.read_text()
-    other.kill()  # SIGKILL: nothing of it runs any more, and its file stays
+    other.kill()  # by SIGKILL, so its file stays
     other.wait()
     assert path.exists()
     with Lock(path, "run x"):
@@ -65,7 +65,7 @@ def test_held_by_another_process_then_stale(holder, tmp_path):
 
 
 def test_no_two_hold_it_at_once(tmp_path):
-    """Eight threads, each with file descriptions of its own, open, lock, remove and open again."""
+    """Eight threads, each with its own file descriptions, open, lock, remove and open again."""
     inside, most, entered, busy = 0, 0, 0, 0
     count = threading.Lock()
 
@@ -92,7 +92,7 @@ def test_no_two_hold_it_at_once(tmp_path):
     assert entered + busy == 2400 and entered > 0 and not list(tmp_path.iterdir())
 
 
-def test_a_file_system_without_locks_is_told_of(tmp_path, monkeypatch):
+def test_a_file_system_without_locks_gives_a_warning(tmp_path, monkeypatch):
     def refuse(file, operation):
         raise OSError(37, "No locks available")
 
@@ -113,7 +113,7 @@ def _train(digits, workdir, **options):
 
 
 class _While(NullReporter):
-    """Calls something once, after the first step."""
+    """Calls a function once, after the first step."""
 
     def __init__(self, call):
         self.call = call
@@ -124,7 +124,7 @@ class _While(NullReporter):
             call()
 
 
-def test_a_run_under_way_is_not_begun_again(digits, tmp_path):
+def test_a_running_run_is_not_started_again(digits, tmp_path):
     seen = []
 
     def again(**options):
@@ -142,12 +142,12 @@ def test_a_run_under_way_is_not_begun_again(digits, tmp_path):
     done = _train(digits, tmp_path, reporter=_While(both))
     assert seen == [{}, {"force": True}]
     names = sorted(path.name for path in done.directory.iterdir())
-    assert names == ["config.json", "record.json", "student.safetensors"]
+    assert names == ["config.json", "fingerprint.json", "record.json", "student.safetensors"]
     assert _train(digits, tmp_path).record == done.record
 
 
-def test_who_comes_as_the_other_finishes_reads_its_record(digits, tmp_path, monkeypatch):
-    """Between this process's look at the record and its lock, the other one finished."""
+def test_a_record_written_before_the_lock_is_read(digits, tmp_path, monkeypatch):
+    """The other process finishes after this one looked for the record and before its lock."""
     first = _train(digits, tmp_path)
     monkeypatch.setattr("abflax.distillation._finished", lambda *_: {})
     second = _train(digits, tmp_path, reporter=_While(lambda: pytest.fail("trained again")))
@@ -155,7 +155,7 @@ def test_who_comes_as_the_other_finishes_reads_its_record(digits, tmp_path, monk
 
 
 def test_killed_between_record_and_tidying_up(digits, tmp_path, monkeypatch):
-    """The record counts, what is left over goes, and `force` does not go on from it."""
+    """The record is read, left-over files are removed, and `force` starts from step 0."""
     monkeypatch.setattr("abflax.training.run_directory.shutil.rmtree", lambda *_, **__: None)
     done = _train(digits, tmp_path)
     monkeypatch.undo()
@@ -177,7 +177,7 @@ def test_killed_between_record_and_tidying_up(digits, tmp_path, monkeypatch):
     ("method", "at"), [("__init__", 0), ("_begin_phase", 0), ("_begin_phase", 1)]
 )
 def test_stopped_before_a_dispatch_that_would_compile(digits, tmp_path, monkeypatch, method, at):
-    """SIGTERM while a run or a phase is prepared: it leaves without another compilation."""
+    """After SIGTERM during the setup of a run or phase, it stops without another compilation."""
     from abflax import Network
     from abflax.models.variables import init_variables
     from abflax.training.run import Run
@@ -205,7 +205,7 @@ def test_stopped_before_a_dispatch_that_would_compile(digits, tmp_path, monkeypa
     chex.assert_trees_all_equal(distill(Small(), data=digits, **options).variables, whole.variables)
 
 
-def test_a_stopped_run_lets_go(digits, tmp_path):
+def test_a_stopped_run_releases_its_lock(digits, tmp_path):
     stop = _While(lambda: signal.raise_signal(signal.SIGTERM))
     with pytest.raises(Interrupted):
         _train(digits, tmp_path, reporter=stop)
@@ -215,7 +215,7 @@ def test_a_stopped_run_lets_go(digits, tmp_path):
 
 @pytest.fixture
 def command(monkeypatch, capsys):
-    """Runs a command in this process: (exit code, stderr)."""
+    """Runs a command in this process; returns (exit code, stderr)."""
     monkeypatch.setattr(cli, "cache_compilation", lambda workdir: None)
 
     def call(module, *arguments):

@@ -1,4 +1,4 @@
-"""TensorBoard's events say what the record says, each entry once, also where a run was resumed."""
+"""TensorBoard events contain each entry of the record once, also in a resumed run."""
 
 import struct
 
@@ -15,7 +15,7 @@ from abflax.storage.tensorboard import EventLog
 
 
 def _scalars(folder):
-    """(tag, step) -> value of all event files, each record [length, crc, data, crc]."""
+    """Reads {(tag, step): value} of all event files; a record is [length, crc, data, crc]."""
     found = {}
     for path in folder.glob("events.*"):
         data = path.read_bytes()
@@ -41,7 +41,7 @@ def test_an_entry_becomes_its_scalars(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_resumed_run_tells_everything_once(tmp_path):
+def test_a_resumed_run_logs_everything_once(tmp_path):
     class StopAtFirst(NullReporter):
         def evaluated(self, entry):
             import signal

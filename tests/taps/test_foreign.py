@@ -1,4 +1,4 @@
-"""Distilling between models that know nothing of abflax."""
+"""Distillation between models that do not use abflax."""
 
 import chex
 import jax
@@ -18,7 +18,7 @@ PATHS = {"layer1": "first", "layer2": "norm"}
 
 
 class Foreign(nn.Module):
-    """No field that abflax knows, no `train`; dropout where a rate is given."""
+    """A model without abflax's fields and without `train`; with dropout if a rate is given."""
 
     features: int = 4
     rate: float = 0.0
@@ -45,7 +45,7 @@ class Sowing(Foreign):
 
 
 class Dropping(nn.Module):
-    """Dropout, and nothing that several devices would have to average."""
+    """A model with dropout, and without batch norms."""
 
     @nn.compact
     def __call__(self, x, train):
@@ -115,7 +115,7 @@ REFUSED = [
     (Foreign(), {"layer1": "first"}, {}, "the student's taps layer1 are not the teacher's"),
     (Foreign(), PATHS, {"precision": "bfloat16"}, "Foreign has no field dtype"),
     (Foreign(), PATHS, {"resources": Resources(devices=8)}, "Foreign has no field axis_name"),
-    (nn.Dense(10), {}, {}, r"Dense puts out \(1, 8, 8, 10\)"),
+    (nn.Dense(10), {}, {}, r"Dense returns \(1, 8, 8, 10\)"),
 ]  # fmt: skip
 
 
@@ -128,7 +128,7 @@ def test_what_cannot_take_part(data, teacher, student, paths, options, sentence)
 def test_a_teacher_with_dropout_wants_a_protocol_that_leaves_it_alone(data, teacher):
     dropping = Network(Tapped(Foreign(5, rate=0.5), PATHS), teacher.variables)
     student = Tapped(Foreign(), PATHS)
-    with pytest.raises(InputError, match="the teacher, .*asks for random numbers.*such as paper"):
+    with pytest.raises(InputError, match="the teacher, .*needs random numbers.*such as paper"):
         _distill(data, student, dropping, protocol="official")
     ours, theirs = (_distill(data, student, t, method="kd") for t in (dropping, teacher))
     chex.assert_trees_all_equal(ours.variables, theirs.variables)

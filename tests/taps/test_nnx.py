@@ -1,4 +1,4 @@
-"""A Flax NNX model takes part as the README has it."""
+"""A Flax NNX model works as in the README."""
 
 import re
 

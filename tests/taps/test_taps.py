@@ -1,4 +1,4 @@
-"""Taps by path of models that know nothing of abflax, and what is suggested to be tapped."""
+"""Taps by path in models that do not use abflax, and suggested taps."""
 
 from typing import Any
 
@@ -29,7 +29,7 @@ SEQUENTIAL = nn.Sequential(
 
 
 class Setup(nn.Module):
-    """Submodules made in `setup`, one of them in a list; `deterministic` instead of `train`."""
+    """A model with submodules from `setup`, one in a list; `deterministic` instead of `train`."""
 
     def setup(self):
         self.stem = nn.Conv(4, (3, 3))
@@ -47,7 +47,7 @@ class Setup(nn.Module):
 
 
 class Block(nn.Module):
-    """A residual block that ends in a ReLU and has sown what is before it."""
+    """A residual block that ends in a ReLU and sows the value before it."""
 
     features: int
     stride: int = 1
@@ -61,7 +61,7 @@ class Block(nn.Module):
 
 
 class Compact(nn.Module):
-    """`nn.compact` throughout; `wrap` is what each block's class goes through."""
+    """A model with `nn.compact`; `wrap` transforms the class of each block."""
 
     wrap: Any = lambda block: block
     training: bool = False
@@ -80,7 +80,7 @@ def _variables(model, images=IMAGES, **arguments):
 
 
 def _part(variables, *path):
-    """The variables of a submodule."""
+    """Returns the variables of a submodule."""
     found = {}
     for collection, tree in variables.items():
         for name in path:
@@ -143,7 +143,7 @@ def test_compact(wrap):
         "one/sum": total,  # sown
         "two": Block(6).apply(_part(variables, "two"), out),
     }
-    # One after the other: what a transformation has traced must not stay.
+    # In turn, since a transformation must not reuse an earlier trace.
     for path, tap in expected.items():
         forward = run_model(model, variables, IMAGES, train=False, tap_paths={"layer1": path})
         chex.assert_trees_all_close(forward.taps, {"layer1": tap}, rtol=1e-5, atol=1e-6)
@@ -162,7 +162,7 @@ def test_pullback_goes_through_a_tap_under_remat():
 
 
 class Scanned(nn.Module):
-    """Three blocks under `nn.scan`, or twice three; `carried`: what the scan lets out."""
+    """Three blocks under `nn.scan`, or twice three; `carried`: the stacked collections."""
 
     carried: tuple[tuple[str, int], ...] = (("intermediates", 0),)
     nested: bool = False
@@ -246,7 +246,7 @@ def test_other_arguments_and_other_outputs_are_refused():
 
     with pytest.raises(InputError, match="Masked needs 'mask' besides the images"):
         run_model(Masked(), {"params": {}}, IMAGES, train=False)
-    with pytest.raises(InputError, match="Pair puts out a tuple"):
+    with pytest.raises(InputError, match="Pair returns a tuple"):
         run_model(Pair(), _variables(Pair()), IMAGES, train=False)
 
 
@@ -271,7 +271,7 @@ def test_suggest_marks_the_taps_of_a_wide_resnet(name):
     assert marked(found) == {f"layer{index}": f"layer{index}" for index in (1, 2, 3)}
     assert [e.shape[1:3] for e in found if e.marked] == [(32, 32), (16, 16), (8, 8)]
     assert {e.rectified for e in found} == {None}
-    # Were they not sown, the modules that put them out would be marked.
+    # If they were not sown, the modules that return them would be marked.
     modules = [e for e in found if e.kind != "sown"]
     assert [e.path for e in _chosen(modules)] == ["group2_block0/norm1", "group3_block0/norm1",
                                                    "norm"]  # fmt: skip

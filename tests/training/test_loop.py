@@ -86,7 +86,7 @@ def test_record(whole):
     assert record["result"]["test_error"] == last["test_error"]
     assert set(record["environment"]) >= {"jax", "jaxlib", "flax", "optax", "device", "commit"}
     assert sorted(p.name for p in whole.directory.iterdir()) == [
-        "config.json", "record.json", "student.safetensors",
+        "config.json", "fingerprint.json", "record.json", "student.safetensors",
     ]  # fmt: skip
 
 

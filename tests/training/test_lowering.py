@@ -68,8 +68,8 @@ def strided_slices(text):
 @pytest.mark.parametrize("program", ["initialise", "classify"])
 def test_train_steps_on_accelerators(program, precision, platform):
     text = lowered(program, platform, precision)
-    # 7 of 3×3 and 2 strided shortcuts (an unstrided one is a product): forward in both networks, and
-    # in the student the gradients for kernels and for images (XLA drops that for the stem's).
+    # 7 of 3×3 and 2 strided shortcuts (an unstrided one is a product): forward in both networks,
+    # and in the student the gradients for kernels and for images (XLA drops that for the stem's).
     assert convolutions(text) == 4 * 9
     assert not strided_slices(text)
     assert not re.search(LEAST, text)

@@ -1,4 +1,4 @@
-"""Terms: one summand of an objective each, and what it takes of the teacher."""
+"""Terms: the summands of an objective, and the targets that they need from the teacher."""
 
 from abflax.methods.terms.activation_boundary import ActivationBoundary
 from abflax.methods.terms.base import LayerTerm, Term

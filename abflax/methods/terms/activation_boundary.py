@@ -1,4 +1,4 @@
-"""The paper's own term."""
+"""The term on activation boundaries (Heo et al. 2019)."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from abflax.taps import Forward
 class ActivationBoundary(LayerTerm):
     """Σ_l w_l · Σ_neurons hinge(r_l(S_l), T_l), for each example (Heo et al. 2019, equation 4).
 
-    r_l is the connector of layer l, w_l its weight (`LayerTerm`). Targets: one boolean for each
-    of the teacher's neurons.
+    r_l is the connector of layer l, and w_l is the layer's weight (see `LayerTerm`). The targets
+    are one boolean for each of the teacher's neurons.
 
     Attributes:
-      margin: μ > 0.
+      margin: μ > 0, in units of pre-activation.
     """
 
     connects: ClassVar = "taps"
@@ -34,7 +34,7 @@ class ActivationBoundary(LayerTerm):
             raise InputError(f"the margin must be above 0, not {self.margin}")
 
     def layer_targets(self, teacher: jax.Array) -> jax.Array:
-        """Computes the teacher's indicators, booleans."""
+        """Computes the teacher's indicators as booleans."""
         return activation_indicator(teacher)
 
     def layer_loss(self, student: jax.Array, targets: jax.Array) -> jax.Array:
@@ -43,5 +43,8 @@ class ActivationBoundary(LayerTerm):
 
     def measures(self, student: Forward, targets: dict[str, jax.Array]) -> dict[str, Any]:
         """Measures the agreement of each layer."""
-        agree = {k: activation_agreement(student.taps[k], t) for k, t in targets.items()}
-        return {"agreement": agree}
+        agreement = {
+            layer: activation_agreement(student.taps[layer], indicators)
+            for layer, indicators in targets.items()
+        }
+        return {"agreement": agreement}

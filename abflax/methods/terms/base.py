@@ -1,4 +1,4 @@
-"""What every term is."""
+"""The base classes of all terms."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from abflax.taps import Forward, depth_order
 
 @dataclasses.dataclass(frozen=True)
 class Term:
-    """One summand of an objective: what it takes of the teacher, what it makes of the student.
+    """One summand of an objective.
 
-    Subclasses are frozen dataclasses of their options. `targets` holds what one batch needs of
-    the teacher and no more; no gradient flows into it, so it can be computed once and kept.
+    Subclasses are frozen dataclasses of their options. The targets hold only what one batch needs
+    of the teacher. No gradient flows into them, so they can be computed once and cached.
 
-    Class attributes:
-      transfers: True for a method's own transfer loss, which has a weight to be searched; False
-        for the supervision by labels or logits.
-      needs_teacher: False for a term that compares with nothing.
+    Attributes:
+      transfers: True for a method's transfer loss, whose weight has to be searched; False for
+        supervision by labels or logits.
+      needs_teacher: False for a term that does not use the teacher.
       needs_pullback: True for a term that uses `abflax.taps.Forward.pullback`.
-      connects: what of the student goes through trained connectors before `loss` sees it: its
-        "taps", to the teacher's widths; its "features", to logits over the teacher's classes; or
-        None.
-      positions: what is done where a layer's height and width differ between the networks:
-        "same" refuses, "pooled" average-pools the larger map to the smaller before the term sees
-        it, "free" leaves both alone.
+      connects: the part of the student that trained connectors map before `loss`: "taps" are
+        mapped to the teacher's widths, "features" to logits over the teacher's classes; None:
+        nothing is mapped.
+      positions: how to treat layers whose height and width differ between the networks. "same"
+        raises an error, "pooled" average-pools the larger map to the smaller before the term gets
+        it, "free" changes neither.
     """
 
     transfers: ClassVar[bool] = False
@@ -40,20 +40,20 @@ class Term:
     positions: ClassVar[Literal["same", "pooled", "free"]] = "same"
 
     def chosen(self, taps: Iterable[str]) -> tuple[str, ...]:
-        """Which of a network's taps the term compares."""
+        """Returns the names of the taps that the term compares."""
         del taps
         return ()
 
     def targets(self, teacher: Forward) -> Any:
-        """A pytree of arrays with a leading batch dimension."""
+        """Returns a pytree of arrays with a leading batch dimension."""
         raise NotImplementedError
 
     def loss(self, student: Forward, targets: Any, labels: jax.Array) -> jax.Array:
-        """One number an example, `[batch]`; the step takes the mean over the batch."""
+        """Computes one number per example, `[batch]`; the step takes the mean over the batch."""
         raise NotImplementedError
 
     def measures(self, student: Forward, targets: Any) -> dict[str, Any]:
-        """What training shows besides the loss: a (nested) dict of scalars."""
+        """Computes what training reports besides the loss: a (nested) dict of scalars."""
         del student, targets
         return {}
 
@@ -65,10 +65,10 @@ class LayerTerm(Term):
     Subclasses define `layer_targets` and `layer_loss`, or override `targets` and `loss`.
 
     Attributes:
-      layers: the taps compared; "last" is the deepest; None: all.
-      layer_ratio: the weight of a layer relative to the next deeper one. Of L taps in all, the
-        l-th has ratio^(L − l): the deepest has 1, and ½ gives ¼, ½, 1. A layer keeps its weight
-        when others are left out.
+      layers: the taps to compare; "last" is the deepest; None: all.
+      layer_ratio: the weight of a layer relative to the next deeper one. With L taps, the l-th has
+        the weight ratio^(L − l): a ratio of ½ gives ¼, ½, 1. A layer's weight does not depend on
+        which other layers are compared.
     """
 
     transfers: ClassVar[bool] = True
@@ -86,7 +86,7 @@ class LayerTerm(Term):
         raise NotImplementedError
 
     def layer_loss(self, student: jax.Array, targets: jax.Array) -> jax.Array:
-        """Compares one layer, `[batch]`, given the student's tap (behind its connector)."""
+        """Computes the loss of one layer, `[batch]`, from the student's tap after its connector."""
         raise NotImplementedError
 
     def targets(self, teacher: Forward) -> Any:
@@ -102,28 +102,32 @@ class LayerTerm(Term):
         )
 
     def chosen(self, taps: Iterable[str]) -> tuple[str, ...]:
-        """The chosen layers, the shallowest first. Raises `ValueError` for an unknown one."""
+        """Returns the chosen layers, the shallowest first.
+
+        Raises:
+          ValueError: if one of them is not among the taps.
+        """
         names = depth_order(taps)
         if self.layers is None:
             return tuple(names)
-        wanted = {names[-1] if layer == "last" and names else layer for layer in self.layers}
-        for layer in wanted:
+        layers = {names[-1] if layer == "last" and names else layer for layer in self.layers}
+        for layer in layers:
             if layer not in names:
                 raise unknown("layer", layer, names)
-        return tuple(depth_order(wanted))
+        return tuple(depth_order(layers))
 
     def layer_weights(self, taps: Iterable[str]) -> dict[str, float]:
-        """Layer -> weight, of the chosen layers among all the taps of a network."""
+        """Returns {layer: weight} of the chosen layers, given all the taps of a network."""
         depth = {name: index for index, name in enumerate(depth_order(taps))}
         last = len(depth) - 1
         return {name: self.layer_ratio ** (last - depth[name]) for name in self.chosen(depth)}
 
 
 def summed(losses: Iterable[jax.Array]) -> jax.Array:
-    """The sum over the layers, in the losses' own dtype: the 0 that it begins with is weak."""
+    """Sums over the layers, in the dtype of the losses, since the initial 0 is weakly typed."""
     return sum(losses, start=jnp.asarray(0.0))
 
 
 def per_example(elementwise: jax.Array) -> jax.Array:
-    """The sum over all but the batch dimension."""
+    """Sums over all dimensions but the batch."""
     return elementwise.sum(axis=tuple(range(1, elementwise.ndim)))

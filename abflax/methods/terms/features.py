@@ -16,8 +16,8 @@ from abflax.methods.terms.base import LayerTerm, per_example
 class FeatureDifference(LayerTerm):
     """Σ_l w_l · Σ_neurons |σ(T_l) − σ(r_l(S_l))|^p, for each example.
 
-    p = 2 on the last layer is FitNets (Romero et al. 2015); p = 2, 1, ½ on all layers are the
-    comparison of Heo et al. 2019, Table 7. Targets: the teacher's activations.
+    FitNets (Romero et al. 2015) use p = 2 on the last layer. Heo et al. 2019, Table 7 compare
+    p = 2, 1, ½ on all layers. The targets are the teacher's activations.
 
     Attributes:
       power: p > 0; see `abflax.losses.feature_difference` for p < 1.

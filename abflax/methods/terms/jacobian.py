@@ -1,4 +1,4 @@
-"""Jacobian matching (Srinivas, Fleuret 2018)."""
+"""The term of Jacobian matching (Srinivas, Fleuret 2018)."""
 
 from __future__ import annotations
 
@@ -24,15 +24,18 @@ from abflax.taps import Forward
 class JacobianMatching(LayerTerm):
     """Σ_l w_l · (‖J_T/‖J_T‖ − J_S/‖J_S‖‖² + α · attention transfer).
 
-    J is the gradient, with respect to the image, of the attention at the pixel where the teacher's
-    is largest; the same pixel for both networks. One backward pass more per layer and network,
-    through the same forward pass, of the sum over the batch: where batch norms use the batch's
-    statistics, as the student's do, an image's J holds its (smaller) share in the attention of the
-    others too. Targets: pixel, Jacobian and attention map of each layer.
+    J is the gradient of the attention at one pixel with respect to the image. Both networks use
+    the pixel where the teacher's attention is largest. The targets are the pixel, the Jacobian and
+    the attention map of each layer.
+
+    J costs one more backward pass per layer and network, of the sum over the batch. Where batch
+    norms use the statistics of the batch, as the student's do, the J of an image also contains its
+    (smaller) effect on the attention of the other images.
 
     Attributes:
-      attention_share: α, the weight of the attention loss beside the Jacobian's. Its mean over
-        positions is small beside a squared distance of unit vectors, hence the large default.
+      attention_share: α, the weight of the attention loss relative to the Jacobian loss. The
+        attention loss is a mean over positions, which is small compared with the squared distance
+        of two unit vectors. So the default is large.
     """
 
     needs_pullback: ClassVar[bool] = True
@@ -40,7 +43,7 @@ class JacobianMatching(LayerTerm):
     attention_share: float = 100.0
 
     def targets(self, teacher: Forward) -> dict[str, Any]:
-        """Returns the teacher's attention maps and normalized input-gradients."""
+        """Computes the teacher's attention maps, their largest pixels and the Jacobians there."""
         targets = {}
         for name in self.chosen(teacher.taps):
             pixel = largest_attention_pixel(teacher.taps[name])
@@ -52,7 +55,7 @@ class JacobianMatching(LayerTerm):
         return targets
 
     def loss(self, student: Forward, targets: dict[str, Any], labels: jax.Array) -> jax.Array:
-        """Sums the weighted distances of input-gradients, and of attention maps."""
+        """Sums the weighted distances of Jacobians and of attention maps over the layers."""
         del labels
         total = jnp.asarray(0.0)
         for name, weight in self.layer_weights(student.taps).items():
@@ -66,7 +69,7 @@ class JacobianMatching(LayerTerm):
 
 
 def _jacobian(forward: Forward, layer: str, pixel: jax.Array) -> jax.Array:
-    """∂ attention of `layer` at `pixel` / ∂ image, `[batch, height, width, channels]`."""
+    """Computes ∂ attention of `layer` at `pixel` / ∂ image, `[batch, height, width, channels]`."""
     if forward.pullback is None:
         raise InputError("Jacobian matching needs run_model(…, pullback=True)")
     return forward.pullback({layer: attention_pixel_cotangent(forward.taps[layer], pixel)})

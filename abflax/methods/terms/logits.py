@@ -15,29 +15,29 @@ from abflax.taps import Forward
 
 @dataclasses.dataclass(frozen=True)
 class CrossEntropy(Term):
-    """−log p(label), from the labels alone."""
+    """−log p(label), for each example. It needs no teacher."""
 
     needs_teacher: ClassVar[bool] = False
 
     def targets(self, teacher: Forward) -> None:
-        """Returns nothing: labels are enough."""
+        """Returns None, since the labels are enough."""
         return
 
     def loss(self, student: Forward, targets: None, labels: jax.Array) -> jax.Array:
-        """Returns the cross-entropy."""
+        """Computes the cross-entropy."""
         return cross_entropy(student.logits, labels)
 
 
 @dataclasses.dataclass(frozen=True)
 class KnowledgeDistillation(Term):
-    """KL(softmax(T/τ) ‖ softmax(S/τ)) (Hinton, Vinyals, Dean 2015).
+    """KL(softmax(T/τ) ‖ softmax(S/τ)), for each example (Hinton, Vinyals, Dean 2015).
 
-    The published code of activation boundaries has τ = 3, no factor τ² and no cross-entropy;
-    those are the defaults. Targets: the teacher's logits.
+    The defaults are those of the published code of activation boundaries: τ = 3, no factor τ² and
+    no cross-entropy. The targets are the teacher's logits.
 
     Attributes:
       temperature: τ > 0.
-      temperature_squared: multiply by τ², as Hinton et al. do.
+      temperature_squared: whether to multiply by τ², as Hinton et al. do.
       cross_entropy_share: a in (1 − a)·KD + a·cross-entropy, in [0, 1].
     """
 
@@ -58,7 +58,7 @@ class KnowledgeDistillation(Term):
         return teacher.logits
 
     def loss(self, student: Forward, targets: jax.Array, labels: jax.Array) -> jax.Array:
-        """Returns the divergence, and cross-entropy beside it if asked for."""
+        """Computes the divergence, mixed with the cross-entropy if its share is not 0."""
         softened = knowledge_distillation(student.logits, targets, self.temperature)
         if self.temperature_squared:
             softened = softened * self.temperature**2
@@ -72,9 +72,9 @@ class KnowledgeDistillation(Term):
 class LogitRegression(Term):
     """The mean over the teacher's classes of (S − mean S − (T − mean T))², for each example.
 
-    S are the logits of an extra head on the student's features, over the teacher's own classes,
-    which need not be those of the images (Srinivas, Fleuret, ICML 2018). Targets: the teacher's
-    logits.
+    S are the logits of an extra head on the student's features, over the teacher's classes, which
+    may differ from those of the images (Srinivas, Fleuret, ICML 2018). The targets are the
+    teacher's logits.
     """
 
     transfers: ClassVar[bool] = True
@@ -85,6 +85,6 @@ class LogitRegression(Term):
         return teacher.logits
 
     def loss(self, student: Forward, targets: jax.Array, labels: jax.Array) -> jax.Array:
-        """Returns the mean squared difference of centred logits."""
+        """Computes the mean squared difference of centered logits."""
         del labels
         return centred_logits_difference(student.logits, targets).mean(axis=-1)

@@ -1,4 +1,4 @@
-"""Terms that compare what a layer's neurons have in common, not neuron with neuron."""
+"""Terms that compare statistics of a layer: Gram matrices, attention maps, channel patterns."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ from abflax.taps import Forward
 class FlowOfSolution(LayerTerm):
     """Mean squared difference of the Gram matrices between consecutive layers (Yim et al. 2017).
 
-    G = F₁ᵀF₂/(HW) of the chosen layers, a pair at a time; each pair has the weight of its deeper
-    layer. One layer alone has no pair: FᵀF/(HW) is taken, a departure that the single-layer
-    columns of Heo et al. 2019, Table 6 need. The student's taps come through connectors. Targets:
-    the teacher's Gram matrices.
+    G = F₁ᵀF₂/(HW) for each pair of consecutive chosen layers. A pair has the weight of its deeper
+    layer. If only one layer is chosen, G = FᵀF/(HW); this goes beyond Yim et al., and the
+    single-layer columns of Heo et al. 2019, Table 6 need it. The student's taps pass through
+    connectors first. The targets are the teacher's Gram matrices.
     """
 
     connects: ClassVar = "taps"
     positions: ClassVar = "free"
 
     def targets(self, teacher: Forward) -> dict[str, jax.Array]:
-        """Returns the teacher's Gram matrices."""
+        """Computes the teacher's Gram matrices."""
         return self._grams(teacher)
 
     def loss(self, student: Forward, targets: dict[str, jax.Array], labels: jax.Array) -> jax.Array:
@@ -43,7 +43,7 @@ class FlowOfSolution(LayerTerm):
         return summed(weights[name] * fsp(grams[name], targets[name]) for name in grams)
 
     def _grams(self, forward: Forward) -> dict[str, jax.Array]:
-        """Deeper layer of each pair -> `[batch, channels, channels]`."""
+        """Computes {deeper layer of a pair: Gram matrix `[batch, channels, channels]`}."""
         chosen = self.chosen(forward.taps)
         pairs = list(pairwise(chosen)) or [(chosen[0], chosen[0])]
         return {
@@ -56,7 +56,7 @@ class FlowOfSolution(LayerTerm):
 class AttentionTransfer(LayerTerm):
     """Σ_l w_l · mean over positions of (a(T_l) − a(S_l))² (Zagoruyko, Komodakis 2017).
 
-    a(F) = vec(mean_c F²)/‖·‖₂. Targets: the teacher's attention maps.
+    a(F) = vec(mean_c F²)/‖vec(mean_c F²)‖₂. The targets are the teacher's attention maps.
     """
 
     positions: ClassVar = "pooled"
@@ -72,9 +72,9 @@ class AttentionTransfer(LayerTerm):
 
 @dataclasses.dataclass(frozen=True)
 class NeuronSelectivity(LayerTerm):
-    """Σ_l w_l · squared MMD of the channels' selectivity patterns (Huang, Wang 2017).
+    """Σ_l w_l · squared MMD of the channels' spatial patterns (Huang, Wang 2017).
 
-    Targets: the teacher's taps, whose patterns the kernel compares with the student's.
+    The targets are the teacher's taps.
 
     Attributes:
       kernel: "linear", "polynomial" or "gaussian".
@@ -88,5 +88,5 @@ class NeuronSelectivity(LayerTerm):
         return teacher
 
     def layer_loss(self, student: jax.Array, targets: jax.Array) -> jax.Array:
-        """Compares the selectivity patterns."""
+        """Compares the channels' patterns."""
         return neuron_selectivity(student, targets, self.kernel)

@@ -1,0 +1,227 @@
+"""Digests of everything that a run computes with: a result is never another experiment's.
+
+A run's name is the hash of its configuration, in which data, networks and code are only names. So
+every run's folder holds the digests of what stands behind the names, `fingerprint.json`:
+
+- `inputs`: contents of the data, weights, and what the networks compute (their lowered programs);
+- `surroundings`: JAX's flags that change numbers;
+- `versions`: of the packages, and a digest of abflax's own source;
+- `files`: of a finished run, SHA-256 of `record.json` and `student.safetensors`.
+
+They are compared before a finished result is returned and before a checkpoint is resumed. Lowered
+programs and versions are compared only between equal versions: others lower to other texts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import importlib.metadata
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from abflax.config import RunConfig
+from abflax.data import Dataset, ImageFiles
+from abflax.errors import InputError
+from abflax.models.network import Network, configure_model, digest
+from abflax.models.variables import abstract_variables, init_variables
+from abflax.runtime.distributed import on_process_zero
+from abflax.storage.files import read_json, write_whole
+from abflax.taps import Model, run_model
+
+FILE = "fingerprint.json"
+RESULTS = ("record.json", "student.safetensors")
+
+_PROGRAM = "computation"  # the last word of an input that is a lowered program
+_FLAGS = (
+    "jax_default_prng_impl",
+    "jax_threefry_partitionable",
+    "jax_random_seed_offset",
+    "jax_default_matmul_precision",
+    "jax_numpy_dtype_promotion",
+)
+
+Fingerprint = dict[str, dict[str, str]]
+"""Section -> name of a thing -> its digest; see above."""
+
+
+def fingerprints(
+    members: Sequence[tuple[RunConfig, Model | Network]],
+    teacher: Network | None,
+    data: Dataset | ImageFiles,
+    test: Dataset | ImageFiles | None,
+) -> dict[str, Fingerprint]:
+    """Computes the fingerprints of the runs of a group, by their hashes.
+
+    Args:
+      members: (configuration, student) of each run.
+      teacher: as `abflax.distill` takes it.
+      data: the training data, of which the runs may use a share.
+      test: held-out data.
+    """
+    precision, shape = members[0][0].precision, data.image_shape
+    shared = {f"training {name}": value for name, value in _data_digests(data).items()}
+    if test is not None:
+        shared |= {f"test {name}": value for name, value in _data_digests(test).items()}
+    if teacher is not None:
+        shared["teacher's weights"] = digest(teacher.variables)
+        shared[f"teacher's {_PROGRAM}"] = _program_digest(teacher.model, precision, shape, False)
+    flags = {name: str(getattr(jax.config, name, None)) for name in _FLAGS}
+    found = {}
+    for config, student in members:
+        own = {}
+        if isinstance(student, Network):
+            own["student's first weights"] = digest(student.variables)
+            student = student.model
+        own[f"student's {_PROGRAM}"] = _program_digest(student, precision, shape, True)
+        inputs = shared | own
+        found[config.hash] = {"inputs": inputs, "surroundings": flags, "versions": _versions()}
+    return found
+
+
+@on_process_zero
+def require_same_run(directory: Path, own: Fingerprint) -> str:
+    """Compares the fingerprint in a run's folder with that of the run that is asked for.
+
+    Args:
+      directory: the run's folder.
+      own: the fingerprint of what is asked for.
+
+    Returns:
+      One sentence if the two cannot be compared wholly (other versions, or none was written); ""
+      otherwise.
+
+    Raises:
+      ValueError: naming what differs, or if a finished run's files are not those that were written.
+    """
+    try:
+        theirs = read_json(directory / FILE)
+        sections = {name: dict(theirs[name]) for name in own}
+        files = dict(theirs.get("files", {}))
+    except FileNotFoundError:
+        return "it has no fingerprint, so it was found by its name alone"
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise InputError(
+            f"{directory / FILE} is damaged, {_force_hint('so whose run this is cannot be known')}"
+        ) from error
+    same_versions = sections["versions"] == own["versions"]
+    for section in ("inputs", "surroundings"):
+        for name in {**own[section], **sections[section]}:
+            if name.endswith(_PROGRAM) and not same_versions:
+                continue
+            if own[section].get(name) != sections[section].get(name):
+                raise InputError(
+                    f"the run in {directory} was made with another {name}, "
+                    f"{_force_hint('though its configuration has the same names')}"
+                )
+    for name, expected in files.items():
+        if _file_digest(directory / name) != expected:
+            raise InputError(
+                f"{directory / name} is damaged: it is not what was written, {_force_hint('')}"
+            )
+    return "" if same_versions else f"it was made by other versions: {_changed(own, sections)}"
+
+
+def is_same_run(directory: Path, own: Fingerprint) -> bool:
+    """Whether `require_same_run` would raise nothing."""
+    try:
+        require_same_run(directory, own)
+    except InputError:
+        return False
+    return True
+
+
+@on_process_zero
+def write_fingerprint(directory: Path, own: Fingerprint) -> None:
+    """Writes the fingerprint into a run's folder, with the digests of its results if it has any."""
+    files = {
+        name: _file_digest(directory / name) for name in RESULTS if (directory / name).exists()
+    }
+    content: Mapping[str, Any] = own | {"files": files}
+    write_whole(directory / FILE, (json.dumps(content, indent=1) + "\n").encode())
+
+
+def _force_hint(reason: str) -> str:
+    return f"{reason}; --force (force=True) trains it anew".removeprefix("; ")
+
+
+def _changed(own: Fingerprint, theirs: Fingerprint) -> str:
+    versions, before = own["versions"], theirs["versions"]
+    names = [name for name in {**versions, **before} if versions.get(name) != before.get(name)]
+    return ", ".join(f"{name} {before.get(name)}, not {versions.get(name)}" for name in names)
+
+
+def _data_digests(data: Dataset | ImageFiles) -> dict[str, str]:
+    """The digests of a data set; image files are named by their contents already."""
+    images = _array_digest(data.images) if isinstance(data, Dataset) else data.name
+    preprocessing = dataclasses.replace(data.preprocessing, views=None)
+    return {
+        "images": images,
+        "labels": _array_digest(data.labels),
+        "classes": str(data.num_classes),
+        "preprocessing": repr(preprocessing),
+    }
+
+
+def _array_digest(array: np.ndarray) -> str:
+    sha = hashlib.sha256(f"{array.dtype}{array.shape}".encode())
+    sha.update(np.ascontiguousarray(array).data)
+    return sha.hexdigest()[:16]
+
+
+def _file_digest(path: Path) -> str | None:
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+    except OSError:
+        return None
+
+
+def _program_digest(model: Model, precision: str, shape: tuple[int, ...], student: bool) -> str:
+    """Digests what a network computes, lowered for CPUs whatever runs it.
+
+    Of a student that is its initialization, and its forward pass in training mode; of a teacher its
+    forward pass in evaluation mode.
+    """
+    return _lowered_digest(configure_model(model, precision, None), precision, shape, student)
+
+
+@functools.lru_cache(maxsize=64)
+def _lowered_digest(model: Model, precision: str, shape: tuple[int, ...], student: bool) -> str:
+    del precision  # it decides the default dtype
+    images = jax.ShapeDtypeStruct((2, *shape), jnp.result_type(float))
+    key = jax.random.key(0)
+
+    def forward(variables: Any, images: jax.Array) -> Any:
+        run = run_model(model, variables, images, train=student, dropout_key=key)
+        return run.logits, run.taps, run.features, run.batch_stats
+
+    texts = [_lowered(forward, abstract_variables(model, shape), images)]
+    if student:
+        texts.append(_lowered(lambda key: init_variables(model, key, shape), key))
+    return hashlib.sha256("".join(texts).encode()).hexdigest()[:16]
+
+
+def _lowered(function: Callable[..., Any], *arguments: Any) -> str:
+    return jax.jit(function).trace(*arguments).lower(lowering_platforms=("cpu",)).as_text()
+
+
+@functools.cache
+def _versions() -> dict[str, str]:
+    packages = ("abflax", "jax", "jaxlib", "flax", "optax")
+    versions = {}
+    for name in packages:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = "not installed"
+    sha, root = hashlib.sha256(), Path(__file__).parent.parent
+    for path in sorted(root.rglob("*.py")):
+        sha.update(str(path.relative_to(root)).encode() + path.read_bytes())
+    return versions | {"abflax's source": sha.hexdigest()[:16]}

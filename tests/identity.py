@@ -1,0 +1,363 @@
+"""Try to get one experiment's result for another, and count in tests/RELIABILITY.md.
+
+A tiny run is finished, and another stopped halfway, each in a workdir. Then experiments that differ
+in one thing (data, student, teacher, configuration or surroundings) are started there. Each must be
+refused, or be another run by its name. Damaged results must be refused as well.
+
+Examples:
+  python -m tests.identity
+  python -m tests.identity --page
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import random
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import jax
+import numpy as np
+from flax import linen as nn
+from rich.console import Console
+
+from abflax import (
+    Dataset,
+    InputError,
+    Interrupted,
+    Network,
+    Resources,
+    Seeds,
+    Tapped,
+    distill,
+    load,
+)
+from abflax.data import subset
+from abflax.runtime.reporter import NullReporter
+from abflax.training.record import write_record
+from experiments.common import cli
+
+FACTS = Path(__file__).parent / "identity.json"
+MIXED, REFUSED, NAMED, WRONG = "mixed", "refused", "another name", "refused as input"
+Settings = dict[str, Any]
+
+
+def make_net(scale=0.1, factor=1.0, momentum=0.9, epsilon=1e-5, rate=0.0):
+    """A small network; what the arguments change is in no field, so its name stays."""
+
+    class Net(nn.Module):
+        """A convolution, a batch norm and a classifier."""
+
+        width: int = 2
+
+        @nn.compact
+        def __call__(self, images, train: bool):
+            """Computes logits."""
+            init = nn.initializers.normal(scale)
+            x = nn.Conv(self.width, (3, 3), strides=2, kernel_init=init)(images) * factor
+            x = nn.BatchNorm(not train, momentum=momentum, epsilon=epsilon)(x)
+            x = nn.relu(x).mean(axis=(1, 2))
+            if rate:
+                x = nn.Dropout(rate, deterministic=not train)(x)
+            return nn.Dense(10, kernel_init=init)(x)
+
+    return Net
+
+
+class Fields(nn.Module):
+    """A network whose functions are fields."""
+
+    init: Any = nn.initializers.normal(0.01)
+    activate: Any = nn.relu
+
+    @nn.compact
+    def __call__(self, images, train: bool):
+        """Computes logits."""
+        x = nn.Conv(2, (3, 3), strides=2, kernel_init=self.init)(images)
+        x = nn.BatchNorm(not train, momentum=0.9)(x)
+        return nn.Dense(10)(self.activate(x).mean(axis=(1, 2)))
+
+
+def tapped(module, path="BatchNorm_0"):
+    """The module with its tap."""
+    return Tapped(module, {"layer1": path})
+
+
+def make_teacher(net=None, change=lambda variables: variables, path="BatchNorm_0"):
+    """A random teacher that is always called "teacher"."""
+    module = (net or make_net())(3)
+    variables = module.init(jax.random.key(5), np.zeros((1, 8, 8, 1)), train=False)
+    return Network(tapped(module, path), change(jax.tree.map(np.array, dict(variables))), "teacher")
+
+
+def _edited(array, index=0, by=1):
+    array = array.copy()
+    array.ravel()[index] += by
+    return array
+
+
+def _nudged(*path):
+    def change(variables):
+        leaf = variables
+        for key in path:
+            leaf = leaf[key]
+        leaf.ravel()[0] += 1e-3
+        return variables
+
+    return change
+
+
+def base() -> Settings:
+    """The experiment that the others differ from."""
+    data = load("digits", "train")
+    return {
+        "student": tapped(make_net()(2)),
+        "teacher": make_teacher(),
+        "data": data.take(np.arange(64), "sixty-four digits"),
+        "test": data.take(np.arange(64, 96), "thirty-two digits"),
+        "epochs": (1, 1),
+        "batch_size": 16,
+        "resources": Resources(devices=1, checkpoint_seconds=0.0),
+    }
+
+
+def _data_variants(role: str, data: Dataset) -> Iterator[tuple[str, Settings]]:
+    def replaced(**fields: Any) -> Settings:
+        return {role: dataclasses.replace(data, **fields)}
+
+    preprocessing = data.preprocessing
+    yield "labels shifted", replaced(labels=(data.labels + 1) % 10)
+    yield "one label", replaced(labels=_edited(data.labels % 9))
+    yield "one pixel", replaced(images=_edited(data.images, 100))
+    yield "last pixel", replaced(images=_edited(data.images, -1))
+    yield "reversed", replaced(images=data.images[::-1], labels=data.labels[::-1])
+    yield "images reversed", replaced(images=data.images[::-1])
+    yield "one example less", replaced(images=data.images[:-1], labels=data.labels[:-1])
+    yield "a share under the same name", {role: subset(data, 0.5, 0)}
+    yield "taken under the same name", {role: data.take(np.arange(16), data.name)}
+    yield "float images", replaced(images=data.images.astype(np.float32))
+    yield "more classes", replaced(num_classes=11)
+    for name, value in (("mean", (5.0,)), ("std", (7.0,)), ("pad", 0), ("flip", True)):
+        changed = dataclasses.replace(preprocessing, **{name: value})
+        yield f"preprocessing: {name}", replaced(preprocessing=changed)
+
+
+def variants(start: Settings) -> Iterator[tuple[str, str, Settings]]:
+    """(what it is of, what differs, changed settings) of each other experiment."""
+    for role, name in (("data", "training data"), ("test", "test data")):
+        for what, changed in _data_variants(role, start[role]):
+            yield name, what, changed
+    yield "test data", "training data as test data", {"test": start["data"]}
+    yield "test data", "none", {"test": None}
+    for what, arguments in (
+        ("initializer", {"scale": 1.0}), ("factor in its code", {"factor": 2.0}),
+        ("momentum in its code", {"momentum": 0.5}), ("epsilon in its code", {"epsilon": 1e-3}),
+        ("dropout in its code", {"rate": 0.5}),
+    ):  # fmt: skip
+        yield "student", what, {"student": tapped(make_net(**arguments)(2))}
+    yield "student", "width", {"student": tapped(make_net()(4))}
+    yield "student", "tap", {"student": tapped(make_net()(2), "Conv_0")}
+    drawn = make_net()(2).init(jax.random.key(9), np.zeros((1, 8, 8, 1)), train=False)
+    yield "student", "first weights", {"student": Network(tapped(make_net()(2)), drawn)}
+    for what, change in (
+        ("a kernel", _nudged("params", "Conv_0", "kernel")),
+        ("a bias", _nudged("params", "Dense_0", "bias")),
+        ("running mean", _nudged("batch_stats", "BatchNorm_0", "mean")),
+        ("running variance", _nudged("batch_stats", "BatchNorm_0", "var")),
+    ):
+        yield "teacher", what, {"teacher": make_teacher(change=change)}
+    yield "teacher", "factor in its code", {"teacher": make_teacher(make_net(factor=2.0))}
+    yield "teacher", "epsilon in its code", {"teacher": make_teacher(make_net(epsilon=1e-3))}
+    yield "teacher", "tap", {"teacher": make_teacher(path="Conv_0")}
+    yield "teacher", "none", {"teacher": None, "method": "cross-entropy"}
+    for what, changed in (
+        ("seed", {"seeds": 1}), ("seed of the weights", {"seeds": Seeds(weights=1)}),
+        ("seed of the order", {"seeds": Seeds(order=1)}),
+        ("seed of the augmentation", {"seeds": Seeds(augmentation=1)}),
+        ("seed of the subset", {"seeds": Seeds(subset=1)}), ("epochs", {"epochs": (1, 2)}),
+        ("batch size", {"batch_size": 8}), ("fraction", {"fraction": 0.5}),
+        ("examples per class", {"per_class": 2}), ("margin", {"margin": 2.0}),
+        ("layers' weights", {"layer_ratio": 0.5}), ("temperature", {"temperature": 4.0}),
+        ("transfer weight", {"transfer_weight": 2.0}), ("protocol", {"protocol": "official"}),
+        ("method", {"method": "kd"}), ("precision", {"precision": "float64"}),
+        ("evaluations", {"evaluate_every": 2}), ("views", {"views": 2}),
+    ):  # fmt: skip
+        yield "configuration", what, changed
+
+
+@contextlib.contextmanager
+def _flag(name: str, value: Any) -> Iterator[None]:
+    before = getattr(jax.config, name)
+    jax.config.update(name, value)
+    try:
+        yield
+    finally:
+        jax.config.update(name, before)
+
+
+SURROUNDINGS = (
+    ("PRNG", "jax_default_prng_impl", "rbg"),
+    ("partitioned keys", "jax_threefry_partitionable", None),
+    ("seed offset", "jax_random_seed_offset", 7),
+    ("precision of products", "jax_default_matmul_precision", "bfloat16"),
+)
+
+
+def experiments(start: Settings) -> Iterator[tuple[str, str, Settings, Any]]:
+    """All variants, with the context in which each is asked for."""
+    for of, what, changed in variants(start):
+        yield of, what, start | changed, contextlib.nullcontext()
+    for what, name, value in SURROUNDINGS:
+        other = not getattr(jax.config, name) if value is None else value
+        yield "surroundings", what, start, _flag(name, other)
+
+
+class _Trains(Exception):
+    """A run under another name would be trained."""
+
+
+def _refuse_to_train(*_: Any, **__: Any) -> None:
+    raise _Trains
+
+
+def outcome(settings: Settings, workdir: Path) -> tuple[str, str]:
+    """What becomes of an experiment that is asked for where another one's result is."""
+    resumed = mock.patch("abflax.training.run.Run._restore_checkpoint", return_value=None)
+    began = mock.patch("abflax.training.run.Run._begin_phase", _refuse_to_train)
+    with resumed as resume, began:
+        resume.side_effect = lambda *_: (_ for _ in ()).throw(AssertionError("resumed"))
+        try:
+            distill(**settings, workdir=workdir)
+        except _Trains:
+            return NAMED, ""
+        except AssertionError as error:
+            return MIXED, str(error)
+        except InputError as error:
+            asked = "was made with another" in str(error)
+            return (REFUSED if asked else WRONG), str(error)
+    return MIXED, "served"
+
+
+class _Stop(NullReporter):
+    """Stops a run after some steps."""
+
+    def __init__(self, after: int) -> None:
+        self.left = after
+
+    def steps(self, count: int, images: int, epoch: float, loss: float | None) -> None:
+        """Raises the signal."""
+        import signal
+
+        self.left -= count
+        if self.left == 0:
+            signal.raise_signal(signal.SIGTERM)
+
+
+def finished(workdir: Path) -> Path:
+    """Trains the base experiment. Returns its folder."""
+    directory = distill(**base(), workdir=workdir).directory
+    assert directory is not None
+    return directory
+
+
+def stopped(workdir: Path) -> None:
+    """Trains the base experiment for three of its eight steps."""
+    with contextlib.suppress(Interrupted):
+        distill(**base(), workdir=workdir, reporter=_Stop(3))
+
+
+def flip(path: Path, bit: int) -> None:
+    """Flips one bit of a file."""
+    content = bytearray(path.read_bytes())
+    content[bit // 8] ^= 1 << bit % 8
+    path.write_bytes(content)
+
+
+def flips_served(directory: Path, name: str, count: int, seed: int = 0) -> int:
+    """How many of some random bit flips in a finished run's file go unnoticed."""
+    path, draw, served = directory / name, random.Random(seed), 0
+    content, settings = path.read_bytes(), base()
+    for _ in range(count):
+        flip(path, draw.randrange(8 * len(content)))
+        try:
+            distill(**settings, workdir=directory.parent.parent)
+            served += 1
+        except InputError:
+            pass
+        path.write_bytes(content)
+    return served
+
+
+@dataclasses.dataclass(frozen=True)
+class Arguments:
+    """The command line.
+
+    Attributes:
+      page: only rebuild the page.
+    """
+
+    page: bool = False
+
+
+def measure(note: Callable[[str], None]) -> dict[str, Any]:
+    """Tries everything, and counts."""
+    facts: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        directory = finished(Path(folder) / "finished")
+        stopped(Path(folder) / "stopped halfway")
+        for kind in ("finished", "stopped halfway"):
+            workdir = Path(folder) / kind
+            counts: dict[str, Counter[str]] = {}
+            for of, what, settings, context in experiments(base()):
+                with context:
+                    found, why = outcome(settings, workdir)
+                counts.setdefault(of, Counter())[found] += 1
+                note(f"{kind}: {of}, {what}: {found} {why}")
+            facts[kind] = {of: dict(each) for of, each in counts.items()}
+        facts["flips"] = {
+            name: {"flipped": 100, "served": flips_served(directory, name, 100)}
+            for name in ("record.json", "student.safetensors")
+        }
+    return facts
+
+
+def section() -> str:
+    """The page's section, from the committed facts."""
+    facts = json.loads(FACTS.read_text())
+    lines = [
+        "## Identity\n",
+        "A finished run, one stopped halfway, and then experiments that differ in one thing, in "
+        "the same workdir (`python -m tests.identity`; the same as tests: "
+        "`tests/training/test_identity.py`). *Refused*: the command stops and names what differs. "
+        "*Another name*: the configuration differs, so it is another run.\n",
+        "| found there | differs in | tried | refused | another name | no valid input | mixed |",
+        "| --- | --- | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for kind in ("finished", "stopped halfway"):
+        for of, counts in facts[kind].items():
+            row = [counts.get(each, 0) for each in (REFUSED, NAMED, WRONG, MIXED)]
+            lines.append(f"| {kind} | {of} | {sum(row)} | {' | '.join(map(str, row))} |")
+    lines += ["", "| a bit flipped in | times | returned as good |", "| --- | ---: | ---: |"]
+    for name, counts in facts["flips"].items():
+        lines.append(f"| `{name}` | {counts['flipped']} | {counts['served']} |")
+    return "\n".join(lines) + "\n"
+
+
+def main(console: Console) -> None:
+    """Runs the command."""
+    from tests import crash
+
+    if not cli.parse(Arguments, "tests.identity", __doc__).page:
+        write_record(FACTS, measure(lambda line: console.print(line, soft_wrap=True)))
+    crash.write_page()
+    console.print(section(), markup=False, soft_wrap=True)
+
+
+if __name__ == "__main__":
+    cli.main(main)

@@ -1,0 +1,107 @@
+"""A result is never another experiment's, and a damaged one is never returned."""
+
+import json
+
+import pytest
+
+from abflax import InputError, distill
+from abflax.training import fingerprint
+from tests import identity
+from tests.identity import MIXED, NAMED, REFUSED, base, experiments, flip, outcome
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    """The folder of the base experiment, finished."""
+    return identity.finished(tmp_path_factory.mktemp("finished"))
+
+
+@pytest.fixture(scope="module")
+def workdir(directory):
+    return directory.parent.parent
+
+
+CASES = {
+    ("training data", "one label"): REFUSED,
+    ("training data", "reversed"): REFUSED,
+    ("training data", "a share under the same name"): REFUSED,
+    ("test data", "one pixel"): REFUSED,
+    ("student", "initializer"): REFUSED,
+    ("student", "factor in its code"): REFUSED,
+    ("student", "tap"): NAMED,
+    ("teacher", "a bias"): REFUSED,
+    ("teacher", "epsilon in its code"): REFUSED,
+    ("configuration", "margin"): NAMED,
+    ("surroundings", "seed offset"): REFUSED,
+}
+
+
+@pytest.mark.parametrize("case", CASES, ids=" ".join)
+def test_another_experiment(case, workdir):
+    (found,) = [each for each in experiments(base()) if each[:2] == case]
+    with found[3]:
+        assert outcome(found[2], workdir)[0] == CASES[case]
+
+
+def test_the_same_experiment_is_served(workdir, directory):
+    """Also with data and networks that are copies."""
+    before = (directory / "record.json").read_bytes()
+    result = distill(**base(), workdir=workdir)
+    assert result.record == json.loads(before) and result.directory == directory
+
+
+def test_what_differs_is_named_and_force_trains_anew(tmp_path):
+    settings = base() | {"epochs": (0, 1), "method": "cross-entropy", "teacher": None}
+    first = distill(**settings, workdir=tmp_path)
+    _, _, changed, _ = next(each for each in experiments(settings) if each[1] == "labels shifted")
+    with pytest.raises(InputError, match="another training labels, .* --force"):
+        distill(**changed, workdir=tmp_path)
+    second = distill(**changed, workdir=tmp_path, force=True)
+    assert second.record["hash"] == first.record["hash"]
+    assert second.record["history"] != first.record["history"]
+    with pytest.raises(InputError, match="another training labels"):
+        distill(**settings, workdir=tmp_path)
+
+
+@pytest.mark.parametrize("name", ["record.json", "student.safetensors", "fingerprint.json"])
+def test_a_flipped_bit(name, workdir, directory):
+    path = directory / name
+    content = path.read_bytes()
+    try:
+        for place in (0.1, 0.5, 0.9):
+            flip(path, int(8 * len(content) * place))
+            with pytest.raises(InputError, match=f"{directory}.* (damaged|another|is no)"):
+                distill(**base(), workdir=workdir)
+            path.write_bytes(content)
+    finally:
+        path.write_bytes(content)
+
+
+def test_another_version_is_said(workdir, directory, monkeypatch):
+    """Lowered programs are not compared then; data and weights are."""
+    versions = fingerprint._versions() | {"jax": "0.0.1"}
+    monkeypatch.setattr(fingerprint, "_versions", lambda: versions)
+    notes = []
+    reporter = identity.NullReporter()
+    monkeypatch.setattr(reporter, "finished", lambda note="": notes.append(note), raising=False)
+    distill(**base(), workdir=workdir, reporter=reporter)
+    assert "it was made by other versions: jax " in notes[0] and "not 0.0.1" in notes[0]
+    _, _, changed, _ = next(each for each in experiments(base()) if each[1] == "one pixel")
+    with pytest.raises(InputError, match="another training images"):
+        distill(**changed, workdir=workdir)
+
+
+def test_the_page_says_what_was_measured():
+    facts = json.loads(identity.FACTS.read_text())
+    tried = [sum(sum(counts.values()) for counts in facts[kind].values())
+             for kind in ("finished", "stopped halfway")]  # fmt: skip
+    assert min(tried) >= 60
+    for kind in ("finished", "stopped halfway"):
+        assert not any(MIXED in counts for counts in facts[kind].values())
+    assert all(counts["served"] == 0 for counts in facts["flips"].values())
+
+
+@pytest.mark.slow
+def test_everything_that_the_page_counts():
+    facts = identity.measure(lambda line: None)
+    assert facts == json.loads(identity.FACTS.read_text())
