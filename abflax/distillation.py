@@ -76,7 +76,7 @@ def distill(  # noqa: PLR0913 - the front door
       LostError: if another process of the run is gone.
       DiskError: if checkpoint, weights or record cannot be written; the same call resumes from the
         checkpoint before.
-      Interrupted: after SIGINT or SIGTERM, when the checkpoint is written.
+      Interrupted: after SIGINT, SIGTERM or SIGALRM, when the checkpoint is written.
 
     Examples:
       Any two Linen modules, a tap each, and one epoch of either phase on 64 digits:

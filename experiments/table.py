@@ -11,6 +11,8 @@ Examples:
       show that every cell starts: make two steps of each phase, and save nothing
   python -m experiments.table 6,8 --scale small --group 4
       up to four runs of a seed in one program, with one forward pass of the teacher for all
+  python -m experiments.table 1,3,8,6 --scale paper --budget 30 --group 4
+      what thirty minutes allow, seed 0 of everything first; the same command resumes it
   python -m experiments.table 6 --teacher-weights wrn22-4=teacher.safetensors
   python -m experiments.table 4,5 --teacher-weights resnet50=resnet50.pth
       transfer learning; --student-weights mobilenet-v1=FILE for the row of pre-trained students
@@ -55,7 +57,7 @@ from experiments.paper_tables import records as stored
 from experiments.paper_tables.cells import Filled, fill, identities, markdown
 from experiments.paper_tables.definitions import SCALES, TABLES
 from experiments.paper_tables.dry_run import forecast, start_every_cell
-from experiments.paper_tables.plan import Job, group_jobs, jobs, share, unfinished
+from experiments.paper_tables.plan import Job, group_jobs, jobs, share, teacher_jobs, unfinished
 from experiments.paper_tables.spec import Record, Table
 
 
@@ -94,6 +96,7 @@ class Arguments(cli.Arguments):
       seeds: how many, or a list such as 0,3; left out: the number of the scale.
       group: train up to this many runs that see the same batches in one program.
       only: run a share of the runs.
+      budget: stop after this many minutes, with a checkpoint; left out: no limit.
       dry_run: print what would run, and run nothing.
       steps: make this many steps of every cell, and save nothing.
       teacher_weights: file or run with a teacher's weights; may be given several times.
@@ -110,6 +113,7 @@ class Arguments(cli.Arguments):
     seeds: cli.SeedList | None = None
     group: int = 1
     only: Share = (1, 1)
+    budget: float | None = None
     dry_run: bool = False
     steps: int | None = None
     teacher_weights: tyro.conf.UseAppendAction[tuple[Weights, ...]] = ()
@@ -120,6 +124,8 @@ class Arguments(cli.Arguments):
     def __post_init__(self) -> None:
         if self.group < 1:
             raise InputError(f"--group must be at least 1, not {self.group}")
+        if self.budget is not None and self.budget <= 0:
+            raise InputError(f"--budget must be above 0 minutes, not {self.budget}")
         if self.dry_run and self.steps is not None:
             raise InputError("give --dry-run or --steps, not both")
         if self.group > 1 and (self.dry_run or self.steps is not None):
@@ -221,7 +227,7 @@ def find_networks(
     for name in {name for table in tables for name in table.given if name in given} - set(networks):
         load = load_network if architecture(name) == name else pretrained_backbone
         networks[name] = load(architecture(name), given[name])
-    for job in jobs(tables, ()):
+    for job in [job for table in tables for job in teacher_jobs(table)]:
         name, dataset = job.run.student, job.run.dataset
         trained = job.configuration({})
         if name in networks or trained is None:
@@ -257,21 +263,25 @@ def run(
         return config is None or config.hash not in (here if job.teaches else records)
 
     train_jobs = functools.partial(train, teachers=teachers, arguments=arguments, reporter=reporter)
-    for group in group_jobs([job for job in mine if is_left(job)], arguments.group):
-        if None in (job.configuration(_names(teachers)) for job in group):
-            teachers |= find_networks(tables, given, arguments.workdir, teachers)
-        ready = []
-        for job in filter(is_left, group):
-            if job.configuration(_names(teachers)) is not None:
-                ready.append(job)
-            else:
-                left.append((job, _lacking(job, tables, teachers)))
-        for job, error in cli.attempt(train_jobs, ready):
-            if isinstance(error, BusyError):
-                left.append((job, str(error)))
-            else:
-                failures.append(f"{_named(job)}: {error}")
-        cli.forget_programs()
+    groups = [*group_jobs([job for job in mine if is_left(job)], arguments.group)]
+    with cli.time_limit(arguments.budget) as is_over:
+        while groups and not is_over():
+            if None in (job.configuration(_names(teachers)) for job in groups[0]):
+                teachers |= find_networks(tables, given, arguments.workdir, teachers)
+            ready = []
+            for job in filter(is_left, groups[0]):
+                if job.configuration(_names(teachers)) is not None:
+                    ready.append(job)
+                else:
+                    left.append((job, _lacking(job, tables, teachers)))
+            for job, error in cli.attempt(train_jobs, ready):
+                if isinstance(error, BusyError):
+                    left.append((job, str(error)))
+                else:
+                    failures.append(f"{_named(job)}: {error}")
+            cli.forget_programs()
+            del groups[0]
+    left += [(job, "the budget is spent") for group in groups for job in group]
     return left, failures
 
 

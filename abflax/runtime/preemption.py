@@ -1,4 +1,4 @@
-"""Notes Ctrl-C and SIGTERM, so that the training loop can stop between two dispatches."""
+"""Notes Ctrl-C, SIGTERM and SIGALRM, so that the training loop can stop between two dispatches."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Interrupted(KeyboardInterrupt):
 
 
 class Preemption:
-    """A context manager that notes the first SIGINT or SIGTERM.
+    """A context manager that notes the first SIGINT, SIGTERM or SIGALRM (a time limit).
 
     A second signal has its usual effect. Outside the main thread, where Python cannot handle
     signals, this does nothing.
@@ -35,7 +35,7 @@ class Preemption:
 
     def __enter__(self) -> Preemption:
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM):
                 self._before[number] = signal.signal(number, self._note)
         return self
 

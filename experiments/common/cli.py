@@ -4,15 +4,17 @@ import contextlib
 import ctypes
 import dataclasses
 import logging
+import math
 import os
 import platform
 import re
 import signal
 import sys
+import time
 import typing
 import warnings
 import zlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, TypeVar
 
@@ -315,6 +317,25 @@ def require_all(finished: Sequence[Any], busy: Sequence[BusyError]) -> None:
     if busy:
         total = len(finished) + len(busy)
         raise BusyError(f"{len(finished)} of {total} runs are finished; {busy[0]}")
+
+
+@contextlib.contextmanager
+def time_limit(minutes: float | None) -> Iterator[Callable[[], bool]]:
+    """Gives a function that tells whether the time is over; a run in the block stops then, saved.
+
+    The alarm is repeated, for a run that starts just after it.
+    """
+    end = math.inf if minutes is None else time.monotonic() + 60 * minutes
+    before = signal.signal(signal.SIGALRM, lambda *_: None)
+    signal.setitimer(signal.ITIMER_REAL, 60 * (minutes or 0), 1.0)  # 0: no alarm
+    try:
+        yield lambda: time.monotonic() >= end
+    except Interrupted as stop:
+        if stop.signal != signal.SIGALRM:
+            raise
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def make_table(

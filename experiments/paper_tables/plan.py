@@ -75,34 +75,41 @@ def _plain(value: object) -> str:
     return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
+def teacher_jobs(table: Table, given: Collection[str] = ()) -> list[Job]:
+    """Lists the runs that train a table's teachers, except those with given weights."""
+    run = table.teacher_run
+    if run is None:
+        return []
+    names = [name for name in table.teachers if name not in given]
+    runs = [dataclasses.replace(run, student=name) for name in names]
+    return [Job(run, run.seeds.weights, table.examples, teaches=True) for run in runs]
+
+
 def jobs(
     tables: Sequence[Table], seeds: Sequence[int], given: Collection[str] = ()
 ) -> tuple[Job, ...]:
-    """Lists all runs of some tables, each once: teachers, then group by group, seed by seed.
+    """Lists all runs of some tables, each once: seed by seed, table by table, group by group.
 
-    The list does not depend on which runs are finished, so its shares stay the same.
+    A teacher comes right before the first table that needs it. The list does not depend on which
+    runs are finished, so its shares stay the same.
 
     Args:
       tables: those to fill.
       seeds: of each run.
       given: architectures with known weights, which are not trained.
     """
-    teachers: dict[str, Job] = {}
-    students: dict[tuple[str, int], Job] = {}
-    for table in tables:
-        for group in table.groups:
-            runs = {
-                run.hash: run for cell in group if (run := table.configuration(*cell)) is not None
-            }
-            for seed in seeds:
-                for name, run in runs.items():
-                    students.setdefault((name, seed), Job(run, seed, table.examples_of(run)))
-        if table.teacher_run is not None:
-            for name in [name for name in table.teachers if name not in given]:
-                run = dataclasses.replace(table.teacher_run, student=name)
-                job = Job(run, run.seeds.weights, table.examples, teaches=True)
-                teachers.setdefault(run.hash, job)
-    return (*teachers.values(), *students.values())
+    plan: dict[tuple[str, int, bool], Job] = {}
+    for seed in seeds:
+        for table in tables:
+            students = [
+                Job(run, seed, table.examples_of(run))
+                for group in table.groups
+                for cell in group
+                if (run := table.configuration(*cell)) is not None
+            ]
+            for job in (*teacher_jobs(table, given), *students):
+                plan.setdefault((job.run.hash, job.seed, job.teaches), job)
+    return tuple(plan.values())
 
 
 def unfinished(

@@ -3,11 +3,12 @@
 import dataclasses
 import os
 import re
+import signal
 import sys
 
 import pytest
 
-from abflax import BusyError, Network, NonFiniteError
+from abflax import BusyError, Interrupted, Network, NonFiniteError
 from abflax.training.record import write_record
 from experiments import table
 from experiments.common import cli
@@ -113,6 +114,22 @@ def test_a_run_of_another_process_is_left(command, monkeypatch, forgotten):
     assert seen == [4, 5] and out.count("left: cross-entropy") == 2
     assert len(forgotten) == 2
     assert code == os.EX_TEMPFAIL and "2 of 2 runs are left for another call" in err
+
+
+def test_what_the_budget_does_not_allow_is_left(command, monkeypatch):
+    seen, before = [], signal.getsignal(signal.SIGALRM)
+
+    def distill_group(runs, student, teacher, data, **_):
+        seen.extend(run["seeds"].weights for run in runs)
+        assert 0 < signal.getitimer(signal.ITIMER_REAL)[0] <= 180
+        raise Interrupted("stopped in phase joint of 0123", signal.SIGALRM)
+
+    monkeypatch.setattr(table, "distill_group", distill_group)
+    code, out, err = command(*TINY, "--methods", "cross-entropy", "--seeds", "4,5", "--budget", "3")
+    assert seen == [4] and out.count("the budget is spent") == 2
+    assert code == os.EX_TEMPFAIL and "2 of 2 runs are left for another call" in err
+    assert signal.getsignal(signal.SIGALRM) == before
+    assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)
 
 
 def test_what_another_process_has_finished_meanwhile_is_not_left(command, monkeypatch, tmp_path):

@@ -212,11 +212,15 @@ def test_steps():
         assert sum(steps("small", "2", "attention", column).values()) == 781
 
 
-def test_teachers_come_first_and_only_where_they_are_needed():
+def test_seed_by_seed_with_each_teacher_right_before_the_first_table_that_needs_it():
     paper = list(TABLES["paper"].values())
     plan = jobs(paper, range(5))
     assert [job.run.student for job in plan if job.teaches] == ["wrn22-4", "wrn16-4"]
-    assert [job.teaches for job in plan[:3]] == [True, True, False]
+    assert [job.seed for job in plan if not job.teaches] == sorted(
+        job.seed for job in plan if not job.teaches
+    )
+    starts = [index for index, job in enumerate(plan) if job.teaches]
+    assert starts == [0, len(jobs(paper[:2], [0]))]
     assert plan[0].steps == {"joint": 78125} and plan[0].seed == 1000
     assert len(plan) == 2 + 5 * len({run.hash for table in paper for run in table.runs})
     assert not any(job.teaches for job in jobs(paper, [0], ("wrn22-4", "wrn16-4")))

@@ -112,13 +112,20 @@ def test_force_runs_it_again_to_the_same_bits(whole, digits, teacher):
     chex.assert_trees_all_equal(again.variables, whole.variables)
 
 
-@pytest.mark.parametrize("step", [2, 4, 7], ids=["initialise", "boundary", "classify"])
-def test_stopped_and_resumed_is_never_stopped(whole, digits, teacher, tmp_path, step):
-    handlers = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)
+
+
+@pytest.mark.parametrize(
+    ("step", "number"),
+    [*zip([2, 4, 7], _SIGNALS, strict=True)],
+    ids=["initialise", "boundary", "classify"],
+)
+def test_stopped_and_resumed_is_never_stopped(whole, digits, teacher, tmp_path, step, number):
+    handlers = [signal.getsignal(each) for each in _SIGNALS]
     with pytest.raises(Interrupted, match=f"goes on from step {step}") as stopped:
-        _distill(digits, teacher, workdir=tmp_path, reporter=_StopAt(step))
-    assert stopped.value.signal == signal.SIGTERM
-    assert handlers == [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
+        _distill(digits, teacher, workdir=tmp_path, reporter=_StopAt(step, number))
+    assert stopped.value.signal == number
+    assert handlers == [signal.getsignal(each) for each in _SIGNALS]
     resumed = _distill(digits, teacher, workdir=tmp_path)
     chex.assert_trees_all_equal(resumed.variables, whole.variables)
     assert _without_times(resumed.record) == _without_times(whole.record)
