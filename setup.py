@@ -20,7 +20,7 @@ EXPERIMENTS = [
 
 setup(
     name="abflax",
-    version="0.1.0",
+    version="0.2.0",
     description="Knowledge distillation for JAX and Flax, centred on activation boundaries",
     long_description=Path("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
@@ -60,7 +60,7 @@ setup(
             "nbclient>=0.10",
             "ipykernel>=6",
         ],
-        "docs": ["pdoc>=15"],
+        "docs": ["sphinx>=8.1", "furo>=2024.8", "myst-parser>=4"],
         "prepare": [*TFDS, "tensorflow>=2.16"],  # only to download and prepare a TFDS data set
         "torch": ["torch>=2.4"],  # only to read .pt and .pth files
         "cuda": ["jax[cuda12]>=0.10.1,!=0.10.2"],

@@ -10,7 +10,7 @@ from abflax.taps import Tapped
 from abflax.training.evaluation import evaluate
 from abflax.training.run_directory import Result
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "BusyError",

@@ -22,7 +22,12 @@ _SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
 @dataclasses.dataclass(frozen=True)
 class Folder:
-    """A folder's training and held-out images, and notes on what was skipped or looks wrong."""
+    """A class folder's images.
+
+    Attributes:
+      train, test: the training and the held-out images.
+      notes: what was skipped or looks wrong, a sentence each.
+    """
 
     train: ImageFiles
     test: ImageFiles

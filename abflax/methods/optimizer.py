@@ -50,7 +50,7 @@ class Optimizer:
     Attributes:
       learning_rate: at the start of the run or phase.
       drops: shares of the epochs at which the rate is divided by `drop_factor`.
-      resets: shares of the epochs at which the momentum is set to zero, as a rebuilt optimiser
+      resets: shares of the epochs at which the momentum is set to zero, as a rebuilt optimizer
         would have it.
       drop_factor: the divisor at each drop.
       of_run: whether the shares are of the whole run's epochs (and the phase continues the run's

@@ -1,4 +1,4 @@
-"""A phase of a run, as data: the weighted terms of its objective, and its optimiser."""
+"""A phase of a run, as data: the weighted terms of its objective, and its optimizer."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from abflax.methods.terms import Term
 
 @dataclasses.dataclass(frozen=True)
 class Phase:
-    """One stretch of training with one objective and one optimiser.
+    """One stretch of training with one objective and one optimizer.
 
     Attributes:
       name: "initialise", "classify", or "joint" where one objective fills the whole run.
       terms: (weight, term); the objective is their weighted sum, each a mean over the batch.
-      optimiser: rebuilt at the start of the phase.
+      optimizer: rebuilt at the start of the phase.
       teacher_batch_statistics: whether the teacher's batch norms use the batch's statistics, and
         its running ones drift.
     """
@@ -32,7 +32,7 @@ class Phase:
         return any(term.needs_teacher for _, term in self.terms)
 
     def as_json(self) -> dict[str, Any]:
-        """All that the phase optimises, as plain JSON values: what a run's hash and record hold.
+        """All that the phase optimizes, as plain JSON values: what a run's hash and record hold.
 
         Fields at their defaults are left out, so that one that is added later changes no hash.
         """

@@ -15,7 +15,7 @@ class Protocol:
 
     Attributes:
       summary: one line.
-      initialise, classify, joint: the optimiser of each phase.
+      initialise, classify, joint: the optimizer of each phase.
       temperature: of knowledge distillation.
       layer_ratio: the weight of a layer relative to the next deeper one.
       transfer_scale: method -> the factor on its transfer loss at transfer weight 1.
