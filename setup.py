@@ -15,7 +15,7 @@ TENSORBOARD = ["tensorboardX>=2.6"]
 EXPORT = ["flatbuffers>=24"]  # jax.export writes files with it, but JAX does not install it
 EXPERIMENTS = [
     *TFDS, *DIGITS, *TENSORBOARD, *EXPORT,
-    "matplotlib>=3.9", "rich>=13.9", "tyro>=1.0", "docstring-parser>=0.16",
+    "matplotlib>=3.9", "rich>=13.9", "tyro>=1.0", "docstring-parser>=0.16", "scipy>=1.13",
 ]  # fmt: skip
 
 setup(

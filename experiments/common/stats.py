@@ -1,7 +1,11 @@
-"""Means and deviations, as tables show them."""
+"""Means, deviations and paired differences, as tables show them."""
 
+import dataclasses
+import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+
+import scipy.stats
 
 
 def percent(share: float, digits: int = 2) -> str:
@@ -20,17 +24,36 @@ def mean_and_std(numbers: Sequence[float], digits: int = 2, factor: float = 100.
     return f"{mean} ± {factor * statistics.stdev(numbers):.{digits}f}"
 
 
-def beyond_error_bars(first: Sequence[float], second: Sequence[float]) -> int | None:
-    """Compares two means with the error bars of both.
+@dataclasses.dataclass(frozen=True)
+class Difference:
+    """The mean difference of two methods over the seeds that both have.
 
-    Returns:
-      -1 or 1 where the first mean is smaller or larger than the second by more than the sum of the
-      two sample standard deviations; 0 where the error bars overlap; None where one of the two is a
-      single number, which has no deviation.
+    Attributes:
+      mean: of first − second, seed by seed.
+      half_width: of its 95 % confidence interval by the paired t-test, t₀.₉₇₅ · s / √n; None for a
+        single pair.
+      pairs: n.
     """
-    if min(len(first), len(second)) < 2:
+
+    mean: float
+    half_width: float | None
+    pairs: int
+
+    @property
+    def sign(self) -> int:
+        """-1 or 1 where the interval is on that side of 0; else 0, undecided."""
+        if self.half_width is None or abs(self.mean) <= self.half_width:
+            return 0
+        return 1 if self.mean > 0 else -1
+
+
+def paired_difference(first: Mapping[int, float], second: Mapping[int, float]) -> Difference | None:
+    """Compares two methods, seed -> number each; None if they have no seed in common."""
+    differences = [first[seed] - second[seed] for seed in first if seed in second]
+    if not differences:
         return None
-    difference = statistics.mean(first) - statistics.mean(second)
-    if abs(difference) <= statistics.stdev(first) + statistics.stdev(second):
-        return 0
-    return 1 if difference > 0 else -1
+    count, half_width = len(differences), None
+    if count > 1:
+        error = statistics.stdev(differences) / math.sqrt(count)
+        half_width = float(scipy.stats.t.ppf(0.975, count - 1)) * error
+    return Difference(statistics.mean(differences), half_width, count)

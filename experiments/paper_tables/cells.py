@@ -10,7 +10,7 @@ from typing import Any
 from abflax.config import RunConfig, Seeds
 from abflax.errors import InputError
 from experiments.common.networks import architecture
-from experiments.common.stats import beyond_error_bars, mean_and_std
+from experiments.common.stats import Difference, mean_and_std, paired_difference
 from experiments.paper_tables.definitions import SCALES
 from experiments.paper_tables.records import short
 from experiments.paper_tables.spec import Measure, Point, Record, Table
@@ -29,7 +29,7 @@ class Cell:
       paper: the paper's number, in percent.
       records: of its seeds, in order.
       diverged: how many further seeds ended with non-finite numbers.
-      values: the records' numbers, as shares; empty if the method has no such number.
+      by_seed: seed -> the record's number, as a share; empty if the method has no such number.
     """
 
     row: Point
@@ -39,7 +39,12 @@ class Cell:
     paper: float | None
     records: tuple[Record, ...]
     diverged: int
-    values: tuple[float, ...]
+    by_seed: Mapping[int, float]
+
+    @property
+    def values(self) -> tuple[float, ...]:
+        """The numbers of all seeds."""
+        return tuple(self.by_seed.values())
 
     @property
     def mean(self) -> float:
@@ -119,10 +124,14 @@ def fill(
             _records_of(run, part, seeds, teachers) if run is not None else ()
             for part in (records, diverged)
         )
-        values = [value for record in finished if (value := measure.read(record)) is not None]
+        by_seed = {
+            record["config"]["seeds"]["weights"]: value
+            for record in finished
+            if (value := measure.read(record)) is not None
+        }
         paper = table.paper.get((row.label, column.label))
         cells[row.label, column.label] = Cell(
-            row, column, measure, run, paper, finished, len(lost), tuple(values)
+            row, column, measure, run, paper, finished, len(lost), by_seed
         )
     return Filled(table, cells)
 
@@ -184,7 +193,7 @@ def markdown(filled: Filled) -> str:
     for row in table.rows:
         lines.append([row.shown, *(shown[row.label, column.label] for column in table.columns)])
     rows = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    parts = [rows, _caption(filled), missing(filled), order(filled)]
+    parts = [rows, order(filled), _caption(filled), missing(filled)]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -217,23 +226,27 @@ def _shown(cell: Cell, wins: bool, compared: bool) -> str:
 
 
 def _caption(filled: Filled) -> str:
-    """Says what the numbers are, and where they come from."""
+    """Says what the numbers are in one sentence, and folds away where they come from."""
     table, environments = filled.table, [record["environment"] for record in filled.records]
     measures = sorted({cell.measure.name for cell in filled.cells.values()})
     what = "; ".join(measures)
     when = "last epoch" if len(measures) == 1 else "of the last epoch unless said otherwise"
-    teachers = _listed(record["config"]["teacher"] for record in filled.records)
-    origin = ""
+    facts = [
+        f"Here, scale `{table.scale}`: {table.setting}; protocol `{table.run.protocol}`, "
+        f"batch {table.run.batch_size}.",
+        f"Paper: {table.paper_setting}. {SCALES[table.scale].caveat} {table.caveat}".strip(),
+    ]
     if environments:
+        teachers = _listed(record["config"]["teacher"] for record in filled.records)
         devices = _listed((run["device"] for run in environments), between="; ")
         commits = _listed(short(run["commit"]) for run in environments)
-        origin = f" Teacher: {teachers}. Device: {devices}. Commit: {commits}."
+        facts.append(f"Teacher: {teachers}. Device: {devices}. Commit: {commits}.")
     return (
         f"{what[0].upper() + what[1:]}: paper │ here, mean ± sample standard deviation (number of "
-        f"seeds), {when}; the best in bold. Here, scale `{table.scale}`: {table.setting}; "
-        f"protocol `{table.run.protocol}`, batch {table.run.batch_size}.{origin} "
-        f"Paper: {table.paper_setting}. {SCALES[table.scale].caveat} {table.caveat}"
-    ).rstrip()
+        f"seeds), {when}; the best in bold.\n\n"
+        f"<details><summary>Where the numbers come from</summary>\n\n{' '.join(facts)}\n\n"
+        "</details>"
+    )
 
 
 def _listed(names: Iterable[str | None], between: str = ", ") -> str:
@@ -263,68 +276,80 @@ def missing(filled: Filled) -> str:
 
 
 def order(filled: Filled) -> str:
-    """Says whether the paper's order holds here, over all pairs of cells that compete.
+    """Says who is ahead here and by how much, then how the paper's order compares, a line each."""
+    return "\n\n".join(line for line in (_ahead(filled), _pairs(filled)) if line)
 
-    A pair keeps or reverses the paper's order where its means ± deviations do not overlap.
+
+def _ahead(filled: Filled) -> str:
+    """Says by how much the best of each group is ahead: of all others, or of the next best.
+
+    There is one group, or there are several.
     """
-    same = within = single = 0
+    groups = [group for group in filled.groups if best(group)]
+    parts = []
+    for group in groups:
+        measured = [cell for cell in group if cell.values]
+        winner, *others = sorted(measured, key=lambda cell: _sign(cell) * cell.mean)
+        others = others if len(groups) == 1 else others[:1]
+        found = [
+            f"{_competitor(filled.table, other)} by {_points(difference, winner)}"
+            for other in others
+            if (difference := paired_difference(winner.by_seed, other.by_seed)) is not None
+        ]
+        if found:
+            place = f"{_place(filled.table, winner)}: " * (len(groups) > 1)
+            parts.append(f"{place}{_competitor(filled.table, winner)} beats {', '.join(found)}")
+    return "; ".join(parts) + "." if parts else ""
+
+
+def _sign(cell: Cell) -> int:
+    """1 where the smaller number wins, else -1."""
+    return 1 if cell.measure.lower_is_better else -1
+
+
+def _points(difference: Difference, cell: Cell) -> str:
+    """Formats a difference with its interval: "3.69 ± 0.42 points (n = 3)"."""
+    digits, factor = cell.measure.digits, cell.measure.factor
+    text = f"{abs(factor * difference.mean):.{digits}f}"
+    if difference.half_width is not None:
+        text += f" ± {factor * difference.half_width:.{digits}f}"
+    undecided = ", undecided" * (difference.pairs > 1 and difference.sign == 0)
+    return f"{text} points (n = {difference.pairs}{undecided})"
+
+
+def _pairs(filled: Filled) -> str:
+    """Counts the pairs of competing cells that have the paper's order here."""
+    same = undecided = 0
     against: list[str] = []
     for group in filled.groups:
         for one, other in itertools.combinations([cell for cell in group if cell.values], 2):
             if one.paper is None or other.paper is None or one.paper == other.paper:
                 continue
-            sign = 1 if one.measure.lower_is_better else -1
-            first = sign * one.paper < sign * other.paper
+            first = _sign(one) * one.paper < _sign(one) * other.paper
             better, worse = (one, other) if first else (other, one)
-            sign_here = beyond_error_bars(better.values, worse.values)
-            if sign_here is None:
-                single += 1
-            elif sign_here == 0:
-                within += 1
-            elif sign_here == -sign:
+            difference = paired_difference(better.by_seed, worse.by_seed)
+            if difference is None or difference.sign == 0:
+                undecided += 1
+            elif difference.sign == -_sign(one):
                 same += 1
             else:
-                against.append(_pair(filled.table, worse, better))
-    total = same + within + len(against)
-    alone = f" Pairs with a single seed, which has no error bar: {single}." if single else ""
+                here, there = (_competitor(filled.table, cell) for cell in (worse, better))
+                against.append(f"{here} before {there} at {_place(filled.table, one)}")
+    total = same + undecided + len(against)
     if not total:
-        return f"The paper's order: nothing to compare yet.{alone}"
-    if against:
-        verdict = "holds in part" if same else "does not hold"
-    elif within:
-        verdict = "holds wherever the error bars decide" if same else "is open"
-    else:
-        verdict = "holds"
+        return ""
     examples = "; ".join(against[:_LISTED])
-    examples += f" and {len(against) - _LISTED} more" * (len(against) > _LISTED)
-    examples = f" ({examples})" * bool(against)
+    examples += f"; {len(against) - _LISTED} more" * (len(against) > _LISTED)
+    reversed_ = f"{len(against)} reversed here ({examples})" if against else "none reversed here"
     return (
-        f"The paper's order {verdict} here: of {total} pair{'s' * (total > 1)}, {same} in the same "
-        f"order beyond the error bars, {within} within them, {len(against)} reversed{examples}."
-        f"{_leaders(filled)}{alone}"
+        f"The paper's order: of {total} pair{'s' * (total > 1)} {same} the same here, {reversed_}, "
+        f"{undecided} undecided."
     )
 
 
-def _pair(table: Table, first: Cell, second: Cell) -> str:
-    if table.competing == "rows":
-        return f"{first.row.label} before {second.row.label} at {first.column.label}"
-    return f"{first.column.label} before {second.column.label} at {first.row.label}"
+def _competitor(table: Table, cell: Cell) -> str:
+    return cell.row.label if table.competing == "rows" else cell.column.label
 
 
-def _leaders(filled: Filled) -> str:
-    """Says in how many groups the paper's best is the best here, where both are known."""
-    same = known = 0
-    for group in filled.groups:
-        papers = [(cell, cell.paper) for cell in group if cell.paper is not None]
-        if len(papers) < 2:
-            continue
-        choose = min if papers[0][0].measure.lower_is_better else max
-        top = choose(paper for _, paper in papers)
-        leaders = [cell for cell, paper in papers if paper == top]
-        if all(cell.values for cell in leaders) and (winners := best(group)):
-            known += 1
-            same += any(cell in leaders for cell in winners)
-    kind = "column" if filled.table.competing == "rows" else "row"
-    if not known:
-        return ""
-    return f" The paper's best is the best here in {same} of {known} {kind}{'s' * (known > 1)}."
+def _place(table: Table, cell: Cell) -> str:
+    return cell.column.label if table.competing == "rows" else cell.row.label
