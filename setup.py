@@ -64,6 +64,9 @@ setup(
         "prepare": [*TFDS, "tensorflow>=2.16"],  # only to download and prepare a TFDS data set
         "torch": ["torch>=2.4"],  # only to read .pt and .pth files
         "cuda": ["jax[cuda12]>=0.10.1,!=0.10.2"],
+        # Compilers alone, for `experiments.bench --compile-for`: no accelerator is needed.
+        "aot-cuda": ["jax-cuda12-plugin>=0.10.1,!=0.10.2", "nvidia-cuda-nvcc-cu12"],
+        "aot-tpu": ["libtpu"],
         "tpu": ["jax[tpu]>=0.10.1,!=0.10.2"],
     },
 )

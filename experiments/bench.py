@@ -10,15 +10,18 @@ Examples:
   python -m experiments.bench --sections steps --batch 128 --repetitions 20
   python -m experiments.bench --sections depthwise --repetitions 3
   python -m experiments.bench --record workdir/runs/HASH/record.json
+  python -m experiments.bench --compile-for h100,tpu-v5e-4,tpu-v5e-16
+      compile the headline run for machines that are not here: pip install -e '.[aot-cuda,aot-tpu]'
   python -m experiments.bench --publish
       keep the measurements in experiments/records/bench and rebuild experiments/BENCH.md
 """
 
 import dataclasses
 import importlib.util
+import itertools
 import json
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,10 +33,11 @@ from abflax.errors import InputError, unknown
 from abflax.losses import neuron_selectivity
 from abflax.losses.nst import channel_patterns
 from abflax.methods import METHODS
+from abflax.training.devices import usable_devices
 from abflax.training.record import environment, write_record
-from experiments.benchmark import depthwise_work, scaling, whole
+from experiments.benchmark import compile_ahead, depthwise_work, scaling, whole
 from experiments.benchmark.jax_work import Bench
-from experiments.benchmark.report import PUBLISHED, page, section
+from experiments.benchmark.report import COMPILED, PUBLISHED, compiled_section, page, section
 from experiments.benchmark.timing import Work, alternate, compiled_work, median_ratio, peak_flops
 from experiments.common import cli
 
@@ -56,6 +60,7 @@ class Arguments:
       sections: some of the sections, by their names; left out: all.
       record: the record of a finished run of CIFAR's images: measure what it made of its time
         instead.
+      compile_for: compile teacher and student for these machines instead, in both precisions.
       repetitions: of each measurement.
       workdir: where bench.json goes.
       publish: keep the measurements in experiments/records/bench, and rebuild experiments/BENCH.md.
@@ -67,6 +72,7 @@ class Arguments:
     precision: Literal["float32", "bfloat16"] = "float32"
     sections: cli.Names | None = None
     record: Path | None = None
+    compile_for: cli.Names | None = None
     repetitions: int = 10
     workdir: Path = cli.WORKDIR
     publish: bool = False
@@ -78,6 +84,9 @@ def main(console: Console) -> None:
     arguments = cli.parse(Arguments, "experiments.bench", __doc__, {"sections": first_lines})
     if arguments.batch < 1 or arguments.repetitions < 1:
         raise InputError("--batch and --repetitions must be at least 1")
+    if arguments.compile_for is not None:
+        compile_for(console, arguments, arguments.compile_for)
+        return
     jax.config.update("jax_enable_compilation_cache", False)  # compile times are measured
     bench, sections = asked(arguments)
     dtype = jnp.bfloat16 if bench.precision == "bfloat16" else jnp.float32
@@ -94,6 +103,31 @@ def main(console: Console) -> None:
         write_record(arguments.workdir / "bench.json", found)
     if arguments.publish:
         console.print(f"{publish(found)}", soft_wrap=True)
+
+
+def compile_for(console: Console, arguments: Arguments, targets: Sequence[str]) -> None:
+    """Compiles all programs for each target and shows, and publishes, what came of it."""
+    for target in targets:
+        if target not in compile_ahead.TARGETS:
+            raise unknown("target", target, compile_ahead.TARGETS)
+        if not compile_ahead.is_installed(target):
+            extra = compile_ahead.TARGETS[target].extra
+            raise InputError(f"nothing here compiles for {target}: pip install -e '.[{extra}]'")
+    for target in targets:
+        rows = []
+        for work in itertools.product(compile_ahead.PRECISIONS, compile_ahead.PROGRAMS):
+            console.print(target, *work, sep=", ", style="dim")
+            networks = arguments.teacher, arguments.student
+            rows.append(compile_ahead.in_child(target, *work, *networks))
+        made = environment(usable_devices(1))
+        versions = {name: made[name] for name in ("jax", "jaxlib", "commit")}
+        found = {"target": target, "environment": versions, "rows": rows}
+        console.print(compiled_section(found), soft_wrap=True, markup=False)
+        if arguments.publish:
+            COMPILED.mkdir(parents=True, exist_ok=True)
+            write_record(COMPILED / f"{target}.json", found)
+    if arguments.publish:
+        write_page()
 
 
 def asked(arguments: Arguments) -> tuple[Bench, dict[str, Section]]:
@@ -130,8 +164,16 @@ def publish(found: dict[str, Any]) -> Path:
             order = [name for name in (*SECTIONS, "whole") if name in sections]
             found = found | {"sections": {name: sections[name] for name in order}}
     write_record(path, found)
+    return write_page()
+
+
+def write_page() -> Path:
+    """Rebuilds BENCH.md from the published records."""
     path = PUBLISHED.parent.parent / "BENCH.md"
-    path.write_text(page([json.loads(each.read_text()) for each in sorted(PUBLISHED.glob("*"))]))
+    path.write_text(page(*(
+        [json.loads(each.read_text()) for each in sorted(folder.glob("*.json"))]
+        for folder in (PUBLISHED, COMPILED)
+    )))  # fmt: skip
     return path
 
 

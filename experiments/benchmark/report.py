@@ -8,6 +8,7 @@ from typing import Any
 from experiments.paper_tables.records import short
 
 PUBLISHED = Path(__file__).parent.parent / "records" / "bench"
+COMPILED = PUBLISHED.with_name("compiled")
 Found = dict[str, Any]
 
 _TITLES = {
@@ -27,8 +28,8 @@ _TITLES = {
 }
 
 
-def page(all_found: Sequence[Found]) -> str:
-    """The whole of BENCH.md."""
+def page(all_found: Sequence[Found], all_compiled: Sequence[Found] = ()) -> str:
+    """The whole of BENCH.md, from measurements and from what was compiled for other machines."""
     parts = [
         "# Benchmark\n",
         "Rebuilt by `python -m experiments.bench --publish`: the engine's own programs on made-up "
@@ -51,7 +52,26 @@ def page(all_found: Sequence[Found]) -> str:
             f"{found['peak_flops'] / 1e9:,.0f} GFLOP/s a device.\n"
         )
         parts += [section(name, found) for name in found["sections"]]
+    if all_compiled:
+        parts.append(
+            "## Compiled, not run\n\n"
+            "The programs of the paper's headline run (wrn22-4 → wrn16-2, batch 128, 100 steps a "
+            "dispatch), compiled ahead of time on a CPU by `python -m experiments.bench "
+            "--compile-for TARGET`. Nothing here was run. Memory, FLOP, bytes, kernels and "
+            "collectives are of one device, the last four of one step. FLOP are counted on the "
+            "program as written; bytes are XLA's estimate for the compiled one. The roofline is "
+            "the longer of FLOP at the data sheet's peak and bytes at its bandwidth; launching kernels "
+            "comes on top.\n"
+        )
+    parts += [compiled_section(found) for found in all_compiled]
     return "\n".join(parts)
+
+
+def compiled_section(found: Found) -> str:
+    """What one target's programs were compiled to, as Markdown."""
+    made = found["environment"]
+    versions = ", ".join(f"{name} {version}" for name, version in made.items())
+    return f"### {found['target']} ({versions})\n\n{_table('program', found['rows'])}\n"
 
 
 def section(name: str, found: Found) -> str:
@@ -61,18 +81,22 @@ def section(name: str, found: Found) -> str:
         if row.get("flops_per_second") is not None:
             peak = found["peak_flops"] * row.get("devices", 1)
             row["percent_of_peak"] = 100 * row["flops_per_second"] / peak
+    text = f"### {_TITLES[name]}\n\n{_table('work', rows)}\n"
+    return text + (f"\n{_SUMMARIES[name](rows)}\n" if name in _SUMMARIES else "")
+
+
+def _table(heading: str, rows: Sequence[Mapping[str, Any]]) -> str:
+    """A row each, with the columns that have something to say."""
     columns = {
         title: (key, show)
         for title, (key, show) in _COLUMNS.items()
         if any(row.get(key) is not None for row in rows)
     }
-    lines = [["work", *columns], ["---", *("---:" for _ in columns)]]
+    lines = [[heading, *columns], ["---", *("---:" for _ in columns)]]
     for row in rows:
         cells = ("–" if row.get(key) is None else show(row[key]) for key, show in columns.values())
         lines.append([row["name"], *cells])
-    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    text = f"### {_TITLES[name]}\n\n{table}\n"
-    return text + (f"\n{_SUMMARIES[name](rows)}\n" if name in _SUMMARIES else "")
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def _epochs(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -132,6 +156,13 @@ _COLUMNS: Mapping[str, tuple[str, Callable[[Any], str]]] = {
     "MB held": ("bytes", _number(0, 1e-6)),
     "lax.conv, MB held": ("convolved_bytes", _number(0, 1e-6)),
     "s to compile": ("compile_seconds", _number(1)),
+    "precision": ("precision", str),
+    "MB held at most": ("peak_bytes", _number(0, 1e-6)),
+    "MB moved": ("moved_bytes", _number(0, 1e-6)),
+    "kernels": ("kernels", _number(0)),
+    "collectives": ("collectives", _number(0)),
+    "roofline, ms": ("roofline_seconds", _number(2, 1e3)),
+    "failed": ("failure", str),
 }
 
 _SUMMARIES: Mapping[str, Callable[[Sequence[Mapping[str, Any]]], str]] = {

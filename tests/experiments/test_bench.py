@@ -103,6 +103,7 @@ def test_seconds_an_epoch(found):
 def test_the_page_is_rebuilt_from_what_is_kept(found, tmp_path, monkeypatch):
     folder = tmp_path / "records" / "bench"
     monkeypatch.setattr(bench, "PUBLISHED", folder)
+    monkeypatch.setattr(bench, "COMPILED", folder.with_name("compiled"))
     written = bench.publish(found)
     assert written == tmp_path / "BENCH.md"
     (kept,) = folder.glob("*")

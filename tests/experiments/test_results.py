@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 from abflax.config import RunConfig
 from abflax.training.record import write_record
-from experiments.bench import PUBLISHED
+from experiments.bench import COMPILED, PUBLISHED
 from experiments.benchmark import report
 from experiments.paper_tables.records import DIVERGED, RECORDS, add, committed, finished, new
 from experiments.results import (
@@ -28,8 +28,10 @@ def test_results_are_rebuilt_byte_for_byte():
 
 
 def test_the_other_pages_are_rebuilt_byte_for_byte():
-    paths = sorted(PUBLISHED.glob("*.json"))
-    benchmark = report.page([json.loads(path.read_text()) for path in paths])
+    benchmark = report.page(*(
+        [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+        for folder in (PUBLISHED, COMPILED)
+    ))  # fmt: skip
     assert (PUBLISHED.parent.parent / "BENCH.md").read_text() == benchmark
     assert crash.PAGE.read_text() == crash.page(json.loads(crash.FACTS.read_text()))
 

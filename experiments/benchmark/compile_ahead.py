@@ -1,0 +1,223 @@
+"""Compiles the headline run's programs for machines that are not here, each in a child process.
+
+XLA ends the process when one of its checks fails, so each program has a process of its own:
+`python -m experiments.benchmark.compile_ahead TARGET PRECISION PROGRAM` prints one line of JSON.
+It takes the wheels of the extras `aot-cuda` or `aot-tpu`, and no accelerator.
+"""
+
+import dataclasses
+import functools
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import topologies
+
+from abflax.models.variables import init_variables
+from abflax.training import parallel
+from abflax.training.inputs import EVALUATION_BATCH
+from experiments.benchmark.jax_work import PREPROCESSING, SHAPE, SPAN, Bench
+from experiments.common.flops import count_flops
+
+PRECISIONS = ("float32", "bfloat16")
+PROGRAMS = ("initialise", "initialise, cached", "classify", "evaluate", "targets")
+_STEPS, _TRAIN, _TEST, _VIEWS = 100, 50_000, 10_000, 4
+_NO_KERNEL = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all"}
+_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%\S+ = .*?[\])}] ([a-z][a-z0-9-]*)\(", re.MULTILINE)
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """A machine to compile for.
+
+    Attributes:
+      platform, topology: its names in JAX.
+      module: a module that only the wheels for it have.
+      extra: the extra of abflax that installs them.
+      flops: precision -> the peak of one device, FLOP/s, by its data sheet.
+      bandwidth: of one device's memory, bytes/s.
+      environment: variables that the compiler needs.
+    """
+
+    platform: str
+    topology: str
+    module: str
+    extra: str
+    flops: Mapping[str, float]
+    bandwidth: float
+    environment: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+
+def _tpu_v5e(chips: int, topology: str) -> Target:
+    """Cloud TPU v5e. By default JAX multiplies float32 there in one pass of bfloat16."""
+    environment = {
+        "TPU_SKIP_MDS_QUERY": "1",
+        "TPU_ACCELERATOR_TYPE": f"v5litepod-{chips}",
+        "TPU_WORKER_HOSTNAMES": "localhost",
+    }
+    peak = dict.fromkeys(PRECISIONS, 197e12)
+    return Target("tpu", topology, "libtpu", "aot-tpu", peak, 819e9, environment)
+
+
+TARGETS: Mapping[str, Target] = {
+    "h100": Target(
+        "cuda", "1x1x1", "jax_cuda12_plugin", "aot-cuda",
+        {"float32": 67e12, "bfloat16": 989e12}, 3.35e12,
+    ),
+    "tpu-v5e-4": _tpu_v5e(4, "v5e:2x2"),
+    "tpu-v5e-16": _tpu_v5e(16, "v5e:4x4"),
+}  # fmt: skip
+
+
+def is_installed(target: str) -> bool:
+    """Tells whether the wheels for a target are there."""
+    return importlib.util.find_spec(TARGETS[target].module) is not None
+
+
+def in_child(
+    target: str, precision: str, program: str, teacher: str = "wrn22-4", student: str = "wrn16-2"
+) -> dict[str, Any]:
+    """Compiles a program in a child process; returns its row, with "failure" if it could not."""
+    arguments = (target, precision, program, teacher, student)
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", **TARGETS[target].environment}
+    done = subprocess.run(
+        [sys.executable, "-m", "experiments.benchmark.compile_ahead", *arguments],
+        env=environment, capture_output=True, text=True,
+    )  # fmt: skip
+    row = {"target": target, "precision": precision, "name": program}
+    if done.returncode:
+        lines = done.stderr.strip().splitlines() or [""]
+        reason = next((line for line in lines if "Check failed" in line), lines[-1])
+        return row | {"failure": f"exit code {done.returncode}: {reason[:300]}"}
+    return row | json.loads(done.stdout.splitlines()[-1])
+
+
+def compile_program(
+    target: str, precision: str, program: str, teacher: str, student: str
+) -> dict[str, Any]:
+    """Compiles a program in this process and measures it."""
+    devices = _devices(TARGETS[target])
+    bench = Bench(teacher, student, 128, precision=precision)
+    function, arguments = _lowerable(bench, tuple(devices), program, _STEPS)
+    flops = _flops(bench, program) / len(devices)
+    lowered = function.lower(*arguments)
+    start = time.perf_counter()
+    compiled = lowered.compile()
+    seconds = time.perf_counter() - start
+    memory = compiled.memory_analysis()
+    step = _step_of(compiled.as_text())
+    cost = _cost(compiled)
+    bandwidth, peak = TARGETS[target].bandwidth, TARGETS[target].flops[precision]
+    return {
+        "devices": len(devices),
+        "compile_seconds": seconds,
+        "peak_bytes": memory.argument_size_in_bytes
+        + memory.output_size_in_bytes
+        + memory.temp_size_in_bytes
+        - memory.alias_size_in_bytes,
+        "flops": flops,
+        "moved_bytes": cost["bytes accessed"],
+        "kernels": sum(opcode not in _NO_KERNEL for opcode in step),
+        "collectives": sum(opcode.startswith("all-") and "done" not in opcode for opcode in step),
+        "roofline_seconds": max(flops / peak, cost["bytes accessed"] / bandwidth),
+    }
+
+
+def _devices(target: Target) -> list[jax.Device]:
+    options = {}
+    if target.platform == "cuda":
+        options["target_config"] = Path(__file__).with_name("h100.txtpb").read_text()
+    return topologies.get_topology_desc(
+        platform=target.platform,
+        **({"topology": target.topology} if options else {"topology_name": target.topology}),
+        **options,
+    ).devices
+
+
+def _flops(bench: Bench, program: str) -> float:
+    """FLOP of a step of the whole batch, as the program is written; of one batch in evaluation."""
+    function, arguments = _lowerable(bench, tuple(jax.devices("cpu")[:1]), program, steps=1)
+    return count_flops(function, *arguments)
+
+
+def _lowerable(
+    bench: Bench, devices: tuple[jax.Device, ...], program: str, steps: int
+) -> tuple[Any, tuple[Any, ...]]:
+    """A compiled function and the shapes of its arguments."""
+    shape, integer = jax.ShapeDtypeStruct, jnp.int32
+    views = _VIEWS if program in ("initialise, cached", "targets") else None
+    preprocessing = dataclasses.replace(PREPROCESSING, views=views)
+    spec = parallel.InputSpec(preprocessing, SHAPE, devices, False, steps)
+    phase = bench.phases[program == "classify"]
+    networks = bench.networks()
+    phase_program = parallel.compile_phase(*networks, phase, SPAN, spec)
+    key = jax.random.key(0)
+    teacher = jax.eval_shape(lambda: init_variables(networks[1], key, SHAPE))
+    state = jax.eval_shape(
+        lambda stats: phase_program.begin(phase_program.init(key), stats, key),
+        teacher["batch_stats"],
+    )
+    key = jax.eval_shape(lambda: key)
+    count, share = len(devices), bench.batch // len(devices)
+    images = shape((_TRAIN, *SHAPE), jnp.uint8)
+    if program == "targets":
+        index = shape((count, share), integer)
+        arguments = (teacher["params"], teacher["batch_stats"], images, index, index)
+        return phase_program.targets, arguments
+    if program == "evaluate":
+        batches = -(-_TEST // (EVALUATION_BATCH * count))
+        examples = shape((count, batches, EVALUATION_BATCH), integer)
+        inputs = parallel.StepInputs(
+            shape((_TEST, *SHAPE), jnp.uint8), shape((_TEST,), integer), examples,
+            mask=shape(examples.shape, bool),
+        )  # fmt: skip
+        students = ((state.params, state.batch_stats),)
+        function = parallel.compile_evaluation((phase_program,), spec)
+        return function, (students, teacher["params"], inputs)
+    examples = shape((count, steps, share), integer)
+    inputs = parallel.StepInputs(images, shape((_TRAIN,), integer), examples, examples)
+    cached = None
+    if views is not None:
+        targets = jax.eval_shape(
+            functools.partial(parallel._targets, phase_program.objective, preprocessing),
+            teacher["params"], teacher["batch_stats"], images,
+            shape((1,), integer), shape((1,), integer),
+        )  # fmt: skip
+        rows = _TRAIN * views
+        cached = (jax.tree.map(lambda leaf: shape((rows, *leaf.shape[1:]), leaf.dtype), targets),)
+    train = parallel.compile_steps((phase_program,), spec)
+    return train, ((state,), teacher["params"], inputs, key, shape((), integer), cached)
+
+
+def _step_of(text: str) -> list[str]:
+    """The opcodes of the loop's body in a compiled program, or of the program without a loop."""
+    computations = {}
+    for block in re.split(r"\n(?=%|ENTRY)", text):
+        if match := re.match(r"(?:ENTRY )?%?([\w.-]+)", block):
+            computations[match[1] if not block.startswith("ENTRY") else "ENTRY"] = block
+    bodies = [computations.get(name, "") for name in re.findall(r"body=%?([\w.-]+)", text)]
+    step = max(bodies, key=len, default="")
+    return _INSTRUCTION.findall(step or computations["ENTRY"])
+
+
+def _cost(compiled: Any) -> dict[str, float]:
+    """XLA's estimate for the compiled program; a loop counts as one round."""
+    if cost := compiled.cost_analysis():
+        return cost
+    from jaxlib import _jax  # JAX has no public way for a program of another platform
+
+    (module,) = compiled.runtime_executable().hlo_modules()
+    return _jax.hlo_module_cost_analysis(jax.devices("cpu")[0].client, module)
+
+
+if __name__ == "__main__":
+    print(json.dumps(compile_program(*sys.argv[1:])))

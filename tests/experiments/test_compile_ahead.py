@@ -1,0 +1,106 @@
+"""Programs compile for machines that are not here; what is counted of them is right."""
+
+import subprocess
+import sys
+
+import pytest
+
+from abflax import InputError
+from experiments import bench
+from experiments.benchmark import compile_ahead
+from experiments.benchmark.report import compiled_section
+
+_HLO = """HloModule jit_f
+
+%add (a: f32[], b: f32[]) -> f32[] {
+  %a = f32[] parameter(0)
+  ROOT %c = f32[] add(%a, %b)
+}
+
+%body (p: (s32[], f32[8])) -> (s32[], f32[8]) {
+  %p = (s32[], f32[8]{0}) parameter(0)
+  %i = s32[] get-tuple-element(%p), index=0
+  %x = f32[8]{0:T(256)} get-tuple-element(%p), index=1
+  %f = f32[8]{0} fusion(%x), kind=kLoop, calls=%fused
+  %r = f32[8]{0} all-reduce-start(%f), to_apply=%add
+  %s = f32[8]{0} all-reduce-done(%r)
+  ROOT %t = (s32[], f32[8]{0}) tuple(%i, %s)
+}
+
+ENTRY %main (x: f32[8]) -> f32[8] {
+  %x = f32[8]{0} parameter(0)
+  %w = (s32[], f32[8]{0}) while(%x), condition=%cond, body=%body
+  ROOT %y = f32[8]{0} get-tuple-element(%w), index=1
+}
+"""
+
+
+def test_the_instructions_of_a_step_are_those_of_the_loop():
+    step = compile_ahead._step_of(_HLO)
+    assert [opcode for opcode in step if opcode not in compile_ahead._NO_KERNEL] == [
+        "fusion", "all-reduce-start", "all-reduce-done",
+    ]  # fmt: skip
+    alone = _HLO.replace(", body=%body", "").replace("while", "sort")
+    assert "sort" in compile_ahead._step_of(alone)
+
+
+def test_the_table():
+    row = {
+        "name": "classify", "precision": "bfloat16", "compile_seconds": 61.25, "peak_bytes": 9.2e8,
+        "flops": 1.5e12, "moved_bytes": 2.7e9, "kernels": 397, "collectives": 0,
+        "roofline_seconds": 0.00081,
+    }  # fmt: skip
+    lost = {"name": "evaluate", "precision": "float32", "failure": "exit code -6: Check failed"}
+    text = compiled_section({"target": "h100", "environment": {"jax": "1"}, "rows": [row, lost]})
+    assert "### h100 (jax 1)" in text
+    assert "| classify | 1,500.0 | 61.2 | bfloat16 | 920 | 2,700 | 397 | 0 | 0.81 | – |" in text
+    assert "| evaluate | – | – | float32 | – | – | – | – | – | exit code -6: Check failed |" in text
+
+
+def test_unknown_targets_and_missing_wheels_are_named(monkeypatch):
+    monkeypatch.setattr(compile_ahead.importlib.util, "find_spec", lambda name: None)
+    for given, sentence in (("h200", "did you mean h100"), ("tpu-v5e-4", r"\[aot-tpu\]")):
+        monkeypatch.setattr("sys.argv", ["bench", "--compile-for", given])
+        with pytest.raises(InputError, match=sentence):
+            bench.main(None)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["h100", "tpu-v5e-4"])
+@pytest.mark.parametrize("precision", compile_ahead.PRECISIONS)
+def test_a_small_pair_compiles_for_it(target, precision):
+    if not compile_ahead.is_installed(target):
+        pytest.skip(f"pip install -e '.[{compile_ahead.TARGETS[target].extra}]'")
+    row = compile_ahead.in_child(target, precision, "initialise", "wrn10-2", "wrn10-1")
+    assert "failure" not in row, row
+    assert row["kernels"] > 50 and row["flops"] > 1e9 and row["moved_bytes"] > 1e8
+
+
+_MINIMAL = """
+import jax, jax.numpy as jnp
+from jax.experimental import topologies
+from experiments.benchmark.compile_ahead import TARGETS, _devices
+from abflax.models.convolution import convolve
+
+def f(x, w, k):
+    x = jax.nn.relu(x)
+    numbers = ("NHWC", "HWIO", "NHWC")
+    one = convolve(x, w, (2, 2), "VALID", dimension_numbers=numbers)
+    three = convolve(x, k, (2, 2), ((1, 1), (1, 1)), dimension_numbers=numbers)
+    return (one + three).sum()
+
+s = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
+shapes = s(1, 128, 32, 32, 64), s(1, 1, 64, 128), s(3, 3, 64, 128)
+mapped = jax.pmap(f, in_axes=(0, None, None), devices=_devices(TARGETS["h100"]))
+mapped.lower(*shapes).compile()
+"""
+
+
+@pytest.mark.slow
+def test_the_case_that_aborted_compiles():
+    """A strided 1×1 beside a strided 3×3 convolution of the same ReLU (openxla/xla#47381)."""
+    if not compile_ahead.is_installed("h100"):
+        pytest.skip("pip install -e '.[aot-cuda]'")
+    environment = {**compile_ahead.os.environ, "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run([sys.executable, "-c", _MINIMAL], env=environment, capture_output=True)
+    assert done.returncode == 0, done.stderr.decode()[-2000:]
