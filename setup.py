@@ -66,7 +66,7 @@ setup(
         "cuda": ["jax[cuda12]>=0.10.1,!=0.10.2"],
         # Compilers alone, for `experiments.bench --compile-for`: no accelerator is needed.
         "aot-cuda": ["jax-cuda12-plugin>=0.10.1,!=0.10.2", "nvidia-cuda-nvcc-cu12"],
-        "aot-tpu": ["libtpu"],
+        "aot-tpu": ["jax[tpu]>=0.10.1,!=0.10.2"],
         "tpu": ["jax[tpu]>=0.10.1,!=0.10.2"],
     },
 )

@@ -60,8 +60,8 @@ def page(all_found: Sequence[Found], all_compiled: Sequence[Found] = ()) -> str:
             "--compile-for TARGET`. Nothing here was run. Memory, FLOP, bytes, kernels and "
             "collectives are of one device, the last four of one step. FLOP are counted on the "
             "program as written; bytes are XLA's estimate for the compiled one. The roofline is "
-            "the longer of FLOP at the data sheet's peak and bytes at its bandwidth; launching kernels "
-            "comes on top.\n"
+            "the longer of FLOP at the data sheet's peak and bytes at its bandwidth, without the "
+            "time to launch kernels.\n"
         )
     parts += [compiled_section(found) for found in all_compiled]
     return "\n".join(parts)
