@@ -25,7 +25,7 @@ from abflax.metrics import misclassified
 from abflax.models.checks import require_classes, require_fits, require_runs
 from abflax.models.network import Network, configure_model
 from abflax.taps import Model, run_model, tap_shapes
-from abflax.training.inputs import EVALUATION_BATCH
+from abflax.training.inputs import EVALUATION_BATCH, padded_batches
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -177,11 +177,8 @@ def _checked(what: str, network: Network, data: Dataset) -> Model:
 
 def _batches(data: Dataset) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """Yields the images and labels of each batch, and a mask that is False for padding."""
-    size = min(EVALUATION_BATCH, len(data))
-    for start in range(0, len(data), size):
-        index = np.arange(start, start + size)
-        valid = index < len(data)
-        index = np.where(valid, index, 0)
+    batches = padded_batches(len(data), min(EVALUATION_BATCH, len(data)))
+    for index, valid in zip(*batches, strict=True):
         yield data.images[index], data.labels[index], valid
 
 

@@ -40,10 +40,7 @@ class Protocol:
 # their authors' own constants put them, for the mean over positions, or pairs, or channels that is
 # taken here: attention β/2 = 500, NST 50, DTL 10. The search (`experiments.search`) replaces them.
 _SUMS = ("activation-boundary", "fitnet", "l2", "l1", "l0.5")
-
-
 _START = {"attention": 500.0, "nst": 50.0, "jacobian": 1.0, "fsp": 1.0, "dtl": 10.0}
-
 
 # The best of each grid, in units of where it began, on CIFAR-10: `experiments/records/search`.
 _SEARCHED = {
@@ -59,19 +56,10 @@ _SEARCHED = {
     "dtl": 0.001 * 10.0,
 }
 
-
 _PAPER_SGD = Optimizer(drops=(0.3, 0.6, 0.8), of_run=True)
-
-
 _OFFICIAL_SGD = Optimizer(drops=(0.3, 0.6, 0.8), resets=(0.3, 0.6, 0.8), whole_epochs=True)
-
-
 _SLOW_SGD = Optimizer(learning_rate=0.01, drops=(0.5,), drop_factor=10.0, of_run=True)
-
-
 _CONSTANT_SGD = Optimizer(drops=(), weight_decay=1e-4)
-
-
 _TENTH_SGD = Optimizer(learning_rate=0.01, drops=(0.5,), drop_factor=10.0, weight_decay=1e-4)
 
 

@@ -31,6 +31,12 @@ Crops = tuple[str, list[int], list[tuple[int, ...]]]
 """Kind of crop, examples, and a key for each: what `abflax.data.decoding` needs for a batch."""
 
 
+def padded_batches(examples: int, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Every example's index once, `[batches, size]`, and a mask that is False for padding."""
+    index = np.arange(-(-examples // size) * size, dtype=np.int32).reshape(-1, size)
+    return np.where(index < examples, index, 0), index < examples
+
+
 class TrainInputs:
     """The training data, dispatch by dispatch.
 
@@ -94,10 +100,8 @@ class EvaluationInputs:
     ) -> None:
         in_memory = isinstance(data, Dataset)
         size = (EVALUATION_BATCH if in_memory else _FILES_EVALUATION_BATCH) * len(devices)
-        self._batches = -(-len(data) // size)
-        index = np.arange(self._batches * size, dtype=np.int32).reshape(self._batches, size)
-        # The last, partial batch is padded with example 0 and masked.
-        self._mask, self._examples = index < len(data), np.where(index < len(data), index, 0)
+        self._examples, self._mask = padded_batches(len(data), size)
+        self._batches = len(self._examples)
 
         def crops(number: int) -> Crops:
             batch = number % self._batches
