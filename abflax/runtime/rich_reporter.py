@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -49,7 +50,9 @@ class RichReporter(Reporter):
 
     def phase(self, label: str, name: str, steps: int, done: int, epochs: int) -> None:
         """Starts a bar."""
-        self._fields = {"epochs": epochs, "epoch": 0.0, "loss": None, "error": None, "rate": 0.0}
+        self._fields = {"epochs": epochs, "epoch": 0.0, "loss": None, "measured": "-", "rate": 0.0}
+        # While initialising the classifier is untrained, and its error says nothing.
+        self._fields["shown"] = "agreement" if name == "initialise" else "error"
         self._label, self._total = f"{label}  {name}", steps
         self._done = done
         self._started = self._printed = time.perf_counter()
@@ -77,8 +80,12 @@ class RichReporter(Reporter):
         self._show()
 
     def evaluated(self, entry: dict[str, Any]) -> None:
-        """Shows the newest test error."""
-        self._fields |= {"error": entry.get("test_error"), "loss": entry["loss"]}
+        """Shows the newest test error; while initialising, the layers' mean agreement."""
+        measured = entry.get("test_error")
+        if self._fields["shown"] == "agreement":
+            shares = entry.get("agreement", {}).values()
+            measured = statistics.fmean(shares) if shares else None
+        self._fields |= {"loss": entry["loss"], "measured": _percent(measured)}
         self._fields["epoch"] = entry["epoch_of_phase"]
         self._last = None
         self._show()
@@ -124,12 +131,15 @@ class _Summary(ProgressColumn):
 def _describe(fields: dict[str, Any]) -> str:
     """Formats the numbers of one phase."""
     loss = "-" if fields["loss"] is None else f"{fields['loss']:.3g}"
-    error = "-" if fields["error"] is None else f"{100 * fields['error']:.2f} %"
     rate = f"{fields['rate']:,.0f}" if fields["rate"] else "-"
     return (
         f"epoch {fields['epoch']:.1f}/{fields['epochs']}  loss {loss}  "
-        f"error {error}  {rate} images/s"
+        f"{fields['shown']} {fields['measured']}  {rate} images/s"
     )
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{100 * share:.2f} %"
 
 
 def _duration(seconds: float) -> str:

@@ -57,3 +57,12 @@ def paired_difference(first: Mapping[int, float], second: Mapping[int, float]) -
         error = statistics.stdev(differences) / math.sqrt(count)
         half_width = float(scipy.stats.t.ppf(0.975, count - 1)) * error
     return Difference(statistics.mean(differences), half_width, count)
+
+
+def describe_points(difference: Difference, digits: int = 2, factor: float = 100.0) -> str:
+    """Formats a difference and its interval: "3.69 ± 0.42 points (n = 3)"."""
+    text = f"{factor * difference.mean:.{digits}f}"
+    if difference.half_width is not None:
+        text += f" ± {factor * difference.half_width:.{digits}f}"
+    undecided = ", undecided" * (difference.pairs > 1 and difference.sign == 0)
+    return f"{text} points (n = {difference.pairs}{undecided})"

@@ -10,7 +10,7 @@ from typing import Any
 from abflax.config import RunConfig, Seeds
 from abflax.errors import InputError
 from experiments.common.networks import architecture
-from experiments.common.stats import Difference, mean_and_std, paired_difference
+from experiments.common.stats import describe_points, mean_and_std, paired_difference
 from experiments.paper_tables.definitions import SCALES
 from experiments.paper_tables.records import short
 from experiments.paper_tables.spec import Measure, Point, Record, Table
@@ -290,11 +290,13 @@ def _ahead(filled: Filled) -> str:
     for group in groups:
         measured = [cell for cell in group if cell.values]
         winner, *others = sorted(measured, key=lambda cell: _sign(cell) * cell.mean)
+        measure = winner.measure
         others = others if len(groups) == 1 else others[:1]
         found = [
-            f"{_competitor(filled.table, other)} by {_points(difference, winner)}"
+            f"{_competitor(filled.table, other)} by "
+            + describe_points(difference, measure.digits, _sign(winner) * measure.factor)
             for other in others
-            if (difference := paired_difference(winner.by_seed, other.by_seed)) is not None
+            if (difference := paired_difference(other.by_seed, winner.by_seed)) is not None
         ]
         if found:
             place = f"{_place(filled.table, winner)}: " * (len(groups) > 1)
@@ -305,16 +307,6 @@ def _ahead(filled: Filled) -> str:
 def _sign(cell: Cell) -> int:
     """1 where the smaller number wins, else -1."""
     return 1 if cell.measure.lower_is_better else -1
-
-
-def _points(difference: Difference, cell: Cell) -> str:
-    """Formats a difference with its interval: "3.69 ± 0.42 points (n = 3)"."""
-    digits, factor = cell.measure.digits, cell.measure.factor
-    text = f"{abs(factor * difference.mean):.{digits}f}"
-    if difference.half_width is not None:
-        text += f" ± {factor * difference.half_width:.{digits}f}"
-    undecided = ", undecided" * (difference.pairs > 1 and difference.sign == 0)
-    return f"{text} points (n = {difference.pairs}{undecided})"
 
 
 def _pairs(filled: Filled) -> str:

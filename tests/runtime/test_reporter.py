@@ -49,3 +49,11 @@ def test_an_evaluation_and_the_end(lines):
     _, end, note = text.getvalue().splitlines()
     assert "epoch 1.0/2  loss 0.5  error 8.98 %" in end and " done in 0 s" in end
     assert note == "kd seed 1 is finished already"
+
+
+def test_while_the_classifier_is_untrained_its_error_is_not_shown(lines):
+    live, text = lines
+    live.phase("activation-boundary seed 0", "initialise", steps=8, done=0, epochs=2)
+    agreement = {"layer1": 0.75, "layer2": 0.875}
+    live.evaluated({"test_error": 0.968, "loss": 5, "epoch_of_phase": 1, "agreement": agreement})
+    assert text.getvalue().splitlines()[-1].split("  ")[5] == "agreement 81.25 %"
