@@ -63,6 +63,6 @@ def describe_points(difference: Difference, digits: int = 2, factor: float = 100
     """Formats a difference and its interval: "3.69 ± 0.42 points (n = 3)"."""
     text = f"{factor * difference.mean:.{digits}f}"
     if difference.half_width is not None:
-        text += f" ± {factor * difference.half_width:.{digits}f}"
+        text += f" ± {abs(factor) * difference.half_width:.{digits}f}"
     undecided = ", undecided" * (difference.pairs > 1 and difference.sign == 0)
     return f"{text} points (n = {difference.pairs}{undecided})"
