@@ -13,6 +13,9 @@ from abflax.losses.activation import (
 )
 from abflax.losses.attention import attention_map, attention_transfer
 from abflax.losses.classification import cross_entropy, knowledge_distillation
+from abflax.losses.decoupled import decoupled_distillation
+from abflax.losses.discrepancy import maximum_mean_discrepancy
+from abflax.losses.factors import factor_transfer
 from abflax.losses.features import feature_difference, positions_pooled
 from abflax.losses.gram import fsp, gram_between
 from abflax.losses.jacobian import (
@@ -22,6 +25,17 @@ from abflax.losses.jacobian import (
 )
 from abflax.losses.logits import centred_logits_difference
 from abflax.losses.nst import channel_patterns, neuron_selectivity
+from abflax.losses.overhaul import overhaul_difference, overhaul_margin
+from abflax.losses.pairs import (
+    correlation_congruence,
+    probabilistic_transfer,
+    relational_angle,
+    relational_distance,
+    similarity_preserving,
+)
+from abflax.losses.review import hierarchical_context
+from abflax.losses.standardized import correlation_distillation, standardized_logits
+from abflax.losses.variational import variational_information
 
 __all__ = [
     "activation_indicator",
@@ -32,13 +46,27 @@ __all__ = [
     "attention_transfer",
     "centred_logits_difference",
     "channel_patterns",
+    "correlation_congruence",
+    "correlation_distillation",
     "cross_entropy",
+    "decoupled_distillation",
+    "factor_transfer",
     "feature_difference",
     "fsp",
     "gram_between",
+    "hierarchical_context",
     "jacobian_difference",
     "knowledge_distillation",
     "largest_attention_pixel",
+    "maximum_mean_discrepancy",
     "neuron_selectivity",
+    "overhaul_difference",
+    "overhaul_margin",
     "positions_pooled",
+    "probabilistic_transfer",
+    "relational_angle",
+    "relational_distance",
+    "similarity_preserving",
+    "standardized_logits",
+    "variational_information",
 ]
