@@ -38,7 +38,8 @@ from abflax import (
     distill,
     load,
 )
-from abflax.data import subset
+from abflax.data import few_shot_subset, subset
+from abflax.data.image_files import exactly_named
 from abflax.runtime.reporter import NullReporter
 from abflax.training.record import write_record
 from experiments.common import cli
@@ -132,6 +133,13 @@ def _data_variants(role: str, data: Dataset) -> Iterator[tuple[str, Settings]]:
         return {role: dataclasses.replace(data, **fields)}
 
     preprocessing = data.preprocessing
+    for what, fields in (
+        ("one label", {"labels": _edited(data.labels % 9)}),
+        ("one pixel", {"images": _edited(data.images, 100)}),
+        ("reversed", {"images": data.images[::-1], "labels": data.labels[::-1]}),
+    ):
+        changed = exactly_named(dataclasses.replace(data, **fields), data.name)
+        yield f"{what}, under the same name", {role: changed}
     yield "labels shifted", replaced(labels=(data.labels + 1) % 10)
     yield "one label", replaced(labels=_edited(data.labels % 9))
     yield "one pixel", replaced(images=_edited(data.images, 100))
@@ -139,7 +147,8 @@ def _data_variants(role: str, data: Dataset) -> Iterator[tuple[str, Settings]]:
     yield "reversed", replaced(images=data.images[::-1], labels=data.labels[::-1])
     yield "images reversed", replaced(images=data.images[::-1])
     yield "one example less", replaced(images=data.images[:-1], labels=data.labels[:-1])
-    yield "a share under the same name", {role: subset(data, 0.5, 0)}
+    yield "a share", {role: subset(data, 0.5, 0)}
+    yield "few of each class", {role: few_shot_subset(data, 2, 0)}
     yield "taken under the same name", {role: data.take(np.arange(16), data.name)}
     yield "float images", replaced(images=data.images.astype(np.float32))
     yield "more classes", replaced(num_classes=11)

@@ -22,10 +22,10 @@ def workdir(directory):
 
 
 CASES = {
-    ("training data", "one label"): REFUSED,
-    ("training data", "reversed"): REFUSED,
-    ("training data", "a share under the same name"): REFUSED,
-    ("test data", "one pixel"): REFUSED,
+    ("training data", "one label"): NAMED,
+    ("training data", "reversed, under the same name"): REFUSED,
+    ("training data", "taken under the same name"): NAMED,
+    ("test data", "one pixel, under the same name"): REFUSED,
     ("student", "initializer"): REFUSED,
     ("student", "factor in its code"): REFUSED,
     ("student", "tap"): NAMED,
@@ -53,7 +53,9 @@ def test_the_same_experiment_is_served(workdir, directory):
 def test_what_differs_is_named_and_force_trains_anew(tmp_path):
     settings = base() | {"epochs": (0, 1), "method": "cross-entropy", "teacher": None}
     first = distill(**settings, workdir=tmp_path)
-    _, _, changed, _ = next(each for each in experiments(settings) if each[1] == "labels shifted")
+    _, _, changed, _ = next(
+        each for each in experiments(settings) if each[1] == "one label, under the same name"
+    )
     with pytest.raises(InputError, match="another training labels, .* --force"):
         distill(**changed, workdir=tmp_path)
     second = distill(**changed, workdir=tmp_path, force=True)
@@ -86,7 +88,9 @@ def test_another_version_is_said(workdir, directory, monkeypatch):
     monkeypatch.setattr(reporter, "finished", lambda note="": notes.append(note), raising=False)
     distill(**base(), workdir=workdir, reporter=reporter)
     assert "it was made by other versions: jax " in notes[0] and "not 0.0.1" in notes[0]
-    _, _, changed, _ = next(each for each in experiments(base()) if each[1] == "one pixel")
+    _, _, changed, _ = next(
+        each for each in experiments(base()) if each[1] == "one pixel, under the same name"
+    )
     with pytest.raises(InputError, match="another training images"):
         distill(**changed, workdir=workdir)
 
