@@ -27,6 +27,8 @@ CASES = {
     ("training data", "taken under the same name"): NAMED,
     ("test data", "one pixel, under the same name"): REFUSED,
     ("student", "initializer"): REFUSED,
+    ("student", "unnamed function"): REFUSED,
+    ("student", "unnamed object"): REFUSED,
     ("student", "factor in its code"): REFUSED,
     ("student", "tap"): NAMED,
     ("teacher", "a bias"): REFUSED,
@@ -44,7 +46,9 @@ def test_another_experiment(case, workdir):
 
 
 def test_the_same_experiment_is_served(workdir, directory):
-    """Also with data and networks that are copies."""
+    """Also with data and networks that are copies, and functions and objects without names."""
+    name = json.loads((directory / "record.json").read_text())["config"]["student"]
+    assert "<lambda>" in name and "_Shift object" in name and "0x" not in name
     before = (directory / "record.json").read_bytes()
     result = distill(**base(), workdir=workdir)
     assert result.record == json.loads(before) and result.directory == directory
