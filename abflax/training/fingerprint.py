@@ -6,7 +6,7 @@ every run's folder holds the digests of what stands behind the names, `fingerpri
 - `inputs`: contents of the data, weights, and what the networks compute (their lowered programs);
 - `surroundings`: JAX's flags that change numbers;
 - `versions`: of the packages, and a digest of abflax's own source;
-- `files`: of a finished run, SHA-256 of `record.json` and `student.safetensors`;
+- `record`: of a finished run's `record.json`, which holds that of the weights;
 - `digest`: of all the above.
 
 They are compared before a finished result is returned and before a checkpoint is resumed. Lowered
@@ -38,7 +38,6 @@ from abflax.storage.files import read_json, write_whole
 from abflax.taps import Model, module_of, run_model
 
 FILE = "fingerprint.json"
-RESULTS = ("record.json", "student.safetensors")
 
 _PROGRAM = "computation"  # the last word of an input that is a lowered program
 _FLAGS = (
@@ -100,14 +99,13 @@ def require_same_run(directory: Path, own: Fingerprint) -> str:
       otherwise.
 
     Raises:
-      ValueError: naming what differs, or if a finished run's files are not those that were written.
+      ValueError: naming what differs, or if a finished run's record is not what was written.
     """
     try:
         theirs = read_json(directory / FILE)
         if theirs.pop("digest") != _digest(theirs):
             raise ValueError
-        sections = {name: dict(theirs[name]) for name in own}
-        files = dict(theirs.get("files", {}))
+        sections, record = {name: dict(theirs[name]) for name in own}, theirs["record"]
     except FileNotFoundError:
         return "it has no fingerprint, so it was found by its name alone"
     except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -124,11 +122,11 @@ def require_same_run(directory: Path, own: Fingerprint) -> str:
                     f"the run in {directory} was made with another {name}, "
                     f"{_force_hint('though its configuration has the same names')}"
                 )
-    for name, expected in files.items():
-        if _file_digest(directory / name) != expected:
-            raise InputError(
-                f"{directory / name} is damaged: it is not what was written, {_force_hint('')}"
-            )
+    if record not in (None, _record_digest(directory)):
+        raise InputError(
+            f"{directory / 'record.json'} is damaged: it is not what was written; "
+            "--force (force=True) trains it anew"
+        )
     return "" if same_versions else f"it was made by other versions: {_changed(own, sections)}"
 
 
@@ -143,11 +141,8 @@ def is_same_run(directory: Path, own: Fingerprint) -> bool:
 
 @on_process_zero
 def write_fingerprint(directory: Path, own: Fingerprint) -> None:
-    """Writes the fingerprint into a run's folder, with the digests of its results if it has any."""
-    files = {
-        name: _file_digest(directory / name) for name in RESULTS if (directory / name).exists()
-    }
-    content: dict[str, Any] = own | {"files": files}
+    """Writes the fingerprint into a run's folder, with the digest of its record if it has one."""
+    content: dict[str, Any] = own | {"record": _record_digest(directory)}
     content["digest"] = _digest(content)
     write_whole(directory / FILE, (json.dumps(content, indent=1) + "\n").encode())
 
@@ -157,7 +152,7 @@ def _digest(content: Any) -> str:
 
 
 def _force_hint(reason: str) -> str:
-    return f"{reason}; --force (force=True) trains it anew".removeprefix("; ")
+    return f"{reason}; --force (force=True) trains it anew"
 
 
 def _changed(own: Fingerprint, theirs: Fingerprint) -> str:
@@ -184,9 +179,9 @@ def _array_digest(array: np.ndarray) -> str:
     return sha.hexdigest()[:16]
 
 
-def _file_digest(path: Path) -> str | None:
+def _record_digest(directory: Path) -> str | None:
     try:
-        return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+        return hashlib.sha256((directory / "record.json").read_bytes()).hexdigest()[:16]
     except OSError:
         return None
 

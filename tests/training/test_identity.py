@@ -3,9 +3,14 @@
 import json
 
 import pytest
+import safetensors.numpy
+from flax.traverse_util import flatten_dict, unflatten_dict
 
-from abflax import InputError, distill
+from abflax import InputError, Network, distill
+from abflax.models import model_name
 from abflax.training import fingerprint
+from abflax.training.record import read_record
+from abflax.weights import read_state_dict
 from tests import identity
 from tests.identity import MIXED, NAMED, REFUSED, base, experiments, flip, outcome
 
@@ -76,11 +81,41 @@ def test_a_flipped_bit(name, workdir, directory):
     try:
         for place in (0.1, 0.5, 0.9):
             flip(path, int(8 * len(content) * place))
-            with pytest.raises(InputError, match=f"{directory}.* (damaged|another|is no)"):
+            with pytest.raises(InputError, match=f"{directory}.* (damaged|another|is no|cannot be read)"):
                 distill(**base(), workdir=workdir)
             path.write_bytes(content)
     finally:
         path.write_bytes(content)
+
+
+def test_a_record_says_what_its_weights_are(workdir, directory):
+    """As the name of a teacher with these weights does; and it is checked without a fingerprint."""
+    record = json.loads((directory / "record.json").read_text())
+    variables = unflatten_dict(read_state_dict(directory / "student.safetensors"), sep="/")
+    student = base()["student"]
+    assert Network(student, variables).name == f"{model_name(student)}:{record['weights']}"
+    changed = {
+        "record.json": json.dumps(record | {"config": record["config"] | {"batch_size": 8}}),
+        "student.safetensors": safetensors.numpy.save(
+            {name: array + 1 for name, array in flatten_dict(variables, sep="/").items()}
+        ),
+    }
+    stamp = (directory / "fingerprint.json").read_bytes()
+    for name, content in changed.items():
+        before = (directory / name).read_bytes()
+        (directory / "fingerprint.json").unlink()
+        (directory / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+        with pytest.raises(InputError, match=f"{name} is (not the record|damaged)"):
+            distill(**base(), workdir=workdir)
+        (directory / name).write_bytes(before)
+        (directory / "fingerprint.json").write_bytes(stamp)
+    del record["weights"]
+    assert read_record(_written(workdir / "old.json", record)) == record
+
+
+def _written(path, record):
+    path.write_text(json.dumps(record))
+    return path
 
 
 def test_another_version_is_said(workdir, directory, monkeypatch):
