@@ -18,7 +18,7 @@ from abflax.runtime.distributed import detect_lost_process, max_over_processes, 
 from abflax.runtime.preemption import Interrupted, Preemption
 from abflax.runtime.reporter import NullReporter, Reporter
 from abflax.taps import Model
-from abflax.training.compatibility import require_compatible, require_groupable, require_named
+from abflax.training.compatibility import require_compatible, require_groupable
 from abflax.training.fingerprint import Fingerprint, fingerprints, require_same_run
 from abflax.training.group import TrainingGroup
 from abflax.training.history import phases_and_schedules
@@ -168,8 +168,6 @@ def distill_group(  # noqa: PLR0913 - the front door
     reporter, resources = reporter or NullReporter(), resources or Resources()
     paths: dict[str, Path | None] = dict.fromkeys((each.hash for each in configs), None)
     if workdir is not None:
-        for each in configs:
-            require_named(each)
         paths = {name: Path(workdir).expanduser() / "runs" / name for name in paths}
     float64 = configs[0].precision == "float64"
     with detect_lost_process(), jax.enable_x64(float64), Preemption() as preemption:

@@ -38,7 +38,8 @@ from abflax import (
     distill,
     load,
 )
-from abflax.data import subset
+from abflax.data import few_shot_subset, subset
+from abflax.data.image_files import exactly_named
 from abflax.runtime.reporter import NullReporter
 from abflax.training.record import write_record
 from experiments.common import cli
@@ -48,40 +49,42 @@ MIXED, REFUSED, NAMED, WRONG = "mixed", "refused", "another name", "refused as i
 Settings = dict[str, Any]
 
 
-def make_net(scale=0.1, factor=1.0, momentum=0.9, epsilon=1e-5, rate=0.0):
-    """A small network; what the arguments change is in no field, so its name stays."""
+class _Shift:
+    """An object without a name of its own: Python writes it with its address."""
+
+    def __init__(self, by: float) -> None:
+        self.by = by
+
+    def __call__(self, x):
+        """Adds a number."""
+        return x + self.by
+
+
+def make_net(scale=0.1, factor=1.0, momentum=0.9, epsilon=1e-5, rate=0.0, slope=0.0, shift=0.0):  # noqa: PLR0913
+    """A small network of a local class; what the arguments change has no name of its own."""
 
     class Net(nn.Module):
         """A convolution, a batch norm and a classifier."""
 
         width: int = 2
+        kernel_init: Any = nn.initializers.normal(scale)
+        activate: Any = lambda x: nn.leaky_relu(x, slope)  # noqa: E731
+        moved: Any = _Shift(shift)
 
         @nn.compact
         def __call__(self, images, train: bool):
             """Computes logits."""
-            init = nn.initializers.normal(scale)
-            x = nn.Conv(self.width, (3, 3), strides=2, kernel_init=init)(images) * factor
+            x = (
+                nn.Conv(self.width, (3, 3), strides=2, kernel_init=self.kernel_init)(images)
+                * factor
+            )
             x = nn.BatchNorm(not train, momentum=momentum, epsilon=epsilon)(x)
-            x = nn.relu(x).mean(axis=(1, 2))
+            x = self.activate(self.moved(x)).mean(axis=(1, 2))
             if rate:
                 x = nn.Dropout(rate, deterministic=not train)(x)
-            return nn.Dense(10, kernel_init=init)(x)
+            return nn.Dense(10, kernel_init=self.kernel_init)(x)
 
     return Net
-
-
-class Fields(nn.Module):
-    """A network whose functions are fields."""
-
-    init: Any = nn.initializers.normal(0.01)
-    activate: Any = nn.relu
-
-    @nn.compact
-    def __call__(self, images, train: bool):
-        """Computes logits."""
-        x = nn.Conv(2, (3, 3), strides=2, kernel_init=self.init)(images)
-        x = nn.BatchNorm(not train, momentum=0.9)(x)
-        return nn.Dense(10)(self.activate(x).mean(axis=(1, 2)))
 
 
 def tapped(module, path="BatchNorm_0"):
@@ -132,6 +135,13 @@ def _data_variants(role: str, data: Dataset) -> Iterator[tuple[str, Settings]]:
         return {role: dataclasses.replace(data, **fields)}
 
     preprocessing = data.preprocessing
+    for what, fields in (
+        ("one label", {"labels": _edited(data.labels % 9)}),
+        ("one pixel", {"images": _edited(data.images, 100)}),
+        ("reversed", {"images": data.images[::-1], "labels": data.labels[::-1]}),
+    ):
+        changed = exactly_named(dataclasses.replace(data, **fields), data.name)
+        yield f"{what}, under the same name", {role: changed}
     yield "labels shifted", replaced(labels=(data.labels + 1) % 10)
     yield "one label", replaced(labels=_edited(data.labels % 9))
     yield "one pixel", replaced(images=_edited(data.images, 100))
@@ -139,7 +149,8 @@ def _data_variants(role: str, data: Dataset) -> Iterator[tuple[str, Settings]]:
     yield "reversed", replaced(images=data.images[::-1], labels=data.labels[::-1])
     yield "images reversed", replaced(images=data.images[::-1])
     yield "one example less", replaced(images=data.images[:-1], labels=data.labels[:-1])
-    yield "a share under the same name", {role: subset(data, 0.5, 0)}
+    yield "a share", {role: subset(data, 0.5, 0)}
+    yield "few of each class", {role: few_shot_subset(data, 2, 0)}
     yield "taken under the same name", {role: data.take(np.arange(16), data.name)}
     yield "float images", replaced(images=data.images.astype(np.float32))
     yield "more classes", replaced(num_classes=11)
@@ -156,7 +167,8 @@ def variants(start: Settings) -> Iterator[tuple[str, str, Settings]]:
     yield "test data", "training data as test data", {"test": start["data"]}
     yield "test data", "none", {"test": None}
     for what, arguments in (
-        ("initializer", {"scale": 1.0}), ("factor in its code", {"factor": 2.0}),
+        ("initializer", {"scale": 1.0}), ("unnamed function", {"slope": 0.1}),
+        ("unnamed object", {"shift": 0.1}), ("factor in its code", {"factor": 2.0}),
         ("momentum in its code", {"momentum": 0.5}), ("epsilon in its code", {"epsilon": 1e-3}),
         ("dropout in its code", {"rate": 0.5}),
     ):  # fmt: skip
@@ -174,6 +186,7 @@ def variants(start: Settings) -> Iterator[tuple[str, str, Settings]]:
         yield "teacher", what, {"teacher": make_teacher(change=change)}
     yield "teacher", "factor in its code", {"teacher": make_teacher(make_net(factor=2.0))}
     yield "teacher", "epsilon in its code", {"teacher": make_teacher(make_net(epsilon=1e-3))}
+    yield "teacher", "unnamed function", {"teacher": make_teacher(make_net(slope=0.1))}
     yield "teacher", "tap", {"teacher": make_teacher(path="Conv_0")}
     yield "teacher", "none", {"teacher": None, "method": "cross-entropy"}
     for what, changed in (

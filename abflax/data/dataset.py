@@ -5,13 +5,13 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax.numpy as jnp
 import numpy as np
 
 from abflax.data.augmentation import Preprocessing
-from abflax.data.image_files import ImageFiles, checked_classes
+from abflax.data.image_files import ImageFiles, checked_classes, exactly_named, with_digest
 from abflax.errors import InputError
 
 _NOTHING = Preprocessing()
@@ -21,12 +21,15 @@ _NOTHING = Preprocessing()
 class Dataset:
     """Images and labels in host memory.
 
+    The arrays are the data set's own: read-only arrays are shared, others are copied.
+
     Attributes:
       images: `[examples, height, width, channels]`, uint8 or floating.
       labels: integers `[examples]` in `[0, num_classes)`.
       num_classes: by default the largest label + 1.
       preprocessing: normalization and augmentation; by default none.
-      name: the name in records; by default a digest of the contents.
+      name: the name in records: what was given ("custom" by default), and a digest of all the
+        above. Only what the library loads or selects itself has a name without one.
 
     Raises:
       ValueError: if shapes or dtypes do not fit, there is no example, a label is out of range, a
@@ -67,14 +70,13 @@ class Dataset:
             bad = int(np.argmin(np.isfinite(images).all(axis=(1, 2, 3))))
             raise InputError(f"image {bad} has a pixel that is NaN or infinite")
         preprocessing.require_fits(images.shape[1:])
-        labels = labels.astype(np.int32)
-        if name is None:
-            facts = (images.shape, str(images.dtype), classes, preprocessing)
-            sha = hashlib.sha256(repr(facts).encode())
-            sha.update(images.tobytes())
-            sha.update(labels.tobytes())
-            name = f"custom-{sha.hexdigest()[:12]}"
-        fields = (images, labels, classes, preprocessing, name)
+        images, labels = _own(images), labels.astype(np.int32)
+        labels.flags.writeable = False
+        facts = (images.shape, str(images.dtype), classes, preprocessing)
+        sha = hashlib.sha256(repr(facts).encode())
+        sha.update(np.ascontiguousarray(images).data)
+        sha.update(labels.data)
+        fields = (images, labels, classes, preprocessing, with_digest(name or "custom", sha))
         for field, value in zip(dataclasses.fields(self), fields, strict=True):
             object.__setattr__(self, field.name, value)
 
@@ -91,9 +93,22 @@ class Dataset:
         return {"images": self.images, "labels": self.labels}
 
     def take(self, indices: np.ndarray, name: str | None = None) -> Dataset:
-        """Selects examples; the default name is a digest of the contents."""
+        """Selects examples; the name contains a digest of the contents."""
         images, labels = self.images[indices], self.labels[indices]
+        images.flags.writeable = False
         return Dataset(images, labels, self.num_classes, self.preprocessing, name)
+
+
+def _own(array: np.ndarray) -> np.ndarray:
+    """The array itself if nobody can write to its memory, else a read-only copy."""
+    owner: Any = array
+    while isinstance(owner, np.ndarray) and not owner.flags.writeable:
+        owner = owner.base
+    if owner is None or isinstance(owner, bytes):
+        return array
+    array = array.copy()
+    array.flags.writeable = False
+    return array
 
 
 _D = TypeVar("_D", Dataset, ImageFiles, Dataset | ImageFiles)
@@ -103,8 +118,8 @@ def subset(dataset: _D, fraction: float, seed: int) -> _D:
     """Selects round(fraction · size) examples of each class, but at least one.
 
     The subset is a function of (dataset, fraction, seed) alone, so all methods with the same seed
-    use the same examples. A smaller fraction's subset is contained in a larger one's. The subset
-    keeps the data set's name, since fraction and seed are part of a run's configuration.
+    use the same examples. A smaller fraction's subset is contained in a larger one's. The subset's
+    name describes it.
 
     Raises:
       ValueError: unless 0 < fraction <= 1.
@@ -120,14 +135,15 @@ def subset(dataset: _D, fraction: float, seed: int) -> _D:
         raise InputError(f"the fraction of the training data must be in (0, 1], not {fraction}")
     if fraction == 1:
         return dataset
-    return dataset.take(_balanced(dataset, fraction, seed), dataset.name)
+    name = f"{dataset.name}, {float(fraction)} of each class by seed {seed}"
+    return exactly_named(dataset.take(_balanced(dataset, fraction, seed)), name)
 
 
 def few_shot_subset(dataset: _D, per_class: int, seed: int) -> _D:
     """Selects `per_class` examples of each class, or all if a class has fewer.
 
     The subset is a function of (dataset, per_class, seed) alone. A smaller number's subset is
-    contained in a larger one's. The subset keeps the data set's name.
+    contained in a larger one's. The subset's name describes it.
 
     Raises:
       ValueError: unless per_class >= 1.
@@ -139,7 +155,8 @@ def few_shot_subset(dataset: _D, per_class: int, seed: int) -> _D:
     """
     if per_class < 1:
         raise InputError(f"of each class at least 1 example is needed, not {per_class}")
-    return dataset.take(_of_each(dataset, lambda size: per_class, seed), dataset.name)
+    name = f"{dataset.name}, {per_class} of each class by seed {seed}"
+    return exactly_named(dataset.take(_of_each(dataset, lambda size: per_class, seed)), name)
 
 
 def holdout(dataset: _D, share: float, seed: int) -> tuple[_D, _D]:
@@ -157,8 +174,11 @@ def holdout(dataset: _D, share: float, seed: int) -> tuple[_D, _D]:
     training = np.setdiff1d(np.arange(len(dataset)), validation)
     if set(dataset.labels[validation]) - set(dataset.labels[training]):
         raise InputError(f"holding out {share} of the data leaves a class without training data")
-    name = f"{dataset.name}, {share:g} held out by seed {seed}"
-    return dataset.take(training, name), dataset.take(validation, f"validation of {name}")
+    name = f"{dataset.name}, {float(share)} held out by seed {seed}"
+    return (
+        exactly_named(dataset.take(training), name),
+        exactly_named(dataset.take(validation), f"validation of {name}"),
+    )
 
 
 def _balanced(dataset: Dataset | ImageFiles, fraction: float, seed: int) -> np.ndarray:

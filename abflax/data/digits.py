@@ -6,6 +6,7 @@ import numpy as np
 
 from abflax.data.augmentation import Preprocessing
 from abflax.data.dataset import Dataset
+from abflax.data.image_files import exactly_named
 from abflax.errors import import_extra
 
 
@@ -25,11 +26,11 @@ def load_digits(split: str, data_dir: str | None = None) -> Dataset:
         random_state=0,
     )
     chosen = {"train": train, "test": test}[split]
-    return Dataset(
+    data = Dataset(
         images=digits.images[chosen, :, :, None].astype(np.uint8),
         labels=digits.target[chosen],
         num_classes=10,
         # The mean and standard deviation of the 1,297 training images.
         preprocessing=Preprocessing(mean=(4.88,), std=(6.02,), pad=1),
-        name="digits",
     )
+    return exactly_named(data, "digits")

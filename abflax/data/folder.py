@@ -10,7 +10,7 @@ import numpy as np
 
 from abflax.data.dataset import holdout
 from abflax.data.decoders import inspect
-from abflax.data.image_files import ImageFiles
+from abflax.data.image_files import ImageFiles, exactly_named
 from abflax.errors import InputError
 
 MOST_BROKEN = 0.01
@@ -93,9 +93,8 @@ def read_folder(
             f"{label} {checked[path][1]}\n" for label, path in zip(labels, good, strict=True)
         )
         name = f"photographs:{hashlib.sha256(''.join(contents).encode()).hexdigest()[:12]}"
-        parts[split] = ImageFiles(
-            places, np.array(labels), tuple(classes), f"{name}, {side}×{side}", side
-        )
+        read = ImageFiles(places, np.array(labels), tuple(classes), name, side)
+        parts[split] = exactly_named(read, f"{name}, {side}×{side}")
     if held_out is not None:
         return Folder(*holdout(parts["train"], held_out, seed=0), tuple(notes))
     train_digests = {checked[path][1] for path in files["train"] if checked[path][0]}

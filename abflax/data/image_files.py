@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import os
+import re
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -27,7 +30,9 @@ class ImageFiles:
         record).
       labels: integers `[examples]` in `[0, num_classes)`.
       classes: the names of the classes.
-      name: the name in records; it must identify the contents.
+      name: the name in records: what was given, and a digest of all the other fields, where a file
+        counts by its path, size and time. Only what the library reads or selects itself has a name
+        without one, which identifies the contents as well.
       side: height and width of the network's input, in pixels.
       preprocessing: mean and standard deviation, by default ImageNet's, and whether images are
         mirrored. Padding is not allowed, since random crops replace it.
@@ -56,7 +61,13 @@ class ImageFiles:
         self.preprocessing.require_fits(self.image_shape)
         if self.preprocessing.pad:
             raise InputError("image files are cropped as they are decoded, and are not padded")
-        object.__setattr__(self, "labels", labels.astype(np.int32))
+        labels = labels.astype(np.int32)
+        labels.flags.writeable = False
+        object.__setattr__(self, "labels", labels)
+        places = [(place, _state(place)) for place in self.places]
+        facts = (places, labels.tolist(), self.classes, self.side, self.preprocessing)
+        name = with_digest(self.name, hashlib.sha256(repr(facts).encode()))
+        object.__setattr__(self, "name", name)
 
     def __len__(self) -> int:
         return len(self.places)
@@ -72,13 +83,35 @@ class ImageFiles:
         return self.side, self.side, 3
 
     def take(self, indices: np.ndarray, name: str | None = None) -> ImageFiles:
-        """Selects examples; the default name contains the old name and a digest of the indices."""
+        """Selects examples; the name contains a digest of the old name and the indices."""
         indices = np.asarray(indices)
-        if name is None:
-            digest = hashlib.sha256(indices.astype(np.int64).tobytes()).hexdigest()[:12]
-            name = f"{self.name}, {len(indices)} of them: {digest}"
         places = tuple(self.places[int(index)] for index in indices)
-        return dataclasses.replace(self, places=places, labels=self.labels[indices], name=name)
+        taken = dataclasses.replace(self, places=places, labels=self.labels[indices])
+        sha = hashlib.sha256(self.name.encode() + indices.astype(np.int64).tobytes())
+        return exactly_named(taken, with_digest(name or self.name, sha))
+
+
+_F = TypeVar("_F")
+
+
+def exactly_named(data: _F, name: str) -> _F:
+    """Renames a data set that was made just now, where the name alone identifies its contents."""
+    object.__setattr__(data, "name", name)
+    return data
+
+
+def with_digest(label: str, sha: Any) -> str:
+    """A name of a label and twelve digits of a digest, which replace those that are there."""
+    return f"{re.sub('-[0-9a-f]{12}$', '', label)}-{sha.hexdigest()[:12]}"
+
+
+def _state(place: ImageSource) -> tuple[int, int] | None:
+    """Size and time of an image's file; None if it has none of its own."""
+    try:
+        found = os.stat(place) if isinstance(place, str) else None
+    except OSError:
+        return None
+    return found and (found.st_size, found.st_mtime_ns)
 
 
 def checked_classes(labels: np.ndarray, num_classes: int | None) -> int:

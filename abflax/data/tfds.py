@@ -12,6 +12,7 @@ import numpy as np
 
 from abflax.data.augmentation import Preprocessing
 from abflax.data.dataset import Dataset
+from abflax.data.image_files import exactly_named
 from abflax.errors import InputError, import_extra, unknown
 
 _CIFAR10 = Preprocessing(mean=(125.3, 123.0, 113.9), std=(63.0, 62.1, 66.7), pad=4, flip=True)
@@ -22,13 +23,13 @@ _CHUNK = 5000
 def load_cifar10(split: str, data_dir: str | None = None) -> Dataset:
     """Loads CIFAR-10 (Krizhevsky 2009): 50,000 training and 10,000 test images, 32×32×3, uint8."""
     images, labels = _read("cifar10", split, data_dir)
-    return Dataset(images, labels, num_classes=10, preprocessing=_CIFAR10, name="cifar10")
+    return exactly_named(Dataset(images, labels, 10, _CIFAR10), "cifar10")
 
 
 def load_cifar100(split: str, data_dir: str | None = None) -> Dataset:
     """Loads CIFAR-100 (Krizhevsky 2009): as CIFAR-10, with the hundred fine labels."""
     images, labels = _read("cifar100", split, data_dir)
-    return Dataset(images, labels, num_classes=100, preprocessing=_CIFAR100, name="cifar100")
+    return exactly_named(Dataset(images, labels, 100, _CIFAR100), "cifar100")
 
 
 def _read(name: str, split: str, data_dir: str | None) -> tuple[np.ndarray, np.ndarray]:
@@ -45,8 +46,9 @@ def _read(name: str, split: str, data_dir: str | None) -> tuple[np.ndarray, np.n
     examples = []
     for start in range(0, len(source), _CHUNK):
         examples += source.__getitems__(range(start, min(start + _CHUNK, len(source))))
-    images, labels = ([example[name] for example in examples] for name in ("image", "label"))
-    return np.stack(images), np.asarray(labels)
+    images = np.stack([example["image"] for example in examples])
+    images.flags.writeable = False  # so that the data set need not copy them
+    return images, np.asarray([example["label"] for example in examples])
 
 
 def require_known(kind: str, name: str, split: str, names: Collection[str]) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from abflax.data import decoding
-from abflax.data.image_files import ImageFiles
+from abflax.data.image_files import ImageFiles, exactly_named
 from abflax.data.tfds import data_folder, prepare, require_known, unreadable
 from abflax.errors import import_extra
 
@@ -61,5 +61,5 @@ def load_image_files(
         raise unreadable(name, root, error) from error
     classes = tuple(records.dataset_info.features["label"].names)
     places = tuple((folder, split, index) for index in range(len(labels)))
-    name_in_records = name if side == 224 else f"{name}, {side}×{side}"
-    return ImageFiles(places, np.array(labels), classes, name_in_records, side)
+    files = ImageFiles(places, np.array(labels), classes, name, side)
+    return exactly_named(files, name if side == 224 else f"{name}, {side}×{side}")

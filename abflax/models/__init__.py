@@ -88,7 +88,8 @@ multipliers: "mobilenet-v1-0.5" has half the channels. Iteration lists the model
 def model_name(model: Model) -> str:
     """Returns the name of a module in `MODELS`, or else its class and fields, with its tap paths.
 
-    Functions among the fields are represented by their names.
+    Functions among the fields are represented by their names, and nothing by its address, so a name
+    is the same in every process; two that differ in what a closure holds may share one.
     """
     if isinstance(model, Tapped):
         taps = ", ".join(f"{name}={path}" for name, path in model.tap_paths)
@@ -107,7 +108,7 @@ def model_name(model: Model) -> str:
     for function in _functions(model):
         if name := getattr(function, "__qualname__", None):
             text = text.replace(repr(function), name)
-    return re.sub(r"\s+", " ", text)
+    return re.sub(r"\s+", " ", re.sub(r" at 0x[0-9a-f]+", "", text))
 
 
 def _functions(value: Any) -> Iterator[Callable[..., Any]]:

@@ -6,7 +6,6 @@ taps in `abflax.methods.bind`.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 
 from abflax.config import RunConfig
@@ -84,15 +83,6 @@ def require_groupable(configs: Sequence[RunConfig]) -> None:
         if hashes.count(config.hash) > 1:
             seed = config.seeds.weights
             raise InputError(f"{config.method}, seed {seed}, is in the group twice")
-
-
-def require_named(config: RunConfig) -> None:
-    """Raises `InputError` for a student whose run could not be found again by its name."""
-    if re.search(r"<lambda>| at 0x", config.student):
-        raise InputError(
-            f"the student {config.student} has a field without a name, so its run could not "
-            "be found again: use named functions, or no workdir"
-        )
 
 
 def require_cacheable(phases: Sequence[Phase], views: int | None) -> None:

@@ -6,7 +6,8 @@ every run's folder holds the digests of what stands behind the names, `fingerpri
 - `inputs`: contents of the data, weights, and what the networks compute (their lowered programs);
 - `surroundings`: JAX's flags that change numbers;
 - `versions`: of the packages, and a digest of abflax's own source;
-- `files`: of a finished run, SHA-256 of `record.json` and `student.safetensors`.
+- `record`: of a finished run's `record.json`, which holds that of the weights;
+- `digest`: of all the above.
 
 They are compared before a finished result is returned and before a checkpoint is resumed. Lowered
 programs and versions are compared only between equal versions: others lower to other texts.
@@ -19,7 +20,7 @@ import functools
 import hashlib
 import importlib.metadata
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,10 +35,9 @@ from abflax.models.network import Network, configure_model, digest
 from abflax.models.variables import abstract_variables, init_variables
 from abflax.runtime.distributed import on_process_zero
 from abflax.storage.files import read_json, write_whole
-from abflax.taps import Model, run_model
+from abflax.taps import Model, module_of, run_model
 
 FILE = "fingerprint.json"
-RESULTS = ("record.json", "student.safetensors")
 
 _PROGRAM = "computation"  # the last word of an input that is a lowered program
 _FLAGS = (
@@ -99,12 +99,13 @@ def require_same_run(directory: Path, own: Fingerprint) -> str:
       otherwise.
 
     Raises:
-      ValueError: naming what differs, or if a finished run's files are not those that were written.
+      ValueError: naming what differs, or if a finished run's record is not what was written.
     """
     try:
         theirs = read_json(directory / FILE)
-        sections = {name: dict(theirs[name]) for name in own}
-        files = dict(theirs.get("files", {}))
+        if theirs.pop("digest") != _digest(theirs):
+            raise ValueError
+        sections, record = {name: dict(theirs[name]) for name in own}, theirs["record"]
     except FileNotFoundError:
         return "it has no fingerprint, so it was found by its name alone"
     except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -121,11 +122,11 @@ def require_same_run(directory: Path, own: Fingerprint) -> str:
                     f"the run in {directory} was made with another {name}, "
                     f"{_force_hint('though its configuration has the same names')}"
                 )
-    for name, expected in files.items():
-        if _file_digest(directory / name) != expected:
-            raise InputError(
-                f"{directory / name} is damaged: it is not what was written, {_force_hint('')}"
-            )
+    if record not in (None, _record_digest(directory)):
+        raise InputError(
+            f"{directory / 'record.json'} is damaged: it is not what was written; "
+            "--force (force=True) trains it anew"
+        )
     return "" if same_versions else f"it was made by other versions: {_changed(own, sections)}"
 
 
@@ -140,16 +141,18 @@ def is_same_run(directory: Path, own: Fingerprint) -> bool:
 
 @on_process_zero
 def write_fingerprint(directory: Path, own: Fingerprint) -> None:
-    """Writes the fingerprint into a run's folder, with the digests of its results if it has any."""
-    files = {
-        name: _file_digest(directory / name) for name in RESULTS if (directory / name).exists()
-    }
-    content: Mapping[str, Any] = own | {"files": files}
+    """Writes the fingerprint into a run's folder, with the digest of its record if it has one."""
+    content: dict[str, Any] = own | {"record": _record_digest(directory)}
+    content["digest"] = _digest(content)
     write_whole(directory / FILE, (json.dumps(content, indent=1) + "\n").encode())
 
 
+def _digest(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+
 def _force_hint(reason: str) -> str:
-    return f"{reason}; --force (force=True) trains it anew".removeprefix("; ")
+    return f"{reason}; --force (force=True) trains it anew"
 
 
 def _changed(own: Fingerprint, theirs: Fingerprint) -> str:
@@ -176,9 +179,9 @@ def _array_digest(array: np.ndarray) -> str:
     return sha.hexdigest()[:16]
 
 
-def _file_digest(path: Path) -> str | None:
+def _record_digest(directory: Path) -> str | None:
     try:
-        return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+        return hashlib.sha256((directory / "record.json").read_bytes()).hexdigest()[:16]
     except OSError:
         return None
 
@@ -187,9 +190,13 @@ def _program_digest(model: Model, precision: str, shape: tuple[int, ...], studen
     """Digests what a network computes, lowered for CPUs whatever runs it.
 
     Of a student that is its initialization, and its forward pass in training mode; of a teacher its
-    forward pass in evaluation mode.
+    forward pass in evaluation mode. What abflax's own networks compute follows from their fields
+    and abflax's source.
     """
-    return _lowered_digest(configure_model(model, precision, None), precision, shape, student)
+    model = configure_model(model, precision, None)
+    if type(module_of(model)).__module__.startswith("abflax."):
+        return hashlib.sha256(repr(model).encode()).hexdigest()[:16]
+    return _lowered_digest(model, precision, shape, student)
 
 
 @functools.lru_cache(maxsize=64)

@@ -16,6 +16,8 @@ Schema 1. A record is an object with
   records made before it was measured)};
 - `result`: `test_error` and `agreement` of the last entry, `best_test_error`, `best_epoch`, and
   `initialise_agreement`: agreement at the end of the initialise phase, if there was one;
+- `weights`: the digest of the student's weights, as `abflax.Network` has it in its name (not in
+  records made before it was written);
 - `seconds`: training and evaluation, compilation included, over all sittings;
 - `environment`: `abflax`, `python`, `jax`, `jaxlib`, `flax`, `optax`, `device`, `devices` (of all
   `processes`; that count is not in records made before there could be several), `commit` (with "+"
@@ -84,6 +86,7 @@ def make_record(
     config: RunConfig,
     phases: list[dict[str, Any]],
     history: list[dict[str, Any]],
+    weights: str,
     seconds: float,
     made_by: dict[str, Any],
 ) -> dict[str, Any]:
@@ -109,6 +112,7 @@ def make_record(
         "phases": phases,
         "history": history,
         "result": result,
+        "weights": weights,
         "seconds": round(seconds, 3),
         "environment": made_by,
         "finished": _now(),
@@ -168,9 +172,19 @@ def read_record(path: Path, name: str | None = None) -> dict[str, Any] | None:
     except pydantic.ValidationError as error:
         where = ".".join(map(str, error.errors()[0]["loc"]))
         raise InputError(f"{path} is damaged: {where}: {error.errors()[0]['msg']}") from None
-    if name is not None and (record["hash"], record["state"]) != (name, "finished"):
+    if name is not None and (record["hash"], record["state"], _hash(record)) != (
+        name, "finished", name,
+    ):  # fmt: skip
         raise InputError(f"{path} is not the record of the finished run {name}")
     return record
+
+
+def _hash(record: dict[str, Any]) -> str | None:
+    """The hash of a record's configuration; None if it is none."""
+    try:
+        return RunConfig.from_json(record["config"]).hash
+    except (InputError, KeyError, TypeError):
+        return None
 
 
 class _Record(pydantic.BaseModel):
@@ -187,6 +201,7 @@ class _Record(pydantic.BaseModel):
     phases: list[dict[str, Any]] = []
     history: list[dict[str, Any]] = []
     result: dict[str, Any] = {}
+    weights: str | None = None
     seconds: float = 0.0
 
 

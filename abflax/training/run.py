@@ -12,7 +12,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from abflax.config import RunConfig
 from abflax.errors import DiskError, InputError, NonFiniteError
-from abflax.models.network import Network, configure_model
+from abflax.models.network import Network, configure_model, digest
 from abflax.runtime.distributed import max_over_processes
 from abflax.runtime.preemption import Interrupted
 from abflax.runtime.reporter import Reporter
@@ -244,7 +244,8 @@ class Run:
             self._enter_phase()
         else:
             variables = self.snapshot[1].student
-            self.result = self.directory.finish(self._make_record(), variables)
+            record = self._make_record(digest(variables))
+            self.result = self.directory.finish(record, variables)
 
     def _restore_checkpoint(self, description: dict[str, Any]) -> None:
         """Sets history and state to those of the newest checkpoint."""
@@ -355,8 +356,8 @@ class Run:
         names = ("test_error", "test_cross_entropy", "agreement", "silent")
         return entry | {name: measured[name] for name in names}
 
-    def _make_record(self) -> dict[str, Any]:
-        """The record of the finished run."""
+    def _make_record(self, weights: str) -> dict[str, Any]:
+        """The record of the finished run, whose weights have that digest."""
         history = self.history
         phases = [
             {
@@ -372,7 +373,7 @@ class Run:
         if history.group_size > 1:
             made_by["abreast"] = history.group_size
         seconds = sum(history.seconds.values())
-        return make_record(self.config, phases, history.entries, seconds, made_by)
+        return make_record(self.config, phases, history.entries, weights, seconds, made_by)
 
     def _label(self) -> str:
         name = f"{self.config.method} seed {self.config.seeds.weights}"

@@ -10,7 +10,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from flax.traverse_util import unflatten_dict
+
 from abflax.config import RunConfig
+from abflax.errors import InputError
+from abflax.models.network import digest
 from abflax.runtime.distributed import is_first, on_process_zero
 from abflax.storage.checkpoint import Checkpoints
 from abflax.storage.lock import Lock
@@ -22,7 +26,7 @@ from abflax.training.fingerprint import (
     write_fingerprint,
 )
 from abflax.training.record import read_record, require_writable, write_record
-from abflax.weights import save_variables
+from abflax.weights import read_state_dict, save_variables
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,9 +47,22 @@ class Result:
 
 @on_process_zero
 def finished_record(directory: Path) -> dict[str, Any] | None:
-    """Reads the record of a finished run; None if something is left to do, or to tidy up."""
+    """Reads the record of a finished run; None if something is left to do, or to tidy up.
+
+    Raises:
+      ValueError: if record or weights are damaged, or of another run.
+    """
     untidy = os.path.exists(directory / "checkpoints")  # False where the folder is not readable
-    return None if untidy else read_record(directory / "record.json", directory.name)
+    return None if untidy else _read_finished(directory)
+
+
+def _read_finished(directory: Path) -> dict[str, Any] | None:
+    record = read_record(directory / "record.json", directory.name)
+    if record is not None and "weights" in record:
+        weights = directory / "student.safetensors"
+        if digest(unflatten_dict(read_state_dict(weights), sep="/")) != record["weights"]:
+            raise InputError(f"{weights} is damaged: its weights are not those of the record")
+    return record
 
 
 class RunDirectory:
@@ -160,7 +177,7 @@ def _tidy(directory: Path, config: RunConfig, force: bool) -> dict[str, Any] | N
     """Tidies a run's folder. Returns its record if the run was finished meanwhile."""
     path = directory / "record.json"
     if path.exists():  # forced, finished by another process just now, or not tidied up
-        record = None if force else read_record(path)
+        record = None if force else _read_finished(directory)
         shutil.rmtree(directory / "checkpoints", ignore_errors=True)
         if record is not None:
             return record

@@ -6,7 +6,7 @@ from pathlib import Path
 from abflax.data import DATASETS, IMAGE_DATASETS, Dataset, ImageFiles, load, load_image_files
 from abflax.errors import InputError, unknown
 from abflax.models import MODELS
-from abflax.models.network import Network
+from abflax.models.network import Network, digest
 from abflax.training.record import read_record
 from abflax.weights import load_network
 
@@ -54,7 +54,10 @@ def find_teacher(name: str, dataset: str, weights: str | None, workdir: Path) ->
     if record := read_record(run / "record.json"):
         if record["config"]["student"] != name:
             raise InputError(f"run {weights} trained a {record['config']['student']}, not a {name}")
-        return load_network(name, run / "student.safetensors")
+        network = load_network(name, run / "student.safetensors")
+        if record.get("weights") not in (None, digest(network.variables)):
+            raise InputError(f"{run / 'student.safetensors'} is damaged: see its record")
+        return network
     return _load_file(name, weights)
 
 

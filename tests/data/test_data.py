@@ -1,5 +1,7 @@
 """Data sets, subsets, the order of examples, augmentation."""
 
+import dataclasses
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -42,10 +44,41 @@ def test_bad_data_is_named(images, labels, message):
 
 
 def test_custom_data_is_named_by_its_contents():
-    images, labels = np.zeros((2, 4, 4, 1)), np.array([0, 2])
+    images, labels = np.arange(32.0).reshape(2, 4, 4, 1), np.array([0, 2])
     one, same = Dataset(images, labels), Dataset(images.copy(), labels.copy())
     assert one.name == same.name != Dataset(images + 1, labels).name
     assert one.num_classes == 3
+    variants = {
+        "labels": labels[::-1], "images": images + 1, "num_classes": 11,
+        "preprocessing": Preprocessing(pad=1),
+    }  # fmt: skip
+    for data in (one, Dataset(images, labels, name="mine"), load("digits", "test").take([0, 1])):
+        changed = [dataclasses.replace(data, **{name: new}) for name, new in variants.items()]
+        names = {each.name for each in (data, *changed, data.take([1, 0]), data.take([0]))}
+        assert len(names) == 7
+        assert dataclasses.replace(data).name == data.name
+    assert Dataset(images, labels, name="mine").name == one.name.replace("custom", "mine")
+    assert dataclasses.replace(load("digits", "test"), name="digits").name != "digits"
+
+
+def test_data_is_not_shared_with_who_gave_it():
+    """Neither by the array itself, nor by a read-only view of it. What nobody can write is."""
+    images, labels = np.zeros((2, 4, 4, 1)), np.array([0, 1], np.int32)
+    view = images.view()
+    view.flags.writeable = False
+    for given in (images, view, images[::-1]):
+        data = Dataset(given, labels)
+        images[0, 0, 0, 0] = labels[0] = 1
+        assert not data.images.any() and data.labels.tolist() == [0, 1]
+        images[0, 0, 0, 0] = labels[0] = 0
+        with pytest.raises(ValueError, match="read-only"):
+            data.images[0] = 1
+        with pytest.raises(ValueError, match="read-only"):
+            data.labels[0] = 1
+    images.flags.writeable = False
+    assert Dataset(images, labels).images is images
+    assert np.shares_memory(Dataset(view, labels).images, images)
+    assert np.shares_memory(data.take(slice(1)).images, data.images)
 
 
 def test_subset_is_balanced_nested_and_a_function_of_its_seed():

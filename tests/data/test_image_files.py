@@ -1,5 +1,6 @@
 """Image files: decoding by hand, and folders with mistakes."""
 
+import dataclasses
 import io
 import shutil
 import tarfile
@@ -249,12 +250,27 @@ def test_invalid_image_files_are_refused(options, sentence):
 def test_few_shot_subsets_are_balanced_and_nested():
     data = ImageFiles(PLACES, np.array([0, 1, 0, 0, 1, 0, 0]), ("a", "b"), "n")
     three, four = few_shot_subset(data, 3, seed=1), few_shot_subset(data, 4, seed=1)
-    assert np.bincount(three.labels).tolist() == [3, 2] and three.name == "n"
+    assert np.bincount(three.labels).tolist() == [3, 2]
+    assert three.name == f"{data.name}, 3 of each class by seed 1" != data.name
     assert set(three.places) < set(four.places)
     assert few_shot_subset(data, 3, seed=2).places != three.places
     fitted, held = holdout(data, 0.4, seed=0)
     assert np.bincount(held.labels).tolist() == [2, 1] and len(fitted) == 4
     assert data.take(np.array([1])).name != data.take(np.array([2])).name
+
+
+def test_image_files_are_named_by_what_they_are(tmp_path):
+    path = tmp_path / "image.png"
+    path.write_bytes(b"1")
+    data = ImageFiles((str(path), *PLACES), np.array([0, 1, 0, 0, 1, 0, 0, 1]), ("a", "b"), "n")
+    again = lambda **fields: dataclasses.replace(data, **fields).name
+    changed = {
+        again(labels=data.labels[::-1]), again(places=data.places[::-1]), again(side=32),
+        again(classes=("a", "b", "c")), data.take(np.arange(8), "n").name,
+    }  # fmt: skip
+    assert len(changed | {data.name}) == 6 and again() == data.name
+    path.write_bytes(b"two")
+    assert again() not in changed | {data.name}
 
 
 @pytest.fixture

@@ -3,9 +3,14 @@
 import json
 
 import pytest
+import safetensors.numpy
+from flax.traverse_util import flatten_dict, unflatten_dict
 
-from abflax import InputError, distill
+from abflax import InputError, Network, distill
+from abflax.models import model_name
 from abflax.training import fingerprint
+from abflax.training.record import read_record
+from abflax.weights import read_state_dict
 from tests import identity
 from tests.identity import MIXED, NAMED, REFUSED, base, experiments, flip, outcome
 
@@ -22,11 +27,13 @@ def workdir(directory):
 
 
 CASES = {
-    ("training data", "one label"): REFUSED,
-    ("training data", "reversed"): REFUSED,
-    ("training data", "a share under the same name"): REFUSED,
-    ("test data", "one pixel"): REFUSED,
+    ("training data", "one label"): NAMED,
+    ("training data", "reversed, under the same name"): REFUSED,
+    ("training data", "taken under the same name"): NAMED,
+    ("test data", "one pixel, under the same name"): REFUSED,
     ("student", "initializer"): REFUSED,
+    ("student", "unnamed function"): REFUSED,
+    ("student", "unnamed object"): REFUSED,
     ("student", "factor in its code"): REFUSED,
     ("student", "tap"): NAMED,
     ("teacher", "a bias"): REFUSED,
@@ -44,7 +51,9 @@ def test_another_experiment(case, workdir):
 
 
 def test_the_same_experiment_is_served(workdir, directory):
-    """Also with data and networks that are copies."""
+    """Also with data and networks that are copies, and functions and objects without names."""
+    name = json.loads((directory / "record.json").read_text())["config"]["student"]
+    assert "<lambda>" in name and "_Shift object" in name and "0x" not in name
     before = (directory / "record.json").read_bytes()
     result = distill(**base(), workdir=workdir)
     assert result.record == json.loads(before) and result.directory == directory
@@ -53,7 +62,9 @@ def test_the_same_experiment_is_served(workdir, directory):
 def test_what_differs_is_named_and_force_trains_anew(tmp_path):
     settings = base() | {"epochs": (0, 1), "method": "cross-entropy", "teacher": None}
     first = distill(**settings, workdir=tmp_path)
-    _, _, changed, _ = next(each for each in experiments(settings) if each[1] == "labels shifted")
+    _, _, changed, _ = next(
+        each for each in experiments(settings) if each[1] == "one label, under the same name"
+    )
     with pytest.raises(InputError, match="another training labels, .* --force"):
         distill(**changed, workdir=tmp_path)
     second = distill(**changed, workdir=tmp_path, force=True)
@@ -70,11 +81,42 @@ def test_a_flipped_bit(name, workdir, directory):
     try:
         for place in (0.1, 0.5, 0.9):
             flip(path, int(8 * len(content) * place))
-            with pytest.raises(InputError, match=f"{directory}.* (damaged|another|is no)"):
+            told = f"{directory}.* (damaged|another|is no|cannot be read)"
+            with pytest.raises(InputError, match=told):
                 distill(**base(), workdir=workdir)
             path.write_bytes(content)
     finally:
         path.write_bytes(content)
+
+
+def test_a_record_says_what_its_weights_are(workdir, directory):
+    """As the name of a teacher with these weights does; and it is checked without a fingerprint."""
+    record = json.loads((directory / "record.json").read_text())
+    variables = unflatten_dict(read_state_dict(directory / "student.safetensors"), sep="/")
+    student = base()["student"]
+    assert Network(student, variables).name == f"{model_name(student)}:{record['weights']}"
+    changed = {
+        "record.json": json.dumps(record | {"config": record["config"] | {"batch_size": 8}}),
+        "student.safetensors": safetensors.numpy.save(
+            {name: array + 1 for name, array in flatten_dict(variables, sep="/").items()}
+        ),
+    }
+    stamp = (directory / "fingerprint.json").read_bytes()
+    for name, content in changed.items():
+        before = (directory / name).read_bytes()
+        (directory / "fingerprint.json").unlink()
+        (directory / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+        with pytest.raises(InputError, match=f"{name} is (not the record|damaged)"):
+            distill(**base(), workdir=workdir)
+        (directory / name).write_bytes(before)
+        (directory / "fingerprint.json").write_bytes(stamp)
+    del record["weights"]
+    assert read_record(_written(workdir / "old.json", record)) == record
+
+
+def _written(path, record):
+    path.write_text(json.dumps(record))
+    return path
 
 
 def test_another_version_is_said(workdir, directory, monkeypatch):
@@ -86,7 +128,9 @@ def test_another_version_is_said(workdir, directory, monkeypatch):
     monkeypatch.setattr(reporter, "finished", lambda note="": notes.append(note), raising=False)
     distill(**base(), workdir=workdir, reporter=reporter)
     assert "it was made by other versions: jax " in notes[0] and "not 0.0.1" in notes[0]
-    _, _, changed, _ = next(each for each in experiments(base()) if each[1] == "one pixel")
+    _, _, changed, _ = next(
+        each for each in experiments(base()) if each[1] == "one pixel, under the same name"
+    )
     with pytest.raises(InputError, match="another training images"):
         distill(**changed, workdir=workdir)
 
