@@ -8,7 +8,7 @@ from typing import Any
 from experiments.paper_tables.records import short
 
 PUBLISHED = Path(__file__).parent.parent / "records" / "bench"
-Found = dict[str, Any]
+Measurements = dict[str, Any]
 
 _TITLES = {
     "steps": "What a run is made of",
@@ -27,7 +27,7 @@ _TITLES = {
 }
 
 
-def page(all_found: Sequence[Found]) -> str:
+def page(published: Sequence[Measurements]) -> str:
     """The whole of BENCH.md."""
     parts = [
         "# Benchmark\n",
@@ -37,29 +37,31 @@ def page(all_found: Sequence[Found]) -> str:
         "faster. Steps here crop, flip and normalise their images; PyTorch's lie there normalised. "
         "FLOP: a multiply-add is two, counted by XLA on the program as written.\n",
     ]
-    for found in all_found:
-        setting, made = found["setting"], found["environment"]
-        versions = ", ".join(f"{k} {made[k]}" for k in ("jax", "jaxlib", "flax", "optax"))
+    for measurements in published:
+        setting, host = measurements["setting"], measurements["environment"]
+        versions = ", ".join(f"{k} {host[k]}" for k in ("jax", "jaxlib", "flax", "optax"))
         # A whole run is measured once.
-        repeated = f"; {setting['repetitions']} repetitions" * (set(found["sections"]) != {"whole"})
-        parts.append(
-            f"## {made['device']}: {setting['teacher']} → {setting['student']}, batch "
-            f"{setting['batch']}, {setting['precision']}\n\n"
-            f"{made['devices']} × {made['device']}; Python {made['python']}, {versions}; PyTorch "
-            f"{made['torch'] or 'not there'}; commit {short(made['commit'])}{repeated}. A "
-            f"large matrix product reaches "
-            f"{found['peak_flops'] / 1e9:,.0f} GFLOP/s a device.\n"
+        repeated = f"; {setting['repetitions']} repetitions" * (
+            set(measurements["sections"]) != {"whole"}
         )
-        parts += [section(name, found) for name in found["sections"]]
+        parts.append(
+            f"## {host['device']}: {setting['teacher']} → {setting['student']}, batch "
+            f"{setting['batch']}, {setting['precision']}\n\n"
+            f"{host['devices']} × {host['device']}; Python {host['python']}, {versions}; PyTorch "
+            f"{host['torch'] or 'not there'}; commit {short(host['commit'])}{repeated}. A "
+            f"large matrix product reaches "
+            f"{measurements['peak_flops'] / 1e9:,.0f} GFLOP/s a device.\n"
+        )
+        parts += [section(name, measurements) for name in measurements["sections"]]
     return "\n".join(parts)
 
 
-def section(name: str, found: Found) -> str:
+def section(name: str, measurements: Measurements) -> str:
     """One section as Markdown: a title and a table of the columns that have something to say."""
-    rows = [dict(row) for row in found["sections"][name]]
+    rows = [dict(row) for row in measurements["sections"][name]]
     for row in rows:
         if row.get("flops_per_second") is not None:
-            peak = found["peak_flops"] * row.get("devices", 1)
+            peak = measurements["peak_flops"] * row.get("devices", 1)
             row["percent_of_peak"] = 100 * row["flops_per_second"] / peak
     columns = {
         title: (key, show)
@@ -103,7 +105,7 @@ def _shares(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _milliseconds(seconds: Sequence[float]) -> str:
-    times = [1000 * each for each in seconds]
+    times = [1000 * time for time in seconds]
     return f"{statistics.median(times):.1f} ({min(times):.1f} to {max(times):.1f})"
 
 

@@ -23,10 +23,9 @@ def mean_and_std(numbers: Sequence[float], digits: int = 2, factor: float = 100.
 def beyond_error_bars(first: Sequence[float], second: Sequence[float]) -> int | None:
     """Compares two means with the error bars of both.
 
-    Returns:
-      -1 or 1 where the first mean is smaller or larger than the second by more than the sum of the
-      two sample standard deviations; 0 where the error bars overlap; None where one of the two is a
-      single number, which has no deviation.
+    Returns -1 or 1 where the first mean is smaller or larger than the second by more than the sum
+    of the two sample standard deviations; 0 where the error bars overlap; None where one of the two
+    is a single number, which has no deviation.
     """
     if min(len(first), len(second)) < 2:
         return None

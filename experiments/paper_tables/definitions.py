@@ -7,26 +7,16 @@ from pathlib import Path
 from typing import Any
 
 from abflax.config import RunConfig, Seeds
-from experiments.paper_tables.spec import (
-    ACCURACY,
-    ERROR,
-    SECONDS,
-    Axis,
-    Measure,
-    Point,
-    Scale,
-    Table,
-    agreement,
-    dead_neurons,
-)
+from experiments.paper_tables import spec
+from experiments.paper_tables.spec import Axis, Point, Scale, Table
 
 _HERE = Path(__file__).parent
 _DATA = tomllib.loads((_HERE / "tables.toml").read_text())
 _PAPER = json.loads((_HERE.parent / "paper_tables.json").read_text())
-_MEASURES: Mapping[str, Callable[..., Measure]] = {
-    "agreement": agreement,
-    "dead": dead_neurons,
-    "seconds": lambda: SECONDS,
+_MEASURES: Mapping[str, Callable[..., spec.Measure]] = {
+    "agreement": spec.agreement,
+    "dead": spec.dead_neurons,
+    "seconds": lambda: spec.SECONDS,
 }
 
 SCALES = {
@@ -101,7 +91,7 @@ def _table(scale: str, values: Mapping[str, Any]) -> Table:
         picture=values.get("picture", "points") or None,
         examples=values.get("examples", 50_000),
         classes=values.get("classes", 10),
-        shows=ACCURACY if transfers else ERROR,
+        shows=spec.ACCURACY if transfers else spec.ERROR,
         caveat=values.get("caveat", "").format_map(words),
     )
 
