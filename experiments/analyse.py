@@ -124,7 +124,6 @@ def _run(arguments: Arguments, name: str) -> Path:
 def _network(
     arguments: Arguments, name: str, record: dict[str, Any] | None, dataset: str
 ) -> Network:
-    """Loads the network that one argument names."""
     if record is not None:
         return find_teacher(record["config"]["student"], dataset, name, arguments.workdir)
     if (_run(arguments, name) / "config.json").exists():
@@ -167,7 +166,6 @@ def _teacher(
 
 
 def _runs_of(workdir: Path, architecture: str) -> list[str]:
-    """The finished runs that trained a network of an architecture."""
     records = {path.parent.name: read_record(path) for path in workdir.glob("runs/*/record.json")}
     return [
         name

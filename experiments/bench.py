@@ -88,21 +88,21 @@ def main(console: Console) -> None:
         compile_for(console, arguments, arguments.compile_for)
         return
     jax.config.update("jax_enable_compilation_cache", False)  # compile times are measured
-    bench, sections = asked(arguments)
+    bench, sections = select_work(arguments)
     dtype = jnp.bfloat16 if bench.precision == "bfloat16" else jnp.float32
     setting = {name: getattr(bench, name) for name in ("teacher", "student", "batch", "precision")}
-    found: dict[str, Any] = {
+    measurements: dict[str, Any] = {
         "environment": environment(bench.devices) | {"torch": _torch_version()},
         "setting": setting | {"repetitions": arguments.repetitions},
         "peak_flops": peak_flops(dtype),
         "sections": {},
     }
     for name, measure in sections.items():
-        found["sections"][name] = measure(bench, arguments.repetitions)
-        console.print(section(name, found), soft_wrap=True, markup=False)
-        write_record(arguments.workdir / "bench.json", found)
+        measurements["sections"][name] = measure(bench, arguments.repetitions)
+        console.print(section(name, measurements), soft_wrap=True, markup=False)
+        write_record(arguments.workdir / "bench.json", measurements)
     if arguments.publish:
-        console.print(f"{publish(found)}", soft_wrap=True)
+        console.print(f"{publish(measurements)}", soft_wrap=True)
 
 
 def compile_for(console: Console, arguments: Arguments, targets: Sequence[str]) -> None:
@@ -130,7 +130,7 @@ def compile_for(console: Console, arguments: Arguments, targets: Sequence[str]) 
         write_page()
 
 
-def asked(arguments: Arguments) -> tuple[Bench, dict[str, Section]]:
+def select_work(arguments: Arguments) -> tuple[Bench, dict[str, Section]]:
     """What is measured, on what."""
     if arguments.record is not None:
         if arguments.sections is not None:
@@ -147,23 +147,23 @@ def asked(arguments: Arguments) -> tuple[Bench, dict[str, Section]]:
     return bench, {name: SECTIONS[name] for name in wanted}
 
 
-def publish(found: dict[str, Any]) -> Path:
+def publish(measurements: dict[str, Any]) -> Path:
     """Keeps the measurements of this device and setting, and rebuilds the page.
 
     Sections published before of the same commit, versions and setting stay.
     """
-    setting = found["setting"]
-    device = "-".join(found["environment"]["device"].replace(",", "").split()).lower()
+    setting = measurements["setting"]
+    device = "-".join(measurements["environment"]["device"].replace(",", "").split()).lower()
     name = f"{device}-{setting['teacher']}-{setting['student']}-{setting['batch']}"
     PUBLISHED.mkdir(parents=True, exist_ok=True)
     path = PUBLISHED / f"{name}-{setting['precision']}.json"
     if path.exists():
         before = json.loads(path.read_text())
-        if all(before[key] == found[key] for key in ("environment", "setting")):
-            sections = before["sections"] | found["sections"]
+        if all(before[key] == measurements[key] for key in ("environment", "setting")):
+            sections = before["sections"] | measurements["sections"]
             order = [name for name in (*SECTIONS, "whole") if name in sections]
-            found = found | {"sections": {name: sections[name] for name in order}}
-    write_record(path, found)
+            measurements = measurements | {"sections": {name: sections[name] for name in order}}
+    write_record(path, measurements)
     return write_page()
 
 
@@ -215,7 +215,7 @@ def parts(bench: Bench, repetitions: int) -> Rows:
     works = bench.parts() | {"whole step": bench.train(bench.phases[0])}
     seconds = alternate({name: work.run for name, work in works.items()}, repetitions)
     return [
-        {"name": name, "seconds": [each / works[name].steps for each in seconds[name]]}
+        {"name": name, "seconds": [time / works[name].steps for time in seconds[name]]}
         for name in works
     ]
 
@@ -263,7 +263,6 @@ def seeds(bench: Bench, repetitions: int) -> Rows:
 
 def nst(bench: Bench, repetitions: int) -> Rows:
     """NST at [32, 8, 8, 256] and its gradient, and a version with the full temporary."""
-    del bench
     student, teacher = jax.random.normal(jax.random.key(0), (2, 32, 8, 8, 256))
 
     def full(student: jax.Array, teacher: jax.Array) -> jax.Array:
@@ -283,7 +282,6 @@ def nst(bench: Bench, repetitions: int) -> Rows:
 
 def depthwise(bench: Bench, repetitions: int) -> Rows:
     """A train step of each MobileNet, in turn with the same by XLA's own convolutions."""
-    del bench
     rows: Rows = []
     for name in depthwise_work.NETWORKS:
         own, theirs = (depthwise_work.train(name, by_slices) for by_slices in (True, False))
@@ -306,7 +304,7 @@ def _described(name: str, work: Work, seconds: list[float]) -> dict[str, Any]:
     middle = statistics.median(seconds)
     return {
         "name": name,
-        "seconds": [each / work.steps for each in seconds],
+        "seconds": [time / work.steps for time in seconds],
         "images_per_second": work.images / middle,
         "flops": work.flops,
         "flops_per_second": work.flops * work.steps / middle if work.flops else None,

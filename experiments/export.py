@@ -99,7 +99,6 @@ def main(console: Console) -> None:
 
 
 def _finished(workdir: Path, run: str) -> tuple[dict[str, Any], Network]:
-    """The configuration of a finished run, and its student."""
     record = read_record(workdir / "runs" / run / "record.json")
     if record is None:
         runs = [path.parent.name for path in (workdir / "runs").glob("*/record.json")]

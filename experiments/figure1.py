@@ -237,7 +237,6 @@ def _regions(axis: Axes, line: np.ndarray, own: dict[str, np.ndarray], teacher: 
 
 
 def _map(axis: Axes, line: np.ndarray, values: np.ndarray, unit: str, **colours: Any) -> None:
-    """Draws values over the square, with a colour bar."""
     shown = axis.pcolormesh(line, line, values, rasterized=True, **colours)
     plt.colorbar(shown, ax=axis, label=unit, location="bottom", shrink=0.9, aspect=25)
 

@@ -102,7 +102,6 @@ def learn(method: str, teacher: Network, data: Dataset, **settings: Any) -> Resu
 
 
 def _table(records: dict[str, list[dict[str, Any]]], teacher: dict[str, Any]) -> Table:
-    """Error, agreement and seconds of each method; means over the seeds."""
     title = (
         f"{STUDENT} on {100 * FRACTION:g} % of the digits; teacher {TEACHER}, all of them: "
         f"{percent(teacher['result']['test_error'])} % error\n"

@@ -53,8 +53,8 @@ class Arguments(cli.Arguments):
       teacher_weights: file or run; left out: what the repository ships.
       data_dir: folder of TensorFlow Datasets; left out: TFDS_DATA_DIR.
       seeds: how many, or a list such as 0,3.
-      same_batches: train all seeds in one program, on the batches of the first: they differ in
-        initial weights alone.
+      same_batches: train all seeds in one program, on the batches of the first, which changes their
+        numbers: they differ in initial weights alone.
       distributed: this is one of several processes: auto, where JAX knows the cluster, or
         HOST:PORT,N,I: process I of N, with process 0 at that address.
       force: train finished runs again.

@@ -47,7 +47,8 @@ class Arguments(cli.Arguments):
       data_dir: folder of TensorFlow Datasets; left out: TFDS_DATA_DIR.
       grid: transfer weights.
       seeds: how many, or a list such as 0,3.
-      group: train up to so many points of the grid in one program.
+      group: train up to this many points of the grid in one program: different weights of one
+        seed, which see the same batches as they would alone.
     """
 
     method: str
@@ -111,11 +112,7 @@ def main(console: Console) -> None:
 
 
 def configure(arguments: Arguments) -> RunConfig:
-    """The configuration that all points share.
-
-    Raises:
-      ValueError: if the method has no transfer loss.
-    """
+    """The configuration that all points share."""
     config = arguments.config
     images = config.dataset in IMAGE_DATASETS
     config = config.replace(

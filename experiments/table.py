@@ -94,7 +94,8 @@ class Arguments(cli.Arguments):
       columns: some of the columns, by their names; left out: all.
       methods: some of the methods; left out: all.
       seeds: how many, or a list such as 0,3; left out: the number of the scale.
-      group: train up to this many runs that see the same batches in one program.
+      group: train up to this many runs of the table in one program: different methods and
+        settings of one seed, which see the same batches as they would alone.
       only: run a share of the runs.
       budget: stop after this many minutes, with a checkpoint; left out: no limit.
       dry_run: print what would run, and run nothing.
@@ -215,13 +216,9 @@ def require_used(given: Mapping[str, str], tables: Sequence[Table]) -> None:
 def find_networks(
     tables: Sequence[Table], given: Mapping[str, str], workdir: Path, known: Mapping[str, Network]
 ) -> dict[str, Network]:
-    """Finds teachers that are given, shipped or trained in the workdir, and students' weights.
+    """Adds teachers that are given, shipped or trained in the workdir, and students' weights.
 
-    Args:
-      tables: the tables that need them.
-      given: architecture -> file or run; students' published weights are always given.
-      workdir: where runs are.
-      known: networks that were found before, which are in the result too.
+    `given` has files or runs by architecture; students' published weights are always given.
     """
     networks = dict(known)
     for name in {name for table in tables for name in table.given if name in given} - set(networks):
@@ -250,8 +247,7 @@ def run(
 ) -> tuple[list[tuple[Job, str]], list[str]]:
     """Trains the runs that are not finished; adds the teachers that it trains to `teachers`.
 
-    Returns:
-      (job, reason) for each job that was left, and the messages of runs that failed.
+    Returns (job, reason) for each job that was left, and the messages of runs that failed.
     """
     left: list[tuple[Job, str]] = []
     failures: list[str] = []
@@ -305,7 +301,6 @@ def train(
 
 
 def _settings(job: Job, teachers: Mapping[str, Network], classes: int) -> dict[str, Any]:
-    """The student of a job, and the settings it is trained with."""
     config, name = job.configuration(_names(teachers)), job.run.student
     assert config is not None  # its networks are known
     student: Model | Network = (model := MODELS[architecture(name)](num_classes=classes))
@@ -319,7 +314,6 @@ def _named(job: Job) -> str:
 
 
 def _lacking(job: Job, tables: Sequence[Table], known: Mapping[str, Network]) -> str:
-    """Says which network a run waits for."""
     name = architecture(job.run.student)
     if name != job.run.student and job.run.student not in known:
         return f"the published weights of {name} are not given (--student-weights {name}=FILE)"

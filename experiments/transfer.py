@@ -194,7 +194,6 @@ def too_few(train: ImageFiles, counts: Sequence[int | None]) -> list[str]:
 
 
 def _table(results: Sequence[Result], arguments: Arguments, train: ImageFiles) -> Table:
-    """The accuracy of each method, with each number of images."""
     config, weights = arguments.config, arguments.student_weights
     title = (
         f"{config.student} ({'random' if weights is None else weights.name}), "

@@ -98,7 +98,6 @@ def _agreement(findings: Findings, summary: dict[str, Any]) -> Figure:
 
 def _error(findings: Findings, summary: dict[str, Any]) -> Figure:
     """Draws the error of student and teacher in groups of images of rising agreement."""
-    del findings
     figure, (axis,) = _figure(1, 3.2)
     groups = summary["groups"]
     lines = (

@@ -47,11 +47,7 @@ def examine_all(
     distance_images: int = 0,
     distance_neurons: int = 32,
 ) -> Findings:
-    """Examines networks that are seeds of one.
-
-    Raises:
-      ValueError: where their layers differ.
-    """
+    """Examines networks that are seeds of one."""
     examinations = [examine(network, test, teacher) for network in networks]
     shapes = [
         {layer: rate.shape for layer, rate in each.student.firing_rate.items()}

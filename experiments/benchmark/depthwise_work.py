@@ -22,13 +22,7 @@ NETWORKS = ("mobilenet-v1", "mobilenet-v2")
 
 
 def train(name: str, by_slices: bool) -> Work:
-    """One step of cross-entropy on made-up images, on one device.
-
-    Args:
-      name: in `MODELS`.
-      by_slices: the depthwise convolutions as the networks have them on a CPU; else
-        `jax.lax.conv_general_dilated`.
-    """
+    """One step of cross-entropy on one device, its depthwise convolutions by slices or by XLA."""
     chosen = depthwise if by_slices else jax.lax.conv_general_dilated
     with mock.patch.object(layers, "depthwise", chosen):
         return _train(name)

@@ -9,6 +9,7 @@ Examples:
   python -m experiments.benchmark.input_pipeline --images photos --student mobilenet-v1 --workers 8
 """
 
+import contextlib
 import dataclasses
 import time
 from collections.abc import Callable, Iterable
@@ -60,7 +61,6 @@ class Spent:
     """What some batches took.
 
     Attributes:
-      seconds: from beginning to end.
       here, there: CPU seconds of this process, and of those that decode.
       opened: images that this process has opened.
       decoded: images that each of the others has decoded.
@@ -98,11 +98,8 @@ def main(console: Console) -> None:
     data = folder.train
     stream = Stream(len(data), arguments.batch_size, seed=0)
     spec = parallel.InputSpec(data.preprocessing, data.image_shape, usable_devices(), True, 1)
-    inputs = TrainInputs(data, stream, spec, 0, arguments.workers)
-    try:
+    with contextlib.closing(TrainInputs(data, stream, spec, 0, arguments.workers)) as inputs:
         _report(console, arguments, inputs, data.num_classes, spec)
-    finally:
-        inputs.close()
 
 
 def _report(
@@ -118,12 +115,12 @@ def _report(
     decoders = inputs.decoders
     assert decoders is not None
 
-    found = spent(lambda number: inputs(number, 1), range(1, count + 1), decoders)
+    cost = spent(lambda number: inputs(number, 1), range(1, count + 1), decoders)
     console.print(
-        f"decoding: {images / found.seconds:.0f} images/s by {len(found.decoded)} processes; "
-        f"{1e3 * found.there / sum(found.decoded):.1f} ms of CPU an image there, "
-        f"{1e3 * found.here / images:.2f} ms here\n"
-        f"images decoded: {' + '.join(map(str, found.decoded))} there, {found.opened} here",
+        f"decoding: {images / cost.seconds:.0f} images/s by {len(cost.decoded)} processes; "
+        f"{1e3 * cost.there / sum(cost.decoded):.1f} ms of CPU an image there, "
+        f"{1e3 * cost.here / images:.2f} ms here\n"
+        f"images decoded: {' + '.join(map(str, cost.decoded))} there, {cost.opened} here",
         soft_wrap=True,
     )
     if arguments.student is None:
@@ -136,11 +133,11 @@ def _report(
         "as they come": lambda number: step(inputs(number, 1)),
     }
     for words, work in works.items():
-        found = spent(work, range(count + 2, 2 * count + 2), decoders)
+        cost = spent(work, range(count + 2, 2 * count + 2), decoders)
         console.print(
-            f"{arguments.student} on batches {words}: {1e3 * found.seconds / count:.1f} ms a step, "
-            f"{images / found.seconds:.0f} images/s; CPU {found.here:.1f} s here, "
-            f"{found.there:.1f} s there; decoded {sum(found.decoded)} there, {found.opened} here",
+            f"{arguments.student} on batches {words}: {1e3 * cost.seconds / count:.1f} ms a step, "
+            f"{images / cost.seconds:.0f} images/s; CPU {cost.here:.1f} s here, "
+            f"{cost.there:.1f} s there; decoded {sum(cost.decoded)} there, {cost.opened} here",
             soft_wrap=True,
         )
 

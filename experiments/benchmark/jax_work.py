@@ -19,14 +19,8 @@ from abflax.models import MODELS
 from abflax.models.network import configure_model
 from abflax.models.variables import init_variables
 from abflax.taps import Model, run_model
-from abflax.training import parallel
-from abflax.training.devices import (
-    AXIS,
-    default_steps_per_dispatch,
-    replicate,
-    shard_batch,
-    usable_devices,
-)
+from abflax.training import devices, parallel
+from abflax.training.devices import AXIS, replicate
 from abflax.training.inputs import EVALUATION_BATCH
 from abflax.training.step import train_step
 from abflax.training.target_cache import cached_targets
@@ -43,10 +37,7 @@ class Bench:
     """A teacher and a student with a method, in protocol `paper`, on the devices at hand.
 
     Attributes:
-      teacher, student: names in `MODELS`.
       batch: images a step, over all devices.
-      method: a name in `METHODS`.
-      precision: see `RunConfig`.
       examples: made-up images.
     """
 
@@ -60,7 +51,7 @@ class Bench:
     @functools.cached_property
     def devices(self) -> tuple[jax.Device, ...]:
         """All devices."""
-        return usable_devices()
+        return devices.usable_devices()
 
     def networks(self, axis: str | None = AXIS) -> tuple[Model, Model]:
         """(student, teacher), as a run uses them; axis None: on one device."""
@@ -92,7 +83,7 @@ class Bench:
 
     def spec(self, views: int | None = None) -> parallel.InputSpec:
         """How the images reach the networks."""
-        steps = default_steps_per_dispatch(self.devices)
+        steps = devices.default_steps_per_dispatch(self.devices)
         preprocessing = dataclasses.replace(PREPROCESSING, views=views)
         return parallel.InputSpec(preprocessing, SHAPE, self.devices, False, steps)
 
@@ -133,7 +124,7 @@ class Bench:
 
         On one device. `train` writes them out one after the other.
         """
-        steps = default_steps_per_dispatch(self.devices)
+        steps = devices.default_steps_per_dispatch(self.devices)
         objective, optimizer, state = self._on_one_device(phase)
         states = jax.tree.map(lambda leaf: jnp.stack([leaf] * students), state)
         key, chosen = jax.random.key(0), jnp.arange(self.batch, dtype=jnp.int32) % self.examples
@@ -235,9 +226,8 @@ class Bench:
         return jax.random.normal(jax.random.key(1), (self.batch, *SHAPE))
 
     def _examples(self, batches: int, batch: int) -> Any:
-        """The examples of some batches, on the devices."""
         index = np.arange(batches * batch, dtype=np.int32).reshape(batches, batch)
-        return shard_batch(index % self.examples, self.devices)
+        return devices.shard_batch(index % self.examples, self.devices)
 
     def _forward(self, model: Model, variables: Any, train: bool) -> Work:
         def outputs(variables: Any, images: jax.Array) -> Any:

@@ -9,7 +9,7 @@ from experiments.paper_tables.records import short
 
 PUBLISHED = Path(__file__).parent.parent / "records" / "bench"
 COMPILED = PUBLISHED.with_name("compiled")
-Found = dict[str, Any]
+Measurements = dict[str, Any]
 
 _TITLES = {
     "steps": "What a run is made of",
@@ -28,7 +28,7 @@ _TITLES = {
 }
 
 
-def page(all_found: Sequence[Found], all_compiled: Sequence[Found] = ()) -> str:
+def page(published: Sequence[Measurements], compiled: Sequence[Measurements] = ()) -> str:
     """The whole of BENCH.md, from measurements and from what was compiled for other machines."""
     parts = [
         "# Benchmark\n",
@@ -38,21 +38,23 @@ def page(all_found: Sequence[Found], all_compiled: Sequence[Found] = ()) -> str:
         "faster. Steps here crop, flip and normalise their images; PyTorch's lie there normalised. "
         "FLOP: a multiply-add is two, counted by XLA on the program as written.\n",
     ]
-    for found in all_found:
-        setting, made = found["setting"], found["environment"]
-        versions = ", ".join(f"{k} {made[k]}" for k in ("jax", "jaxlib", "flax", "optax"))
+    for measurements in published:
+        setting, host = measurements["setting"], measurements["environment"]
+        versions = ", ".join(f"{k} {host[k]}" for k in ("jax", "jaxlib", "flax", "optax"))
         # A whole run is measured once.
-        repeated = f"; {setting['repetitions']} repetitions" * (set(found["sections"]) != {"whole"})
-        parts.append(
-            f"## {made['device']}: {setting['teacher']} → {setting['student']}, batch "
-            f"{setting['batch']}, {setting['precision']}\n\n"
-            f"{made['devices']} × {made['device']}; Python {made['python']}, {versions}; PyTorch "
-            f"{made['torch'] or 'not there'}; commit {short(made['commit'])}{repeated}. A "
-            f"large matrix product reaches "
-            f"{found['peak_flops'] / 1e9:,.0f} GFLOP/s a device.\n"
+        repeated = f"; {setting['repetitions']} repetitions" * (
+            set(measurements["sections"]) != {"whole"}
         )
-        parts += [section(name, found) for name in found["sections"]]
-    if all_compiled:
+        parts.append(
+            f"## {host['device']}: {setting['teacher']} → {setting['student']}, batch "
+            f"{setting['batch']}, {setting['precision']}\n\n"
+            f"{host['devices']} × {host['device']}; Python {host['python']}, {versions}; PyTorch "
+            f"{host['torch'] or 'not there'}; commit {short(host['commit'])}{repeated}. A "
+            f"large matrix product reaches "
+            f"{measurements['peak_flops'] / 1e9:,.0f} GFLOP/s a device.\n"
+        )
+        parts += [section(name, measurements) for name in measurements["sections"]]
+    if compiled:
         parts.append(
             "## Compiled, not run\n\n"
             "The programs of the paper's headline run (wrn22-4 → wrn16-2, batch 128, 100 steps a "
@@ -63,23 +65,22 @@ def page(all_found: Sequence[Found], all_compiled: Sequence[Found] = ()) -> str:
             "the longer of FLOP at the data sheet's peak and bytes at its bandwidth, without the "
             "time to launch kernels.\n"
         )
-    parts += [compiled_section(found) for found in all_compiled]
+    parts += [compiled_section(target) for target in compiled]
     return "\n".join(parts)
 
 
-def compiled_section(found: Found) -> str:
+def compiled_section(target: Measurements) -> str:
     """What one target's programs were compiled to, as Markdown."""
-    made = found["environment"]
-    versions = ", ".join(f"{name} {version}" for name, version in made.items())
-    return f"### {found['target']} ({versions})\n\n{_table('program', found['rows'])}\n"
+    versions = ", ".join(" ".join(pair) for pair in target["environment"].items())
+    return f"### {target['target']} ({versions})\n\n{_table('program', target['rows'])}\n"
 
 
-def section(name: str, found: Found) -> str:
+def section(name: str, measurements: Measurements) -> str:
     """One section as Markdown: a title and a table of the columns that have something to say."""
-    rows = [dict(row) for row in found["sections"][name]]
+    rows = [dict(row) for row in measurements["sections"][name]]
     for row in rows:
         if row.get("flops_per_second") is not None:
-            peak = found["peak_flops"] * row.get("devices", 1)
+            peak = measurements["peak_flops"] * row.get("devices", 1)
             row["percent_of_peak"] = 100 * row["flops_per_second"] / peak
     text = f"### {_TITLES[name]}\n\n{_table('work', rows)}\n"
     return text + (f"\n{_SUMMARIES[name](rows)}\n" if name in _SUMMARIES else "")
@@ -127,7 +128,7 @@ def _shares(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _milliseconds(seconds: Sequence[float]) -> str:
-    times = [1000 * each for each in seconds]
+    times = [1000 * time for time in seconds]
     return f"{statistics.median(times):.1f} ({min(times):.1f} to {max(times):.1f})"
 
 

@@ -23,7 +23,6 @@ SEEDS = 5
 
 def epochs(bench: Bench, repetitions: int) -> Rows:
     """One initialise epoch of a whole run on 5, 10 and 50 thousand images; once each."""
-    del repetitions
     teacher = Network(MODELS[bench.teacher](), jax.device_get(bench.teacher_variables))
     draw = np.random.default_rng(0)
     rows: Rows = []
@@ -45,7 +44,6 @@ def epochs(bench: Bench, repetitions: int) -> Rows:
 
 def cache(bench: Bench, repetitions: int) -> Rows:
     """Bytes of the initialise phase's cached targets, for 1, 2, 4 and 8 views; once each."""
-    del repetitions
     rows: Rows = []
     for views in VIEWS:
         targets = bench.cached_targets(bench.phases[0], views)
@@ -61,7 +59,6 @@ def cache(bench: Bench, repetitions: int) -> Rows:
 
 def precision(bench: Bench, repetitions: int) -> Rows:
     """Test error on scikit-learn's digits, by the quickstart's recipe, in either precision."""
-    del bench, repetitions
     from experiments import quickstart
 
     train = load("digits", "train")
@@ -78,8 +75,8 @@ def precision(bench: Bench, repetitions: int) -> Rows:
             ).record["result"]
             for seed in range(SEEDS)
         ]  # fmt: skip
-        errors[name] = [each["test_error"] for each in results]
-        agreement = [statistics.mean(each["agreement"].values()) for each in results]
+        errors[name] = [result["test_error"] for result in results]
+        agreement = [statistics.mean(result["agreement"].values()) for result in results]
         rows.append({
             "name": name,
             "test_error": mean_and_std(errors[name]),

@@ -16,8 +16,7 @@ class Work:
 
     Attributes:
       run: does it once, and returns when it is done.
-      images: how many images that is.
-      steps: how many steps.
+      images, steps: how many that is.
       devices: how many share it.
       flops: floating-point operations of one step, as XLA counts them before it optimises; a
         multiply-add is two.

@@ -87,7 +87,7 @@ def work(
     images = torch.randn(batch, 3, 32, 32)
     unseen, classes = torch.randn(held_out, 3, 32, 32), torch.randint(10, (held_out,))
     with torch.no_grad():
-        kept = [tap > 0 for tap in teacher(images)[1]]
+        cached = [tap > 0 for tap in teacher(images)[1]]
 
     def sgd(modules: list[nn.Module]) -> torch.optim.Optimizer:
         parameters = [p for module in modules for p in module.parameters()]
@@ -95,7 +95,7 @@ def work(
 
     initialiser, classifier = sgd([student, connectors]), sgd([student])
 
-    def ask() -> tuple[torch.Tensor, list[torch.Tensor]]:
+    def teach() -> tuple[torch.Tensor, list[torch.Tensor]]:
         with torch.no_grad():
             return teacher(images)
 
@@ -113,7 +113,7 @@ def work(
 
     def classify() -> None:
         student.train()
-        softened = functional.softmax(ask()[0] / 3, dim=1)
+        softened = functional.softmax(teach()[0] / 3, dim=1)
         ours = functional.log_softmax(student(images)[0] / 3, dim=1)
         update(classifier, functional.kl_div(ours, softened, reduction="batchmean"))
 
@@ -126,9 +126,9 @@ def work(
                 functional.cross_entropy(logits, labels, reduction="sum").item()
 
     return {
-        "teacher": lambda: ask() and None,
-        "initialise": lambda: initialise(lambda: ask()[1]),
-        "initialise, kept bits": lambda: initialise(lambda: kept),
+        "teacher": lambda: teach() and None,
+        "initialise": lambda: initialise(lambda: teach()[1]),
+        "initialise, kept bits": lambda: initialise(lambda: cached),
         "classify": classify,
         "evaluate": evaluate,
     }

@@ -13,12 +13,7 @@ Record = dict[str, Any]
 
 
 def read(path: Path) -> Record:
-    """A finished run's record.
-
-    Raises:
-      ValueError: if there is none, or the run is not of CIFAR's images with a teacher, or others
-        were trained in its program, whose seconds are in its own.
-    """
+    """A finished run's record."""
     record = read_record(path)
     if record is None:
         raise InputError(f"no record of a run at {path}")
@@ -42,15 +37,10 @@ def bench_of(record: Record) -> Bench:
 
 
 def whole(record: Record, bench: Bench) -> list[dict[str, Any]]:
-    """Each phase's seconds, compilation and evaluation included, and FLOP/s; then all of it.
-
-    Raises:
-      ValueError: if the run was on another kind of device than this, whose peak it would be
-        compared with.
-    """
-    made, here = record["environment"], device_name(bench.devices[0])
-    if made["device"] != here:
-        raise InputError(f"the run was on {made['device']}, and this is {here}")
+    """Each phase's seconds, compilation and evaluation included, and FLOP/s; then all of it."""
+    environment, here = record["environment"], device_name(bench.devices[0])
+    if environment["device"] != here:
+        raise InputError(f"the run was on {environment['device']}, and this is {here}")
     rows: list[dict[str, Any]] = []
     phases = {phase.name: phase for phase in RunConfig.from_json(record["config"]).phases()}
     for phase in record["phases"]:
@@ -62,7 +52,7 @@ def whole(record: Record, bench: Bench) -> list[dict[str, Any]]:
             "images_per_second": steps * bench.batch / seconds,
             "flops": flops,
             "flops_per_second": flops * steps / seconds,
-            "devices": made["devices"],
+            "devices": environment["devices"],
         })  # fmt: skip
     config, error = record["config"], f"{100 * record['result']['test_error']:.2f}"
     name = f"all of it: run {record['hash']}, {100 * config['fraction']:g} % of {config['dataset']}"

@@ -171,7 +171,7 @@ def _optional(info: PrimitiveTypeInfo) -> Any:
     kinds = typing.get_args(info.type)
     if len(kinds) != 2 or type(None) not in kinds:
         return None
-    kind: Any = next(each for each in kinds if each is not type(None))
+    kind: Any = next(option for option in kinds if option is not type(None))
     form: Any = _OWN_FORMS.get(kind, kind)
     of = PrimitiveTypeInfo.make(form, info.markers)
     spec = ConstructorRegistry.get_primitive_spec(of)
@@ -217,9 +217,9 @@ def _run_config_flags(info: StructTypeInfo, hidden: Sequence[str]) -> StructCons
 def _documented(kind: type) -> dict[str, tuple[Any, str]]:
     """Field -> (type, what the docstring says of it), of a dataclass."""
     texts = {
-        each.arg_name: " ".join((each.description or "").split())
+        entry.arg_name: " ".join((entry.description or "").split())
         for base in reversed(kind.__mro__)
-        for each in docstring_parser.parse(base.__doc__ or "").params
+        for entry in docstring_parser.parse(base.__doc__ or "").params
     }
     hints = type_hints(kind)
     return {
@@ -229,8 +229,8 @@ def _documented(kind: type) -> dict[str, tuple[Any, str]]:
 
 
 def _subclasses(kind: type) -> list[type]:
-    found: list[type] = kind.__subclasses__()
-    return found + [each for sub in found for each in _subclasses(sub)]
+    direct: list[type] = kind.__subclasses__()
+    return direct + [inherited for sub in direct for inherited in _subclasses(sub)]
 
 
 def main(command: Callable[[Console], None]) -> NoReturn:
@@ -278,9 +278,6 @@ def results_of(groups: Iterable[Callable[[], Sequence[Result]]]) -> list[Result]
     """Trains one group of runs after another and returns all their results.
 
     A group with a run that another process is training waits: the others are trained first.
-
-    Raises:
-      BusyError: at the end, if there was such a run.
     """
     results: list[Result] = []
     busy: list[BusyError] = []
@@ -359,13 +356,8 @@ def join_processes(place: str) -> None:
     """Makes this command one of several processes that train together; process 0 prints.
 
     Standard output is for results: what the collectives print there goes to standard error.
-
-    Args:
-      place: "HOST:PORT,N,I" for process I of N, with process 0 at that address; "auto" where JAX
-        knows the cluster (Slurm, Open MPI, Kubernetes, Cloud TPU).
-
-    Raises:
-      ValueError: if it is neither.
+    `place` is "HOST:PORT,N,I" for process I of N, with process 0 at that address, or "auto" where
+    JAX knows the cluster (Slurm, Open MPI, Kubernetes, Cloud TPU).
     """
     if place == "auto":
         distributed.initialize_distributed()

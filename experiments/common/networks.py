@@ -27,15 +27,8 @@ def _shipped(name: str, dataset: str) -> Path:
 def find_teacher(name: str, dataset: str, weights: str | None, workdir: Path) -> Network:
     """Loads a network of that architecture with its weights.
 
-    Args:
-      name: of the architecture, in `MODELS`.
-      dataset: what it was trained on; used where no weights are given.
-      weights: a file, or the hash of a finished run; None: what the repository ships for the
-        pair of name and dataset.
-      workdir: where runs are looked for.
-
-    Raises:
-      ValueError: if there are no such weights, or they do not fit.
+    `weights` is a file, or the hash of a finished run in the workdir; None stands for what the
+    repository ships, trained on the data set.
     """
     MODELS[name]  # an unknown name is reported first
     if weights is None:

@@ -71,14 +71,10 @@ def learning_curves(
 ) -> None:
     """Draws test error against epochs: a panel for each group of records, one line a method.
 
-    Args:
-      panels: title -> method -> its records, one a seed.
-      names: all methods, whether drawn or not: colour and marker follow from their order.
-      path: where the PNG is written.
-      title: above the panels.
+    `names` has all methods, drawn or not: colour and marker follow from their order.
     """
     styles = _styles(names)
-    used = {name: styles[name] for name in names if any(name in each for each in panels.values())}
+    used = {name: styles[name] for name in names if any(name in runs for runs in panels.values())}
     with _figure(len(panels), min(len(panels), 3), path, title, used) as axes:
         for axis, (name, records) in zip(axes, panels.items(), strict=True):
             _error_panel(axis, records, styles, 0.7)
@@ -91,7 +87,6 @@ class Panel:
     """Numbers over a few places, in percent.
 
     Attributes:
-      title, ylabel, xlabel: the panel's texts.
       places: (label, coordinate; None: the axis is of names), in order.
       series: name -> one (mean, standard deviation or None) for each place; None: there is none.
     """
@@ -141,7 +136,7 @@ def _series(axis: Axes, panel: Panel, styles: Mapping[str, tuple[str, str]]) -> 
             line = "-" if numeric else "none"
             axis.errorbar(x, mean, bars, color=colour, capsize=3, linewidth=1.2, linestyle=line)
             for single in (False, True):  # hollow where there is no deviation
-                chosen = [each is None for each in spread] == np.full(len(x), single)
+                chosen = [deviation is None for deviation in spread] == np.full(len(x), single)
                 fill = "white" if single else colour
                 axis.plot(
                     *np.array([x, mean])[:, chosen], marker, color=colour, markersize=6, mfc=fill
@@ -161,7 +156,6 @@ def _series(axis: Axes, panel: Panel, styles: Mapping[str, tuple[str, str]]) -> 
 
 
 def _folded(label: str) -> str:
-    """Breaks a label into several short lines."""
     return "\n".join(textwrap.fill(part, 11) for part in label.split(": "))
 
 
@@ -199,7 +193,6 @@ def _save(figure: Figure, path: Path, dpi: int) -> None:
 
 
 def _styles(names: Iterable[str]) -> dict[str, tuple[str, str]]:
-    """Name -> colour and marker."""
     count = len(COLOURS)  # there are as many markers
     return {
         name: (COLOURS[index % count], MARKERS[(index + index // count) % count])

@@ -23,9 +23,7 @@ class Cell:
     """One cell of a filled table.
 
     Attributes:
-      row, column: where it is.
-      measure: what it shows.
-      run: its run; None: the table does not have this cell.
+      run: None: the table does not have this cell.
       paper: the paper's number, in percent.
       records: of its seeds, in order.
       diverged: how many further seeds ended with non-finite numbers.
@@ -102,17 +100,9 @@ def fill(
 ) -> Filled:
     """Finds the records of each cell.
 
-    Args:
-      table: the table to fill.
-      records: hash -> record.
-      teachers: architecture -> identity, of teachers and of students with published weights.
-        Records of other networks are ignored. Where no identity is given, all records must have
-        the same.
-      diverged: hash -> how the run ended, of runs whose numbers became non-finite.
-
-    Raises:
-      ValueError: naming two teachers in records of one table, or a record that lacks a number that
-        the table shows.
+    `teachers` has the identities of teachers and of students with published weights, by
+    architecture. Records of other networks are ignored. Where no identity is given, all records
+    must have the same. `diverged` has the runs whose numbers became non-finite.
     """
     diverged = {name: end for name, end in (diverged or {}).items() if name not in records}
     known = {**records, **diverged}
@@ -143,14 +133,7 @@ def _seeds(records: Mapping[str, Record]) -> list[int]:
 def identities(
     table: Table, records: Mapping[str, Record], known: Mapping[str, str]
 ) -> dict[str, str]:
-    """Finds the networks whose records a table shows: teachers, and students' published weights.
-
-    Returns:
-      Architecture -> identity, of the known networks and of those that the records name.
-
-    Raises:
-      ValueError: if the records have several networks of an architecture that is not known.
-    """
+    """The networks that are known or named by a table's records: architecture -> identity."""
     networks, seeds = dict(known), _seeds(records)
     for name in {*table.teachers, *table.given} - set(known):
         role = "teacher" if name in table.teachers else "student"

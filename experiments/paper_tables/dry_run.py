@@ -84,9 +84,6 @@ def start_every_cell(
     training data are as many images as the steps need, and one evaluation batch is measured.
     Nothing is written. An untrained network replaces a missing teacher. Runs that differ only in
     their length or share of the data are the same program; each phase of each must have a step.
-
-    Raises:
-      ValueError: at the end, if a cell does not start.
     """
     if steps < 1:
         raise InputError(f"--steps must be at least 1, not {steps}")
@@ -125,7 +122,6 @@ def _start(
     data_dir: str | None,
     resources: Resources,
 ) -> str:
-    """The losses of a few steps."""
     data, test = (read(run.dataset, split, data_dir) for split in ("train", "test"))
     teacher = teachers.get(run.teacher) if run.teacher is not None else None
     if run.teacher is not None and teacher is None:

@@ -18,7 +18,6 @@ def draw(filled: Filled, path: Path) -> None:
 
 
 def _curves(filled: Filled, path: Path, title: str) -> None:
-    """Draws a panel for each group that has records."""
     over = filled.table.columns if filled.table.competing == "rows" else filled.table.rows
     panels = {}
     for group in filled.groups:
@@ -70,7 +69,6 @@ def _styled_names(filled: Filled, over: Axis) -> list[str]:
 
 
 def _here(cell: Cell) -> tuple[float, float | None] | None:
-    """(mean, deviation) in the table's unit."""
     if not cell.values:
         return None
     factor = cell.measure.factor

@@ -18,7 +18,6 @@ class Job:
 
     Attributes:
       run: its configuration, with the architecture for a teacher.
-      seed: the seed of everything.
       examples: of its training data.
       teaches: whether it trains a teacher.
     """
@@ -40,11 +39,7 @@ class Job:
 
     @property
     def steps(self) -> dict[str, int]:
-        """Phase -> optimization steps.
-
-        Raises:
-          ValueError: if a phase has none.
-        """
+        """Phase -> optimization steps."""
         phases, schedules = phases_and_schedules(self.run, round(self.run.fraction * self.examples))
         pairs = zip(phases, schedules, strict=True)
         return {phase.name: schedule.steps for phase, schedule in pairs}
@@ -90,13 +85,9 @@ def jobs(
 ) -> tuple[Job, ...]:
     """Lists all runs of some tables, each once: seed by seed, table by table, group by group.
 
-    A teacher comes right before the first table that needs it. The list does not depend on which
-    runs are finished, so its shares stay the same.
-
-    Args:
-      tables: those to fill.
-      seeds: of each run.
-      given: architectures with known weights, which are not trained.
+    A teacher comes right before the first table that needs it; the architectures in `given` have
+    weights and are not trained. The list does not depend on which runs are finished, so its shares
+    stay the same.
     """
     plan: dict[tuple[str, int, bool], Job] = {}
     for seed in seeds:

@@ -14,11 +14,7 @@ Record = dict[str, Any]
 
 
 def committed(folder: Path = RECORDS) -> dict[str, Record]:
-    """Reads the records of the repository: hash -> record, in order.
-
-    Raises:
-      ValueError: naming a file that is no record, or whose name is not the record's hash.
-    """
+    """Reads the records of the repository: hash -> record, in order."""
     records = {}
     for path in sorted(folder.glob("*.json")):
         record = read_record(path)
@@ -29,19 +25,15 @@ def committed(folder: Path = RECORDS) -> dict[str, Record]:
     return records
 
 
-def finished(workdir: Path) -> dict[str, Record]:
+def finished(workdir: Path, name: str = "record.json") -> dict[str, Record]:
     """Reads the records of a workdir's finished runs: hash -> record."""
-    return _read(workdir, "record.json")
+    records = (read_record(path) for path in sorted((workdir / "runs").glob(f"*/{name}")))
+    return {record["hash"]: record for record in records if record is not None}
 
 
 def diverged(workdir: Path) -> dict[str, Record]:
     """Reads how a workdir's runs with non-finite numbers ended: hash -> record."""
-    return _read(workdir, "diverged.json")
-
-
-def _read(workdir: Path, name: str) -> dict[str, Record]:
-    records = (read_record(path) for path in sorted((workdir / "runs").glob(f"*/{name}")))
-    return {record["hash"]: record for record in records if record is not None}
+    return finished(workdir, "diverged.json")
 
 
 def short(commit: str | None) -> str:

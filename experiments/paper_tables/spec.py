@@ -20,17 +20,11 @@ Record = Mapping[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class Scale:
-    """The size of the runs of a set of tables.
-
-    Attributes:
-      summary: one line.
-      seeds: how many, by default.
-      caveat: what readers must know to compare its numbers with the paper's.
-    """
+    """The size of the runs of a set of tables; `caveat`: what its readers must know."""
 
     summary: str
     seeds: int
-    caveat: str = ""
+    caveat: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,8 +148,6 @@ class Table:
     """A table: a configuration, and two axes that vary it.
 
     Attributes:
-      name: "1", "2", …
-      title: one line.
       scale: a name in `SCALES`.
       run: what all cells have in common.
       rows, columns: what varies.
@@ -215,11 +207,7 @@ class Table:
         columns: Sequence[str] | None = None,
         methods: Sequence[str] | None = None,
     ) -> Table:
-        """Selects some of the rows and columns; None: all.
-
-        Raises:
-          ValueError: for a name that the table does not have, or names that have no cell.
-        """
+        """Selects some of the rows and columns; None: all."""
         table = dataclasses.replace(
             self,
             rows=self.rows.select(rows, f"row of table {self.name}"),
