@@ -81,7 +81,9 @@ def test_a_flipped_bit(name, workdir, directory):
     try:
         for place in (0.1, 0.5, 0.9):
             flip(path, int(8 * len(content) * place))
-            with pytest.raises(InputError, match=f"{directory}.* (damaged|another|is no|cannot be read)"):
+            with pytest.raises(
+                InputError, match=f"{directory}.* (damaged|another|is no|cannot be read)"
+            ):
                 distill(**base(), workdir=workdir)
             path.write_bytes(content)
     finally:
