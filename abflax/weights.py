@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +64,7 @@ def from_torch(name: str, state_dict: Mapping[str, Any], prefix: str = "") -> di
             raise InputError(f"{what}: '{torch_name}' has shape {array.shape}, expected {expected}")
         if not np.issubdtype(array.dtype, np.floating) and array.dtype != jnp.bfloat16:
             raise InputError(f"{what}: '{torch_name}' holds {array.dtype}, no floats")
+        _require_numbers(f"{what}: '{torch_name}'", array, path)
     if unused:
         raise InputError(f"{what}: '{min(unused)}' is no weight of this architecture")
     return unflatten_dict(flat)
@@ -152,10 +153,20 @@ def load_network(name: str, path: str | Path, label: str | None = None) -> Netwo
         model = MODELS[name](num_classes=len(arrays["params/classifier/bias"]))
         channels = arrays["params/stem/kernel"].shape[2]
         require_fits(f"weights file {path}", model, variables, (32, 32, channels))
+        for key, array in arrays.items():
+            _require_numbers(f"weights file {path} for {name}: '{key}'", array, key.split("/"))
     else:
         variables = from_torch(name, arrays)
         model, _ = _architecture(name, arrays)
     return Network(model, variables, label)
+
+
+def _require_numbers(what: str, array: np.ndarray, path: Sequence[str]) -> None:
+    """Raises `InputError` for NaN or infinity, and for a running variance below 0."""
+    if not np.isfinite(array).all():
+        raise InputError(f"{what} holds NaN or infinity")
+    if path[0] == "batch_stats" and path[-1] == "var" and (array < 0).any():
+        raise InputError(f"{what} is a variance, but below 0")
 
 
 def _array(what: str, value: Any) -> np.ndarray:

@@ -16,7 +16,6 @@ Examples:
 """
 
 import dataclasses
-import json
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -28,7 +27,7 @@ from rich.console import Console
 from abflax import Network, load
 from abflax.data import DATASETS
 from abflax.errors import InputError, unknown
-from abflax.storage.files import write_whole
+from abflax.storage.files import as_json, write_whole
 from abflax.training.record import read_record, require_writable
 from experiments.analysis import figures
 from experiments.analysis.report import arrays, examine_all, summarise, tables
@@ -103,12 +102,12 @@ def main(console: Console) -> None:
         "dataset": dataset,
         **summarise(findings, arguments.groups),
     }
-    write_whole(directory / "analysis.json", (json.dumps(summary, indent=1) + "\n").encode())
+    write_whole(directory / "analysis.json", as_json(summary).encode())
     named: dict[str, Any] = dict(arrays(findings))
     np.savez_compressed(directory / "analysis.npz", **named)
     pictures = figures.draw(findings, summary, directory)
     if arguments.json:
-        json.dump(summary, sys.stdout, indent=1)
+        sys.stdout.write(as_json(summary))
         return
     for table in tables(summary):
         console.print(table, soft_wrap=True)

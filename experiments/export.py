@@ -21,7 +21,6 @@ and elsewhere, with nothing but JAX (and flatbuffers):
 """
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -35,7 +34,7 @@ from abflax.data import DATASETS, Preprocessing
 from abflax.errors import InputError, unknown
 from abflax.export import require_same_logits, require_same_weights, serialize, signature_of
 from abflax.models import MODELS
-from abflax.storage.files import write_whole
+from abflax.storage.files import as_json, write_whole
 from abflax.taps import module_of
 from abflax.training.record import read_record, require_writable
 from abflax.weights import load_network, save_state_dict
@@ -94,7 +93,7 @@ def main(console: Console) -> None:
         "largest_difference": difference,
     }
     path = directory / "signature.json"
-    write_whole(path, (json.dumps(signature, indent=1) + "\n").encode())
+    write_whole(path, as_json(signature).encode())
     console.print(f"{path}", soft_wrap=True)
 
 

@@ -19,7 +19,6 @@ The same command again resumes where it stopped; a finished run is not trained t
 
 import dataclasses
 import functools
-import json
 import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -32,7 +31,7 @@ from abflax.errors import InputError
 from abflax.methods import METHODS, PROTOCOLS
 from abflax.models import MODELS
 from abflax.runtime.distributed import is_first
-from abflax.storage.files import read_json
+from abflax.storage.files import as_json, read_json
 from abflax.training.record import read_record
 from experiments.common import cli
 from experiments.common.networks import architecture, find_teacher
@@ -115,7 +114,7 @@ def train(arguments: Arguments, console: Console) -> None:
             functools.partial(run_group, [{"seeds": seeds} for seeds in group]) for group in groups
         )
     if arguments.json:
-        json.dump([result.record for result in results], sys.stdout, indent=1)
+        sys.stdout.write(as_json([result.record for result in results]))
         return
     errors = [result.record["result"]["test_error"] for result in results]
     for result, error in zip(results, errors, strict=True):
@@ -137,7 +136,8 @@ def evaluate_network(arguments: Arguments, console: Console) -> None:
     test = load(config.dataset, "test", arguments.data_dir)
     measured = evaluate(network, test, arguments.resources.devices)
     if arguments.json:
-        json.dump({"network": network.name, "dataset": config.dataset, **measured}, sys.stdout)
+        found = {"network": network.name, "dataset": config.dataset, **measured}
+        sys.stdout.write(as_json(found))
         return
     console.print(
         f"{network.name} on {config.dataset}: test error {percent(measured['test_error'])} % "
@@ -151,7 +151,7 @@ def list_runs(arguments: Arguments, console: Console) -> None:
     """Prints every run of the workdir, with its state and result."""
     rows = [_row(path) for path in sorted((arguments.workdir / "runs").glob("*/config.json"))]
     if arguments.json:
-        json.dump(rows, sys.stdout, indent=1)
+        sys.stdout.write(as_json(rows))
         return
     if not rows:
         console.print(f"no runs in {arguments.workdir}")

@@ -20,7 +20,6 @@ The same command again resumes where it stopped; a finished run is not trained t
 
 import dataclasses
 import functools
-import json
 import sys
 from collections import defaultdict
 from collections.abc import Sequence
@@ -35,6 +34,7 @@ from abflax import InputError, Network, Resources, Result, RunConfig, distill_gr
 from abflax.data import ImageFiles, load_image_files, read_folder
 from abflax.data.folder import MOST_BROKEN
 from abflax.models import MODELS
+from abflax.storage.files import as_json
 from experiments.common import cli
 from experiments.common.networks import find_teacher, pretrained_backbone, setting_of
 from experiments.common.stats import mean_and_std
@@ -121,7 +121,7 @@ def main(console: Console) -> None:
             for seed in arguments.seeds
         )
     if arguments.json:
-        json.dump([result.record for result in results], sys.stdout, indent=1)
+        sys.stdout.write(as_json([result.record for result in results]))
         return
     for result in results:
         console.print(f"{result.directory}", soft_wrap=True)

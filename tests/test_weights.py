@@ -3,9 +3,11 @@
 import pickle
 
 import chex
+import jax
 import numpy as np
 import pytest
 import safetensors.numpy
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from abflax.errors import InputError
 from abflax.models import MODELS
@@ -16,7 +18,7 @@ from abflax.weights import (
     save_variables,
     to_torch,
 )
-from tests.conftest import under
+from tests.conftest import draw_variables, under
 
 
 @pytest.fixture(scope="module")
@@ -137,3 +139,23 @@ def test_to_torch_inverts(state_dict):
     variables = from_torch("wrn10-1", state_dict)
     back = to_torch(MODELS["wrn10-1"](), variables)
     chex.assert_trees_all_equal(from_torch("wrn10-1", back), variables)
+
+
+@pytest.mark.parametrize("published", [False, True])
+def test_weights_that_are_none_are_named(tmp_path, published):
+    model = MODELS["wrn10-1"]()
+    good = draw_variables(model, (8, 8, 1))
+    for value, where, sentence in (
+        (np.nan, ("params", "classifier", "bias"), "holds NaN or infinity"),
+        (-1.0, ("batch_stats", "norm", "var"), "is a variance, but below 0"),
+    ):
+        flat = flatten_dict(jax.tree.map(np.array, good))
+        path = next(key for key in flat if key[0] == where[0] and key[-1] == where[-1])
+        flat[path].ravel()[0] = value
+        variables = unflatten_dict(flat)
+        if published:
+            np.savez(tmp_path / "weights.npz", **to_torch(model, variables))
+        else:
+            np.savez(tmp_path / "weights.npz", **flatten_dict(variables, sep="/"))
+        with pytest.raises(InputError, match=f"'[^']+' {sentence}"):
+            load_network("wrn10-1", tmp_path / "weights.npz")

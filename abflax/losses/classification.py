@@ -18,13 +18,16 @@ def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
       labels: integers `[...]` in `[0, classes)`.
 
     Returns:
-      `[...]`, in nats, at least float32.
+      `[...]`, in nats, at least float32; NaN for a label outside the classes.
 
     Raises:
       ValueError: if the leading shapes differ, there is no class, or the labels are not integers.
     """
     logits, labels = at_least_float32(logits), jnp.asarray(labels)
     require_labels("cross_entropy", logits, labels)
+    # Past the end an index gives NaN; a negative one would count from the end.
+    labels = labels.astype(jnp.promote_types(labels.dtype, jnp.int32))
+    labels = jnp.where(labels < 0, logits.shape[-1], labels)
     return optax.losses.softmax_cross_entropy_with_integer_labels(logits, labels)
 
 

@@ -6,6 +6,7 @@ Targets depend only on the teacher and can be cached; the loss depends only on t
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -144,7 +145,8 @@ def make_targets(
     """Computes what a batch needs of the teacher.
 
     Returns:
-      The targets, term by term, and the teacher's running statistics after the pass.
+      The targets, term by term (and a last entry, see `_targets`), and the teacher's running
+      statistics after the pass.
     """
     (targets,), stats = make_all_targets((objective,), teacher_params, teacher_stats, images)
     return targets, stats
@@ -156,7 +158,8 @@ def make_all_targets(
     """`make_targets` for several objectives with one teacher in one mode: one forward pass."""
     teacher = next((each.teacher for each in objectives if each.runs_teacher), None)
     if teacher is None:
-        return tuple(tuple(None for _ in each.phase.terms) for each in objectives), teacher_stats
+        none = tuple((*(None for _ in each.phase.terms), None) for each in objectives)
+        return none, teacher_stats
     forward = run_model(
         teacher,
         {"params": teacher_params, "batch_stats": teacher_stats},
@@ -170,10 +173,26 @@ def make_all_targets(
 
 
 def _targets(objective: Objective, teacher: Forward) -> tuple[Any, ...]:
-    return tuple(
+    """The targets of each term; and whether the taps behind booleans are finite, `[batch]`.
+
+    NaN in a float stays one in the loss, but a boolean hides it.
+    """
+    terms = [term for _, term in objective.phase.terms]
+    targets = tuple(
         term.targets(pool_positions(teacher, pooled)) if term.needs_teacher else None
-        for (_, term), pooled in zip(objective.phase.terms, objective.pooled, strict=True)
+        for term, pooled in zip(terms, objective.pooled, strict=True)
     )
+    hidden = {
+        name
+        for term, computed in zip(terms, targets, strict=True)
+        if any(leaf.dtype == bool for leaf in jax.tree.leaves(computed))
+        for name in term.chosen(teacher.taps)
+    }
+    finite = [
+        jnp.isfinite(teacher.taps[name]).reshape(len(teacher.logits), -1).all(axis=1)
+        for name in sorted(hidden)
+    ]
+    return (*targets, functools.reduce(jnp.logical_and, finite) if finite else None)
 
 
 def student_loss(

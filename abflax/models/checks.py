@@ -73,8 +73,10 @@ def require_fits(what: str, model: Model, variables: Any, image_shape: tuple[int
                 f"{what} for {name}: '{key}' has shape {actual[key].shape}, where images of "
                 f"{image_shape[-1]} channels need {expected[key].shape}"
             )
-        if not jnp.issubdtype(actual[key].dtype, jnp.floating):
-            raise InputError(f"{what} for {name}: '{key}' holds {actual[key].dtype}, no floats")
+        floats = jnp.issubdtype(expected[key].dtype, jnp.floating)
+        if floats != jnp.issubdtype(actual[key].dtype, jnp.floating):
+            kind = "no floats" if floats else "no whole numbers"
+            raise InputError(f"{what} for {name}: '{key}' holds {actual[key].dtype}, {kind}")
 
 
 def require_part(what: str, model: Model, variables: Any, image_shape: tuple[int, ...]) -> None:

@@ -8,7 +8,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from abflax.errors import DiskError, InputError
+from abflax.errors import DiskError, InputError, NonFiniteError
 
 
 def write_whole(path: Path, content: bytes) -> None:
@@ -32,6 +32,18 @@ def write_whole(path: Path, content: bytes) -> None:
             raise
     except OSError as error:
         raise DiskError(f"cannot write {path}: {error.strerror}") from error
+
+
+def as_json(value: Any) -> str:
+    """JSON text, which holds only numbers: NaN and infinity are none in JSON.
+
+    Raises:
+      NonFiniteError: for any of them.
+    """
+    try:
+        return json.dumps(value, indent=1, allow_nan=False) + "\n"
+    except ValueError as error:
+        raise NonFiniteError(f"what is to be written holds NaN or infinity: {error}") from error
 
 
 def read_json(path: Path) -> Any:

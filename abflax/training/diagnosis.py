@@ -62,7 +62,7 @@ def find_nonfinite(
 
     phase, params, stats = objective.phase, state.params, state.batch_stats
     sources, taps = [bad("the images", images)], []
-    if objective.teacher is not None and objective.runs_teacher:
+    if objective.teacher is not None:
         variables = {"params": teacher_params, "batch_stats": stats["teacher"]}
         train = phase.teacher_batch_statistics
         teacher = run_model(objective.teacher, variables, images, train=train)

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from abflax.data import Dataset, ImageFiles
+from abflax.errors import NonFiniteError
 from abflax.methods import METHODS, PhaseSchedule
 from abflax.models.checks import require_classes, require_fits, require_runs
 from abflax.models.network import Network, configure_model
@@ -35,6 +36,7 @@ def evaluate(
 
     Raises:
       ValueError: if the network does not fit the data.
+      NonFiniteError: if its logits are NaN or infinite.
     """
     used = usable_devices(devices)
     require_runs("the network", network.model, test.image_shape, train=False, dropout=False)
@@ -52,6 +54,8 @@ def evaluate(
     with detect_lost_process(), contextlib.closing(Evaluation(test, used)) as evaluation:
         program = compile_phase(model, None, phase, PhaseSchedule.single_step(), evaluation.spec)
         (measured,) = evaluation((program,), (student,), {})
+    if not np.isfinite(measured["test_cross_entropy"]):
+        raise NonFiniteError("the network's logits, or its cross-entropy, are not finite numbers")
     return measured
 
 

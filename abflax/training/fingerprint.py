@@ -34,7 +34,7 @@ from abflax.errors import InputError
 from abflax.models.network import Network, configure_model, digest
 from abflax.models.variables import abstract_variables, init_variables
 from abflax.runtime.distributed import on_process_zero
-from abflax.storage.files import read_json, write_whole
+from abflax.storage.files import as_json, read_json, write_whole
 from abflax.taps import Model, module_of, run_model
 
 FILE = "fingerprint.json"
@@ -144,7 +144,7 @@ def write_fingerprint(directory: Path, own: Fingerprint) -> None:
     """Writes the fingerprint into a run's folder, with the digest of its record if it has one."""
     content: dict[str, Any] = own | {"record": _record_digest(directory)}
     content["digest"] = _digest(content)
-    write_whole(directory / FILE, (json.dumps(content, indent=1) + "\n").encode())
+    write_whole(directory / FILE, as_json(content).encode())
 
 
 def _digest(content: Any) -> str:

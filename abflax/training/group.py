@@ -13,6 +13,7 @@ import numpy as np
 from abflax.config import Resources, RunConfig
 from abflax.data import Dataset, ImageFiles, Stream, few_shot_subset, subset
 from abflax.models.network import Network, configure_model
+from abflax.models.variables import floats_in
 from abflax.runtime.reporter import NullReporter, Reporter
 from abflax.taps import Model
 from abflax.training.devices import (
@@ -76,11 +77,15 @@ class TrainingGroup:
         self.teacher: Model | None = None
         self.teacher_params: Any = {}
         self.teacher_stats: Any = {}
+        self.teacher_is_finite = True
         if teacher is not None:
             self.teacher = configure_model(teacher.model, config.precision, AXIS)
             dtype = jnp.result_type(float)
             # Copies: the statistics are donated with the state.
-            variables = jax.tree.map(lambda leaf: np.array(leaf, dtype), dict(teacher.variables))
+            variables = floats_in(dtype, jax.tree.map(np.array, dict(teacher.variables)))
+            self.teacher_is_finite = all(
+                bool(np.isfinite(leaf).all()) for leaf in jax.tree.leaves(variables)
+            )
             self.teacher_stats = variables.get("batch_stats", {})
             self.teacher_params = replicate(variables["params"], devices)
         self.key = jax.random.key(config.seeds.augmentation)

@@ -14,6 +14,9 @@ from abflax.config import RunConfig
 from abflax.errors import InputError
 from abflax.methods import Phase, PhaseSchedule
 
+_GREW = 1000.0  # times
+_SMALL = 1e-3  # a loss that begins lower has room to grow
+
 
 @dataclasses.dataclass
 class TrainHistory:
@@ -27,6 +30,7 @@ class TrainHistory:
       group_size: the most runs that were trained in one program with it, itself included.
       counted: steps since the last evaluation.
       sums: the sums of their metrics.
+      losses: phase -> the loss of its first step, and the highest of any.
     """
 
     step: int = 0
@@ -36,6 +40,7 @@ class TrainHistory:
     group_size: int = 1
     counted: int = 0
     sums: dict[str, float] = dataclasses.field(default_factory=dict)
+    losses: dict[str, list[float]] = dataclasses.field(default_factory=dict)
 
     def add(self, metrics: dict[str, np.ndarray], count: int) -> None:
         """Adds up the first `count` steps of metrics, `[steps]` each, in order."""
@@ -43,6 +48,21 @@ class TrainHistory:
             for name, values in metrics.items():
                 self.sums[name] = self.sums.get(name, 0.0) + float(values[index])
         self.counted += count
+
+    def add_losses(self, phase: str, losses: np.ndarray) -> None:
+        """Takes note of the losses of a phase's next steps, `[steps]`."""
+        if len(losses):
+            first, highest = self.losses.get(phase, [float(losses[0])] * 2)
+            self.losses[phase] = [first, max(highest, float(losses.max()))]
+
+    def describe_growth(self) -> str:
+        """One sentence, if the loss of a phase has ever grown a thousandfold; else ""."""
+        grown = [
+            f"in phase {phase} the loss grew from {first:.3g} to {highest:.3g}"
+            for phase, (first, highest) in self.losses.items()
+            if highest > _GREW * max(first, _SMALL)
+        ]
+        return f"{' and '.join(grown)}: is the learning rate too high?" if grown else ""
 
     def take_means(self) -> dict[str, Any]:
         """Returns the mean metrics since the last evaluation, and starts counting anew."""

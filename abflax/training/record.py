@@ -18,6 +18,7 @@ Schema 1. A record is an object with
   `initialise_agreement`: agreement at the end of the initialise phase, if there was one;
 - `weights`: the digest of the student's weights, as `abflax.Network` has it in its name (not in
   records made before it was written);
+- `warning`: only where the loss of a phase has grown a thousandfold: one sentence;
 - `seconds`: training and evaluation, compilation included, over all sittings;
 - `environment`: `abflax`, `python`, `jax`, `jaxlib`, `flax`, `optax`, `device`, `devices` (of all
   `processes`; that count is not in records made before there could be several), `commit` (with "+"
@@ -32,7 +33,6 @@ A run whose numbers went wrong has another file, of `schema`, `hash`, `config`, 
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import os
 import platform
 import subprocess
@@ -47,7 +47,7 @@ import pydantic
 
 from abflax.config import RunConfig
 from abflax.errors import InputError
-from abflax.storage.files import read_json, write_whole
+from abflax.storage.files import as_json, read_json, write_whole
 
 SCHEMA = 1
 """The schema that records are written in, and the only one that is read."""
@@ -138,7 +138,7 @@ def _now() -> str:
 
 def write_record(path: Path, record: Any) -> None:
     """Writes a record whole or not at all. Raises `DiskError` where it cannot be written."""
-    write_whole(path, (json.dumps(record, indent=1, allow_nan=False) + "\n").encode())
+    write_whole(path, as_json(record).encode())
 
 
 def require_writable(directory: Path) -> None:

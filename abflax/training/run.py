@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+import warnings
 from typing import Any
 
 import jax
@@ -15,7 +16,7 @@ from abflax.errors import DiskError, InputError, NonFiniteError
 from abflax.models.network import Network, configure_model, digest
 from abflax.runtime.distributed import max_over_processes
 from abflax.runtime.preemption import Interrupted
-from abflax.runtime.reporter import Reporter
+from abflax.runtime.reporter import NullReporter, Reporter
 from abflax.taps import Model
 from abflax.training.compatibility import require_cacheable, require_synchronized
 from abflax.training.devices import AXIS, replicate
@@ -245,6 +246,11 @@ class Run:
         else:
             variables = self.snapshot[1].student
             record = self._make_record(digest(variables))
+            if warning := self.history.describe_growth():
+                record["warning"] = warning
+                self.group.reporter.finished(f"{self.config.hash}: {warning}")
+                if isinstance(self.group.reporter, NullReporter):
+                    warnings.warn(f"{self.config.hash}: {warning}", RuntimeWarning, stacklevel=1)
             self.result = self.directory.finish(record, variables)
 
     def _restore_checkpoint(self, description: dict[str, Any]) -> None:
@@ -281,15 +287,18 @@ class Run:
 
         Returns the newest loss among them. Raises `NonFiniteError`.
         """
-        loss = None
+        loss, teacher_is_finite = None, self.group.teacher_is_finite
         while len(self._pending) > leave:
             start, metrics, count = self._pending.pop(0)
             flat = {k: np.asarray(v) for k, v in flatten_dict(metrics, sep="/").items()}
-            finite = np.isfinite([flat["loss"][:count], flat["gradient_norm"][:count]])
+            numbers = [flat["loss"][:count], flat["gradient_norm"][:count]]
+            finite = np.isfinite([*numbers, np.full(count, 0 if teacher_is_finite else np.nan)])
             good = int(np.argmin(np.append(finite.all(axis=0), False)))
             self._trend.add(flat["loss"][:good])
+            phase = self.phases[self.history.phase].name
+            self.history.add_losses(phase, flat["loss"][:good])
             if good < count:
-                name = "gradient norm" if finite[0, good] else "loss"
+                name = ("loss", "gradient norm", "teacher")[int(np.argmin(finite[:, good]))]
                 self._raise_nonfinite(name, start + good)
             self.history.add(flat, count)
             loss = float(flat["loss"][count - 1])
@@ -346,11 +355,13 @@ class Run:
         }
         if not measured:
             return entry
-        if not np.isfinite(measured["test_cross_entropy"]):
+        numbers = {"cross-entropy": measured["test_cross_entropy"]}
+        numbers |= {f"agreement of {name}": each for name, each in measured["agreement"].items()}
+        if none := [name for name, number in numbers.items() if not np.isfinite(number)]:
             norm = norm_of(jax.tree.map(np.asarray, self.state.params["student"]))
             diverged = self._trend.divergence(norm, rate)
             raise NonFiniteError(
-                f"the cross-entropy on held-out data is not finite after step {self.step} of the "
+                f"the {none[0]} on held-out data is not finite after step {self.step} of the "
                 f"run; {diverged + '; ' if diverged else ''}{self._last_checkpoint()}"
             )
         names = ("test_error", "test_cross_entropy", "agreement", "silent")

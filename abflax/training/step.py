@@ -7,6 +7,7 @@ parameters that a phase leaves alone.
 from __future__ import annotations
 
 import dataclasses
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import struct
+from jax.extend.core import Var
 from jax.interpreters.partial_eval import dce_jaxpr
 
 from abflax.losses import activation_indicator, cross_entropy
@@ -120,9 +122,22 @@ def train_step(
         has_aux=True,
     )(state.params)
     stats = stats | {"teacher": teacher_stats}
+    if (finite := targets[-1]) is not None:
+        loss = jnp.where(jax.lax.optimization_barrier(finite).all(), loss, jnp.nan)
     metrics = {"loss": loss, **measures}
     if objective.axis_name is not None:
+        own = stats
         gradients, stats, metrics = jax.lax.pmean((gradients, stats, metrics), objective.axis_name)
+        # Whole numbers count something, and stay whole: their mean would be a float.
+        stats = jax.tree.map(
+            lambda leaf, mean: (
+                mean
+                if jnp.issubdtype(leaf.dtype, jnp.inexact)
+                else jax.lax.pmax(leaf, objective.axis_name)
+            ),
+            own,
+            stats,
+        )
     updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     metrics["gradient_norm"] = optax.tree.norm(gradients)
@@ -187,16 +202,19 @@ def eval_step(
             connected = {name: mapped.taps[name] for name in names} | connected
     student = dataclasses.replace(student, taps=student.taps | connected)
     for layer in objective.measured:
-        share = jax.vmap(activation_agreement)(student.taps[layer], teacher.taps[layer])
+        ours, theirs = student.taps[layer], teacher.taps[layer]
+        share = jax.vmap(activation_agreement)(ours, theirs)
+        finite = jax.vmap(lambda *taps: jnp.isfinite(jnp.stack(taps)).all())(ours, theirs)
+        share = jnp.where(finite, share, jnp.nan)  # an indicator of NaN is 0
         sums["agreement"][layer] = jnp.where(mask, share, 0).sum()
     return sums
 
 
 def trainable_mask(objective: Objective, image_shape: tuple[int, ...]) -> Any:
-    """Finds which parameters the objective depends on.
+    """Finds which parameters get a gradient from the objective.
 
     The others get no gradient, so they get no weight decay either (the classifier in the initialise
-    phase, or everything behind the one layer that a term compares).
+    phase, everything behind the one layer that a term compares, or behind a `stop_gradient`).
 
     Returns:
       A tree of booleans, shaped as `TrainState.params`.
@@ -225,5 +243,11 @@ def trainable_mask(objective: Objective, image_shape: tuple[int, ...]) -> Any:
     arguments = (state.params, teacher["params"], images, labels)
     jaxpr = jax.make_jaxpr(loss, axis_env=axes)(*arguments).jaxpr
     _, used = dce_jaxpr(jaxpr, [True])
-    leaves, tree = jax.tree.flatten(state.params)
-    return jax.tree.unflatten(tree, used[: len(leaves)])
+    gradients = jax.make_jaxpr(jax.grad(loss), axis_env=axes)(*arguments).jaxpr
+    computed = set(gradients.invars)  # else an output is a constant: the zero of no gradient
+    for equation in gradients.eqns:
+        if any(isinstance(each, Var) and each in computed for each in equation.invars):
+            computed.update(equation.outvars)
+    reached = [isinstance(each, Var) and each in computed for each in gradients.outvars]
+    tree = jax.tree.structure(state.params)
+    return jax.tree.unflatten(tree, map(operator.and_, used, reached))

@@ -9,11 +9,13 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from abflax import Dataset, Network, NonFiniteError, Resources, distill, load
+from abflax import Dataset, Network, NonFiniteError, Resources, distill, evaluate, load
 from abflax.data import Stream
 from abflax.methods import PROTOCOLS
 from abflax.models.variables import init_variables
+from abflax.runtime.reporter import Reporter
 from abflax.storage.checkpoint import Checkpoints
+from abflax.storage.files import as_json
 from abflax.taps import sow_tap
 from abflax.training.diagnosis import Trend, norm_of
 from tests.conftest import Small
@@ -174,3 +176,74 @@ def test_held_out_numbers_that_are_none(digits, tmp_path):
         "the first checkpoint"
     )
     assert not list(tmp_path.glob("runs/*/record.json"))
+
+
+METHODS = ["activation-boundary", "kd", "cross-entropy"]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_bad_teacher_stops_any_method(digits, teacher, method):
+    """At step 0, also where it is only measured, and though ρ(NaN) = 0 hides it from booleans."""
+    variables = jax.tree.map(np.array, teacher.variables)
+    variables["params"]["stem"]["kernel"][0, 0, 0, 0] = np.nan
+    sentence = _fails(digits, Network(Small(), variables), method=method, epochs=(1, 1))
+    assert re.match("the (loss|teacher) is not finite at step 0 ", sentence)
+    assert "the teacher's params/stem/kernel" in sentence
+
+
+class Overflowing(Small):
+    """Its weights are numbers, its tap is none."""
+
+    @nn.compact
+    def __call__(self, images, *, train):
+        tap = nn.Conv(64, (3, 3), (2, 2), param_dtype=self.param_dtype, name="stem")(images)
+        sow_tap(self, "layer1", jnp.sqrt(-1 - tap**2))
+        pooled = nn.relu(tap).mean(axis=(1, 2))
+        return nn.Dense(10, param_dtype=self.param_dtype, name="classifier")(pooled)
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_a_bad_tap(digits, teacher, cached):
+    resources = Resources(1, cache_targets=cached)
+    with pytest.raises(NonFiniteError, match="at step 0 of phase initialise.* teacher's layer1"):
+        distill(Small(), Network(Overflowing(), teacher.variables), digits, batch_size=16,
+                epochs=(1, 1), views=1, resources=resources)  # fmt: skip
+
+
+def test_a_measured_tap_that_is_none(digits, teacher):
+    sentence = _fails(digits, Network(Overflowing(), teacher.variables), test=digits)
+    assert sentence.startswith("the agreement of layer1 on held-out data is not finite")
+
+
+def test_evaluating_numbers_that_are_none(digits, teacher):
+    """It is no error of 90 %."""
+    variables = jax.tree.map(np.array, teacher.variables)
+    variables["params"]["classifier"]["bias"][3] = np.nan
+    with pytest.raises(NonFiniteError, match="the network's logits"):
+        evaluate(Network(Small(), variables), digits)
+
+
+def test_json_holds_numbers():
+    for value in ({"a": [np.nan]}, {"a": float("inf")}):
+        with pytest.raises(NonFiniteError, match="holds NaN or infinity"):
+            as_json(value)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_a_loss_that_grew_a_thousandfold_is_told(digits, monkeypatch):
+    steep = dataclasses.replace(
+        PROTOCOLS["paper"]["cifar"],
+        joint=dataclasses.replace(PROTOCOLS["paper"]["cifar"].joint, learning_rate=1e5),
+    )
+    said = []
+    settings = {"method": "cross-entropy", "epochs": (0, 1), "batch_size": 16,
+                "resources": Resources(1)}  # fmt: skip
+    assert "warning" not in distill(Small(), None, digits, **settings).record
+    monkeypatch.setitem(PROTOCOLS["paper"], "cifar", steep)
+    with pytest.warns(RuntimeWarning, match="in phase joint the loss grew from 2"):
+        result = distill(Small(), None, digits, **settings)
+    assert "is the learning rate too high?" in result.record["warning"]
+    reporter = Reporter()
+    monkeypatch.setattr(reporter, "finished", lambda note="": said.append(note), raising=False)
+    distill(Small(), None, digits, **settings, reporter=reporter)
+    assert f"{result.record['hash']}: {result.record['warning']}" in said
