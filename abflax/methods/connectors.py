@@ -22,6 +22,29 @@ from abflax.models.layers import CONV_INIT, DENSE_INIT, ConfiguredModule
 from abflax.taps import Forward
 
 
+@dataclasses.dataclass(frozen=True)
+class Pair:
+    """Two networks, as a term's module is made for them.
+
+    Attributes:
+      layers: those that the term compares, the shallowest first.
+      student: the shapes of its forward pass, for a batch of one.
+      teacher: likewise; None where there is none.
+      fields: the student's `dtype`, `param_dtype`, and the `axis_name`.
+    """
+
+    layers: tuple[str, ...]
+    student: Forward
+    teacher: Forward | None
+    fields: Mapping[str, Any]
+
+    @property
+    def widths(self) -> tuple[tuple[str, int], ...]:
+        """(layer, channels of the teacher) of each layer."""
+        assert self.teacher is not None
+        return tuple((layer, self.teacher.taps[layer].shape[-1]) for layer in self.layers)
+
+
 class Connectors(ConfiguredModule):
     """Maps a network's taps to the teacher's widths, tap by tap.
 
@@ -31,21 +54,28 @@ class Connectors(ConfiguredModule):
     Attributes:
       widths: (tap, channels of the teacher) of the taps to map; a tap that already has that many
         channels is left unchanged.
+      equal: whether a tap that already has that many channels is mapped as well.
     """
 
     widths: tuple[tuple[str, int], ...]
+    equal: bool = False
+
+    @classmethod
+    def between(cls, pair: Pair, equal: bool = False) -> Connectors:
+        """Creates the connectors of the layers that a term compares."""
+        return cls(pair.widths, equal, **pair.fields)
 
     @nn.compact
-    def __call__(self, student: Forward, *, train: bool) -> Forward:
-        """Returns the forward pass with mapped taps, each `[..., channels of the teacher]`."""
+    def __call__(self, student: Forward, targets: Any, *, train: bool) -> tuple[Forward, Any]:
+        """Maps the student's taps, each to `[..., channels of the teacher]`."""
         mapped = {
             name: self._connect(name, student.taps[name], width, train)
             for name, width in self.widths
         }
-        return dataclasses.replace(student, taps={**student.taps, **mapped})
+        return dataclasses.replace(student, taps={**student.taps, **mapped}), targets
 
     def _connect(self, name: str, tap: jax.Array, width: int, train: bool) -> jax.Array:
-        if tap.shape[-1] == width:
+        if tap.shape[-1] == width and not self.equal:
             return tap
         flat = tap.reshape(-1, tap.shape[-1])
         flat = nn.Dense(
@@ -79,9 +109,17 @@ class ExtraHead(nn.Module):
     dtype: Any = None
     param_dtype: Any = jnp.float32
 
+    @classmethod
+    def between(cls, pair: Pair) -> ExtraHead:
+        """Creates the head. Raises `ValueError` if there is no teacher."""
+        if pair.teacher is None:
+            raise InputError("an extra head is over the classes of a teacher, which is not given")
+        fields = {name: value for name, value in pair.fields.items() if name != "axis_name"}
+        return cls(pair.teacher.logits.shape[-1], **fields)
+
     @nn.compact
-    def __call__(self, student: Forward, *, train: bool) -> Forward:
-        """Returns the forward pass with this head's logits, `[batch, num_classes]`.
+    def __call__(self, student: Forward, targets: Any, *, train: bool) -> tuple[Forward, Any]:
+        """Replaces the student's logits by this head's, `[batch, num_classes]`.
 
         Raises:
           ValueError: if the network does not sow its features.
@@ -96,20 +134,7 @@ class ExtraHead(nn.Module):
             kernel_init=DENSE_INIT,
             name="head",
         )
-        return dataclasses.replace(student, logits=head(student.features))
-
-
-def connect(
-    teacher: Mapping[str, tuple[int, ...]], layers: tuple[str, ...], **fields: Any
-) -> Connectors:
-    """Creates connectors for the chosen layers.
-
-    Args:
-      teacher: tap -> shape, with a leading batch dimension.
-      layers: the taps to connect.
-      **fields: `dtype`, `param_dtype` and `axis_name`.
-    """
-    return Connectors(tuple((layer, teacher[layer][-1]) for layer in layers), **fields)
+        return dataclasses.replace(student, logits=head(student.features)), targets
 
 
 def require_same_taps(student: Iterable[str], teacher: Iterable[str]) -> None:

@@ -12,13 +12,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import linen as nn
 
 from abflax.errors import InputError
 from abflax.methods.connectors import (
-    Connectors,
-    ExtraHead,
+    Pair,
     common_positions,
-    connect,
     pool_positions,
     require_same_positions,
     require_same_taps,
@@ -26,7 +25,7 @@ from abflax.methods.connectors import (
 from abflax.methods.phase import Phase
 from abflax.methods.terms import LayerTerm, Term
 from abflax.models.variables import abstract_variables
-from abflax.taps import Forward, Model, module_of, number_of_logits, run_model, tap_shapes
+from abflax.taps import Forward, Model, abstract_forward, module_of, run_model
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +36,7 @@ class Objective:
       student: a Linen module, with its tap paths where it does not sow its taps.
       teacher: likewise; None where no term needs one.
       phase: the weighted terms and their optimizer.
-      connectors: one for each term; None for a term without.
+      connectors: each term's module; None for a term without.
       pooled: for each term, the layers whose larger map is pooled, and the sides it is pooled to.
       measured: the layers whose agreement can be measured: both networks have the same neurons
         there (after the connectors, if there are any).
@@ -47,7 +46,7 @@ class Objective:
     student: Model
     teacher: Model | None
     phase: Phase
-    connectors: tuple[Connectors | ExtraHead | None, ...]
+    connectors: tuple[nn.Module | None, ...]
     pooled: tuple[tuple[tuple[str, tuple[int, int]], ...], ...]
     measured: tuple[str, ...]
     axis_name: str | None = None
@@ -73,7 +72,7 @@ def bind(
 ) -> Objective:
     """Binds a phase to two networks, and checks that its terms can compare them.
 
-    Connectors compute in the student's dtypes.
+    The terms' modules compute in the student's dtypes.
 
     Args:
       student: the model, in the precision that it trains in.
@@ -85,31 +84,26 @@ def bind(
     Raises:
       ValueError: if a layer is missing in one of them, or their positions differ.
     """
-    student_taps = tap_shapes(student, abstract_variables(student, image_shape), image_shape)
-    teacher_taps: dict[str, Any] = {}
-    if teacher is not None:
-        teacher_taps = tap_shapes(teacher, abstract_variables(teacher, image_shape), image_shape)
+    ours, theirs = (
+        abstract_forward(model, abstract_variables(model, image_shape), (1, *image_shape))
+        if model is not None
+        else None
+        for model in (student, teacher)
+    )
+    assert ours is not None
+    student_taps = {name: tap.shape for name, tap in ours.taps.items()}
+    teacher_taps = {} if theirs is None else {name: tap.shape for name, tap in theirs.taps.items()}
     module = module_of(student)
-    dtypes = {k: getattr(module, k) for k in ("dtype", "param_dtype") if hasattr(module, k)}
-    connectors: list[Connectors | ExtraHead | None] = []
+    fields = {k: getattr(module, k) for k in ("dtype", "param_dtype") if hasattr(module, k)}
+    connectors: list[nn.Module | None] = []
     pooled: list[tuple[tuple[str, tuple[int, int]], ...]] = []
     for _, term in phase.terms:
         layers = term.chosen(student_taps)
         _require_comparable(term, layers, student_taps, teacher_taps)
         pools = term.positions == "pooled"
         pooled.append(common_positions(student_taps, teacher_taps, layers) if pools else ())
-        if term.connects == "taps":
-            connectors.append(connect(teacher_taps, layers, axis_name=axis_name, **dtypes))
-        elif term.connects == "features":
-            if teacher is None:
-                raise InputError(
-                    "an extra head is over the classes of a teacher, which is not given"
-                )
-            variables = abstract_variables(teacher, image_shape)
-            classes = number_of_logits(teacher, variables, image_shape)
-            connectors.append(ExtraHead(classes, **dtypes))
-        else:
-            connectors.append(None)
+        pair = Pair(layers, ours, theirs, fields | {"axis_name": axis_name})
+        connectors.append(term.module(pair))
     connected = {name for each in connectors for name in connected_taps(each)}
     measured = tuple(
         name
@@ -231,39 +225,64 @@ def student_loss(
     measures: dict[str, Any] = {}
     for index, (weight, term) in enumerate(objective.phase.terms):
         pooled = pool_positions(student, objective.pooled[index])
-        forward, running = apply_connectors(
-            objective.connectors[index], index, pooled, params, batch_stats, train=True
+        forward, target, running = apply_connectors(
+            objective.connectors[index], index, pooled, targets[index], params, batch_stats, True
         )
         stats["connectors"] |= running
-        total += weight * jnp.mean(term.loss(forward, targets[index], labels))
-        measures |= term.measures(forward, targets[index])
+        measures |= term.measures(forward, target)
+        compared = forward, target, labels
+        if term.relates == "batch" and objective.axis_name is not None:
+            compared = _of_whole_batch(term, *compared, objective.axis_name)
+        total += weight * jnp.mean(term.loss(*compared))
     return total, (stats, measures)
 
 
+def _of_whole_batch(
+    term: Term, student: Forward, targets: Any, labels: jax.Array, axis_name: str
+) -> tuple[Forward, Any, jax.Array]:
+    """Gathers what a term compares over the devices.
+
+    Each device then has the loss of the whole batch. Its gradient in a device's own values is
+    summed over the devices, as they all use them, and so the mean of the parameters' gradients is
+    exactly that of the whole batch.
+    """
+    taps = {name: student.taps[name] for name in term.chosen(student.taps)}
+    share = taps, student.logits, student.features, targets, labels
+    taps, logits, features, targets, labels = jax.lax.all_gather(share, axis_name, tiled=True)
+    forward = dataclasses.replace(
+        student, taps=student.taps | taps, logits=logits, features=features
+    )
+    return forward, targets, labels
+
+
 def apply_connectors(
-    connectors: Connectors | ExtraHead | None,
+    connectors: nn.Module | None,
     index: int,
     student: Forward,
+    targets: Any,
     params: Any,
     batch_stats: Any,
     train: bool,
-) -> tuple[Forward, dict[str, Any]]:
-    """Maps a student's forward pass through the connectors of the term with that index.
+) -> tuple[Forward, Any, dict[str, Any]]:
+    """Maps a student's forward pass and targets by the module of the term with that index.
 
     Returns:
-      The pass as the term compares it, and the connectors' new running statistics by term.
+      The pass and the targets as the term compares them, and the module's new running statistics
+      by term.
     """
     if connectors is None:
-        return student, {}
+        return student, targets, {}
     key = f"term{index}"
     variables = {
         "params": params["connectors"][key],
         "batch_stats": batch_stats["connectors"][key],
     }
-    mapped, state = connectors.apply(variables, student, train=train, mutable=["batch_stats"])
-    return mapped, {key: state.get("batch_stats", batch_stats["connectors"][key])}
+    (student, targets), state = connectors.apply(
+        variables, student, targets, train=train, mutable=["batch_stats"]
+    )
+    return student, targets, {key: state.get("batch_stats", batch_stats["connectors"][key])}
 
 
-def connected_taps(connectors: Connectors | ExtraHead | None) -> tuple[str, ...]:
+def connected_taps(connectors: nn.Module | None) -> tuple[str, ...]:
     """The taps that pass through connectors."""
     return tuple(name for name, _ in getattr(connectors, "widths", ()))

@@ -38,9 +38,23 @@ class Protocol:
 
 # Sums over neurons begin where the published code has activation boundaries; the others where
 # their authors' own constants put them, for the mean over positions, or pairs, or channels that is
-# taken here: attention β/2 = 500, NST 50, DTL 10. The search (`experiments.search`) replaces them.
+# taken here: attention β/2 = 500, NST 50, DTL 10; or RepDistiller's, for SP, RKD, PKT, CC, VID. The
+# search (`experiments.search`) replaces them.
 _SUMS = ("activation-boundary", "fitnet", "l2", "l1", "l0.5")
-_START = {"attention": 500.0, "nst": 50.0, "jacobian": 1.0, "fsp": 1.0, "dtl": 10.0}
+_START = {
+    "attention": 500.0,
+    "nst": 50.0,
+    "jacobian": 1.0,
+    "fsp": 1.0,
+    "dtl": 10.0,
+    "sp": 3000.0,
+    "rkd": 25.0,
+    "pkt": 30000.0,
+    "cc": 0.02,
+    "vid": 1.0,
+    "ofd": 1 / 1000,
+    "reviewkd": 5.0,
+}
 
 # The best of each grid, in units of where it began, on CIFAR-10: `experiments/records/search`.
 _SEARCHED = {

@@ -13,14 +13,23 @@ from abflax.methods.protocols import Protocol, find_protocol
 from abflax.methods.terms import (
     ActivationBoundary,
     AttentionTransfer,
+    CorrelationCongruence,
+    CorrelationDistillation,
     CrossEntropy,
+    DecoupledDistillation,
     FeatureDifference,
     FlowOfSolution,
     JacobianMatching,
     KnowledgeDistillation,
+    KnowledgeReview,
     LogitRegression,
     NeuronSelectivity,
+    OverhaulDifference,
+    ProbabilisticTransfer,
+    RelationalDistillation,
+    SimilarityPreserving,
     Term,
+    VariationalInformation,
 )
 
 WeightedTerms = tuple[tuple[float, Term], ...]
@@ -38,23 +47,26 @@ class Method:
       reference: the source.
       initialise, classify: terms with the method's own defaults. The protocol's choices
         (`layer_ratio`, `temperature`) and the caller's options replace their fields.
+      classifies: whether the method, added to one that transfers, replaces the knowledge
+        distillation that this brings, and leaves the initialise phase to it.
     """
 
     summary: str
     reference: str
     initialise: tuple[Term, ...]
     classify: tuple[Term, ...]
+    classifies: bool = False
 
 
-def _alone(*terms: Term) -> dict[str, tuple[Term, ...]]:
+def _alone(*terms: Term) -> dict[str, Any]:
     return {"initialise": terms, "classify": terms}
 
 
-def _two_stage(term: Term) -> dict[str, tuple[Term, ...]]:
+def _two_stage(term: Term) -> dict[str, Any]:
     return {"initialise": (term,), "classify": (KnowledgeDistillation(),)}
 
 
-def _joint(term: Term) -> dict[str, tuple[Term, ...]]:
+def _joint(term: Term) -> dict[str, Any]:
     return {"initialise": (term,), "classify": (term, KnowledgeDistillation())}
 
 
@@ -104,6 +116,63 @@ _METHODS: Mapping[str, Method] = {
         "Huang, Wang 2017",
         **_joint(NeuronSelectivity()),
     ),
+    "dkd": Method(
+        "softened logits, the label's class apart from the others; and labels",
+        "Zhao et al., CVPR 2022",
+        **_alone(CrossEntropy(), DecoupledDistillation()),
+        classifies=True,
+    ),
+    "kd-standardized": Method(
+        "softened logits up to shift and scale, and labels",
+        "Sun et al., CVPR 2024",
+        **_alone(
+            KnowledgeDistillation(
+                temperature_squared=True, cross_entropy_share=0.1, standardized=True
+            )
+        ),
+        classifies=True,
+    ),
+    "dist": Method(
+        "correlations of probabilities over the classes and over the batch, and labels",
+        "Huang et al., NeurIPS 2022",
+        **_alone(CrossEntropy(), CorrelationDistillation()),
+        classifies=True,
+    ),
+    "sp": Method(
+        "which examples the last layer finds alike, all along",
+        "Tung, Mori, ICCV 2019",
+        **_joint(SimilarityPreserving()),
+    ),
+    "rkd": Method(
+        "distances and angles between the examples' features, all along",
+        "Park et al., CVPR 2019",
+        **_joint(RelationalDistillation()),
+    ),
+    "pkt": Method(
+        "how near the examples' features are to each other, as probabilities, all along",
+        "Passalis, Tefas, ECCV 2018",
+        **_joint(ProbabilisticTransfer()),
+    ),
+    "cc": Method(
+        "products of neighbours' differences of embedded features, all along",
+        "Peng et al., ICCV 2019",
+        **_joint(CorrelationCongruence()),
+    ),
+    "vid": Method(
+        "the likelihood of the teacher's taps given the student's, all along",
+        "Ahn et al., CVPR 2019",
+        **_joint(VariationalInformation()),
+    ),
+    "ofd": Method(
+        "activations neuron by neuron where the teacher's or the excess is positive; and labels",
+        "Heo et al., ICCV 2019",
+        **_alone(CrossEntropy(), OverhaulDifference()),
+    ),
+    "reviewkd": Method(
+        "each layer, fused with the deeper ones, against the teacher's; and labels",
+        "Chen et al., CVPR 2021",
+        **_alone(CrossEntropy(), KnowledgeReview()),
+    ),
     "dtl": Method(
         "labels, and through an extra head the teacher's centred logits over its own classes",
         "Srinivas, Fleuret, ICML 2018",
@@ -127,7 +196,7 @@ class Methods(Mapping[str, Any]):
       ...     print(phase.name, phase.terms)
       initialise ((0.003, ActivationBoundary(layers=None, layer_ratio=0.5, margin=2.0)),)
       classify ((1.0, KnowledgeDistillation(temperature=3.0, temperature_squared=False, \
-cross_entropy_share=0.0)),)
+cross_entropy_share=0.0, standardized=False)),)
       >>> [type(term).__name__ for _, term in METHODS["kd+nst"]()[0].terms]
       ['KnowledgeDistillation', 'NeuronSelectivity']
       >>> METHODS["activation-boundary"](margn=2.0)
@@ -171,7 +240,7 @@ def _phases(
     """The phases of a method, which may be the sum of several, under a protocol."""
     kinds = {type(t) for part in parts.values() for t in (*part.initialise, *part.classify)}
     if not protocol.same_classes:
-        kinds -= {KnowledgeDistillation}
+        kinds = {kind for kind in kinds if not kind.same_classes}
     transfers = any(term.transfers for part in parts.values() for term in part.initialise)
     if "transfer_weight" in options and not transfers:
         raise InputError(f"method {name} has no transfer loss, so no transfer_weight")
@@ -180,6 +249,8 @@ def _phases(
     if not weight > 0:
         raise InputError(f"transfer_weight must be above 0, not {weight}")
 
+    beside = tuple(parts.values())
+
     def terms(phase: str) -> WeightedTerms:
         weighted = [
             (
@@ -187,7 +258,7 @@ def _phases(
                 _with_options(term, protocol, options),
             )
             for part, method in parts.items()
-            for term in getattr(method, phase)
+            for term in _own_terms(method, phase, beside)
         ]
         return tuple(dict.fromkeys(weighted))
 
@@ -203,6 +274,19 @@ def _phases(
     )
 
 
+def _own_terms(method: Method, phase: str, parts: tuple[Method, ...]) -> tuple[Term, ...]:
+    """The terms that a method brings into a phase of a sum; see `Method.classifies`."""
+    terms: tuple[Term, ...] = getattr(method, phase)
+    transferring = [part for part in parts if any(t.transfers for t in part.initialise)]
+    if not transferring or not any(part.classifies for part in parts):
+        return terms
+    if method.classifies:
+        return terms if phase == "classify" else ()
+    if method in transferring:
+        return tuple(term for term in terms if not isinstance(term, KnowledgeDistillation))
+    return terms
+
+
 def _for_other_classes(
     name: str, initialise: WeightedTerms, classify: WeightedTerms, dtl: tuple[float, Term]
 ) -> tuple[WeightedTerms, WeightedTerms]:
@@ -216,12 +300,12 @@ def _for_other_classes(
     Raises:
       ValueError: if the method is KD from the start.
     """
-    if any(isinstance(term, KnowledgeDistillation) for _, term in initialise):
+    if any(term.same_classes for _, term in initialise):
         raise InputError(
             f"method {name} compares logits over the same classes, which a teacher of other "
             "classes does not have; dtl compares those over the teacher's own"
         )
-    transfer = tuple(pair for pair in classify if not isinstance(pair[1], KnowledgeDistillation))
+    transfer = tuple(pair for pair in classify if not pair[1].same_classes)
     if transfer == classify:
         return initialise, classify
     supervised = (*transfer, (1.0, CrossEntropy()), dtl)

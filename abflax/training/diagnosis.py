@@ -74,13 +74,15 @@ def find_nonfinite(
     student = run_model(objective.student, variables, images, train=True, dropout_key=dropout_key)
     sources += weights("the student's", {"params": params["student"]})
     taps += passed("the student's", student.taps) + [bad("the student's logits", student.logits)]
+    targets, _ = make_targets(objective, teacher_params, stats["teacher"], images)
     for index, connectors in enumerate(objective.connectors):
         if connectors is not None:
-            view, _ = apply_connectors(connectors, index, student, params, stats, True)
+            view, _, _ = apply_connectors(
+                connectors, index, student, targets[index], params, stats, True
+            )
             behind = {name: view.taps[name] for name in connected_taps(connectors)}
             sources += weights("the connectors'", params["connectors"][f"term{index}"])
             taps += passed("what the connector makes of the student's", behind)
-    targets, _ = make_targets(objective, teacher_params, stats["teacher"], images)
     (loss, _), gradients = jax.value_and_grad(
         lambda params: student_loss(objective, params, stats, targets, images, labels, dropout_key),
         has_aux=True,

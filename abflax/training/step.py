@@ -78,7 +78,7 @@ def create_train_state(
     stats = {"student": student["batch_stats"], "connectors": {}, "teacher": teacher_stats}
     for index, connectors in enumerate(objective.connectors):
         if connectors is not None:
-            variables = connectors.init(jax.random.fold_in(key, index), forward, train=False)
+            variables = connectors.init(jax.random.fold_in(key, index), forward, None, train=False)
             params["connectors"][f"term{index}"] = variables.get("params", {})
             running = floats_in(dtype, variables.get("batch_stats", {}))
             stats["connectors"][f"term{index}"] = running
@@ -198,7 +198,9 @@ def eval_step(
     for index, connectors in enumerate(objective.connectors):
         # Where several terms connect a layer, the first term's connector counts.
         if names := connected_taps(connectors):
-            mapped, _ = apply_connectors(connectors, index, student, params, batch_stats, False)
+            mapped, _, _ = apply_connectors(
+                connectors, index, student, None, params, batch_stats, False
+            )
             connected = {name: mapped.taps[name] for name in names} | connected
     student = dataclasses.replace(student, taps=student.taps | connected)
     for layer in objective.measured:

@@ -58,9 +58,23 @@ def test_methods_add_up():
     assert kinds(classify) == [KnowledgeDistillation, CrossEntropy]
 
 
+def test_what_classifies_takes_the_place_of_kd():
+    names = lambda phases: [[type(term).__name__ for _, term in phase.terms] for phase in phases]
+    decoupled = ["CrossEntropy", "DecoupledDistillation"]
+    assert names(METHODS["dkd"]()) == [decoupled]
+    assert names(METHODS["activation-boundary+dkd"]()) == [["ActivationBoundary"], decoupled]
+    similar = ["SimilarityPreserving"]
+    assert names(METHODS["sp+dkd"]()) == [similar, similar + decoupled]
+    # No method but the one that transfers gives way.
+    assert names(METHODS["kd+dkd"]()) == [["KnowledgeDistillation", *decoupled]]
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
+        (lambda: METHODS["dkd"](setting="transfer"), "compares logits over the same classes"),
+        (lambda: METHODS["dist"](temperature=0.0), "temperature must be above 0"),
+        (lambda: METHODS["rkd"](angle_ratio=-1.0), "angle_ratio must be at least 0"),
         (lambda: METHODS["activation-bondary"], "did you mean activation-boundary"),
         (lambda: METHODS["kd+nothing"], "unknown method 'nothing'"),
         (lambda: METHODS["kd"](protocol="papr"), "did you mean paper"),

@@ -2,21 +2,27 @@
 
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import linen as nn
 
 from abflax import Network, Resources, distill, load
 from abflax.methods import METHODS
+from abflax.methods.objective import bind
 from abflax.models.variables import init_variables
 from abflax.taps import sow_features, sow_tap
+from abflax.training.devices import AXIS
+from abflax.training.step import create_train_state, train_step
 
 STEPS = 20
 # The published 3/1000 is for a wrn22-4 on 32×32 images. The tiny teacher's taps have at least 64
-# times fewer neurons, so this is about the same weight on the mean over neurons.
-WEIGHT = dict.fromkeys(("activation-boundary", "fitnet", "l2", "l1", "l0.5"), 64.0)
+# times fewer neurons, so this is about the same weight on the mean over neurons. VID must move
+# its variances from 5 to about 1 first.
+WEIGHT = dict.fromkeys(("activation-boundary", "fitnet", "l2", "l1", "l0.5", "vid"), 64.0)
 
 
 class Tiny(nn.Module):
@@ -60,3 +66,33 @@ def test_transfer_loss_falls(pair, name):
     losses = [entry["loss"] for entry in record["history"]]
     assert len(losses) == STEPS
     assert np.mean(losses[-3:]) < 0.9 * np.mean(losses[:3]), losses
+
+
+@pytest.mark.parametrize(
+    "name",
+    [n for n in METHODS if any(t.relates == "batch" for _, t in METHODS[n]()[-1].terms)],
+)
+def test_the_whole_batch_on_one_device_and_on_eight(name, x64):
+    """Two examples a device; each term sees the sixteen, and gradients are those of one device."""
+    student, teacher = (Tiny(width, 10, jnp.float64, AXIS) for width in (6, 12))
+    phase, shape, keys = METHODS[name]()[-1], (8, 8, 1), jax.random.split(jax.random.key(0), 4)
+    variables = init_variables(teacher, keys[0], shape)
+    objective, optimizer = bind(student, teacher, phase, shape, axis_name=AXIS), optax.sgd(1.0)
+    state = create_train_state(
+        objective, optimizer, init_variables(student, keys[1], shape), variables["batch_stats"],
+        keys[2], shape,
+    )  # fmt: skip
+    images, labels = jax.random.normal(keys[3], (16, *shape)), jnp.arange(16) % 10
+
+    def trained(count):
+        step = jax.pmap(
+            lambda images, labels: train_step(
+                objective, optimizer, state, variables["params"], images, labels
+            ),
+            axis_name=AXIS,
+            out_axes=None,
+            devices=jax.devices()[:count],
+        )
+        return step(images.reshape(count, -1, *shape), labels.reshape(count, -1))
+
+    chex.assert_trees_all_close(trained(8), trained(1), rtol=1e-9, atol=1e-11)

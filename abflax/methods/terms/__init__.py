@@ -4,19 +4,45 @@ from abflax.methods.terms.activation_boundary import ActivationBoundary
 from abflax.methods.terms.base import LayerTerm, Term
 from abflax.methods.terms.features import FeatureDifference
 from abflax.methods.terms.jacobian import JacobianMatching
-from abflax.methods.terms.logits import CrossEntropy, KnowledgeDistillation, LogitRegression
+from abflax.methods.terms.logits import (
+    CorrelationDistillation,
+    CrossEntropy,
+    DecoupledDistillation,
+    KnowledgeDistillation,
+    LogitRegression,
+)
+from abflax.methods.terms.maps import (
+    KnowledgeReview,
+    OverhaulDifference,
+    VariationalInformation,
+)
+from abflax.methods.terms.pairs import (
+    CorrelationCongruence,
+    ProbabilisticTransfer,
+    RelationalDistillation,
+    SimilarityPreserving,
+)
 from abflax.methods.terms.relations import AttentionTransfer, FlowOfSolution, NeuronSelectivity
 
 __all__ = [
     "ActivationBoundary",
     "AttentionTransfer",
+    "CorrelationCongruence",
+    "CorrelationDistillation",
     "CrossEntropy",
+    "DecoupledDistillation",
     "FeatureDifference",
     "FlowOfSolution",
     "JacobianMatching",
     "KnowledgeDistillation",
+    "KnowledgeReview",
     "LayerTerm",
     "LogitRegression",
     "NeuronSelectivity",
+    "OverhaulDifference",
+    "ProbabilisticTransfer",
+    "RelationalDistillation",
+    "SimilarityPreserving",
     "Term",
+    "VariationalInformation",
 ]

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, ClassVar
+from typing import Any
 
 import jax
 
 from abflax.errors import InputError
 from abflax.losses import activation_indicator, activation_transfer_hinge
+from abflax.methods.connectors import Connectors, Pair
 from abflax.methods.terms.base import LayerTerm, per_example
 from abflax.metrics import activation_agreement
 from abflax.taps import Forward
@@ -25,13 +26,16 @@ class ActivationBoundary(LayerTerm):
       margin: μ > 0, in units of pre-activation.
     """
 
-    connects: ClassVar = "taps"
     margin: float = 1.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.margin > 0:
             raise InputError(f"the margin must be above 0, not {self.margin}")
+
+    def module(self, pair: Pair) -> Connectors:
+        """Connects the layers."""
+        return Connectors.between(pair)
 
     def layer_targets(self, teacher: jax.Array) -> jax.Array:
         """Computes the teacher's indicators as booleans."""

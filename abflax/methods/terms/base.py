@@ -8,8 +8,10 @@ from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
+from flax import linen as nn
 
 from abflax.errors import InputError, unknown
+from abflax.methods.connectors import Pair
 from abflax.taps import Forward, depth_order
 
 
@@ -25,24 +27,41 @@ class Term:
         supervision by labels or logits.
       needs_teacher: False for a term that does not use the teacher.
       needs_pullback: True for a term that uses `abflax.taps.Forward.pullback`.
-      connects: the part of the student that trained connectors map before `loss`: "taps" are
-        mapped to the teacher's widths, "features" to logits over the teacher's classes; None:
-        nothing is mapped.
       positions: how to treat layers whose height and width differ between the networks. "same"
         raises an error, "pooled" average-pools the larger map to the smaller before the term gets
         it, "free" changes neither.
+      relates: "batch" for a term that compares examples with each other: `loss` gets the student's
+        values, targets and labels of the whole batch, gathered over the devices; None: those of a
+        device's share.
+      same_classes: True for a term that compares logits over classes that both networks tell apart.
     """
 
     transfers: ClassVar[bool] = False
     needs_teacher: ClassVar[bool] = True
     needs_pullback: ClassVar[bool] = False
-    connects: ClassVar[Literal["taps", "features"] | None] = None
     positions: ClassVar[Literal["same", "pooled", "free"]] = "same"
+    relates: ClassVar[Literal["batch"] | None] = None
+    same_classes: ClassVar[bool] = False
 
     def chosen(self, taps: Iterable[str]) -> tuple[str, ...]:
         """Returns the names of the taps that the term compares."""
         del taps
         return ()
+
+    def module(self, pair: Pair) -> nn.Module | None:
+        """Makes what maps student and targets before `loss`, and is trained with the student.
+
+        It is a Linen module, called with (student, targets, train=…), which returns student and
+        targets, and is thrown away after the phase. Its weights are drawn with targets None.
+
+        Args:
+          pair: the two networks.
+
+        Returns:
+          None: nothing is mapped.
+        """
+        del pair
+        return None
 
     def targets(self, teacher: Forward) -> Any:
         """Returns a pytree of arrays with a leading batch dimension."""
@@ -121,6 +140,13 @@ class LayerTerm(Term):
         depth = {name: index for index, name in enumerate(depth_order(taps))}
         last = len(depth) - 1
         return {name: self.layer_ratio ** (last - depth[name]) for name in self.chosen(depth)}
+
+
+def features_of(forward: Forward) -> jax.Array:
+    """Returns the classifier's input. Raises `InputError` for a network that does not sow it."""
+    if forward.features is None:
+        raise InputError("the method compares features, which one of the networks does not sow")
+    return forward.features
 
 
 def summed(losses: Iterable[jax.Array]) -> jax.Array:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import ClassVar
 
 import jax
 
 from abflax.errors import InputError
 from abflax.losses import feature_difference
+from abflax.methods.connectors import Connectors, Pair
 from abflax.methods.terms.base import LayerTerm, per_example
 
 
@@ -23,13 +23,16 @@ class FeatureDifference(LayerTerm):
       power: p > 0; see `abflax.losses.feature_difference` for p < 1.
     """
 
-    connects: ClassVar = "taps"
     power: float = 2.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.power > 0:
             raise InputError(f"the power must be above 0, not {self.power}")
+
+    def module(self, pair: Pair) -> Connectors:
+        """Connects the layers."""
+        return Connectors.between(pair)
 
     def layer_targets(self, teacher: jax.Array) -> jax.Array:
         """Computes the teacher's activations σ(T)."""

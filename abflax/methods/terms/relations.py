@@ -15,6 +15,7 @@ from abflax.losses import (
     gram_between,
     neuron_selectivity,
 )
+from abflax.methods.connectors import Connectors, Pair
 from abflax.methods.terms.base import LayerTerm, summed
 from abflax.taps import Forward
 
@@ -29,8 +30,11 @@ class FlowOfSolution(LayerTerm):
     connectors first. The targets are the teacher's Gram matrices.
     """
 
-    connects: ClassVar = "taps"
     positions: ClassVar = "free"
+
+    def module(self, pair: Pair) -> Connectors:
+        """Connects the layers."""
+        return Connectors.between(pair)
 
     def targets(self, teacher: Forward) -> dict[str, jax.Array]:
         """Computes the teacher's Gram matrices."""
