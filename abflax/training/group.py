@@ -13,6 +13,7 @@ import numpy as np
 from abflax.config import Resources, RunConfig
 from abflax.data import Dataset, ImageFiles, Stream, few_shot_subset, subset
 from abflax.models.network import Network, configure_model
+from abflax.models.variables import floats_in
 from abflax.runtime.reporter import NullReporter, Reporter
 from abflax.taps import Model
 from abflax.training.devices import (
@@ -78,11 +79,11 @@ class TrainingGroup:
         self.teacher_stats: Any = {}
         if teacher is not None:
             self.teacher = configure_model(teacher.model, config.precision, AXIS)
-            dtype = jnp.result_type(float)
-            # Copies: the statistics are donated with the state.
-            variables = jax.tree.map(lambda leaf: np.array(leaf, dtype), dict(teacher.variables))
-            self.teacher_stats = variables.get("batch_stats", {})
-            self.teacher_params = replicate(variables["params"], devices)
+            # Copies: what is not trained is donated with the state.
+            variables = jax.tree.map(np.array, dict(teacher.variables))
+            variables = {"batch_stats": {}, **floats_in(jnp.result_type(float), variables)}
+            self.teacher_params = replicate(variables.pop("params"), devices)
+            self.teacher_stats = variables
         self.key = jax.random.key(config.seeds.augmentation)
         stream = Stream(len(self.data), config.batch_size, config.seeds.order)
         seed = config.seeds.augmentation
