@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from abflax.config import NO_TEST, Resources, RunConfig
 from abflax.data import Dataset, ImageFiles
 from abflax.errors import InputError, require_instances
 from abflax.models import model_name
-from abflax.models.network import Network
+from abflax.models.network import Network, as_network, require_network
 from abflax.runtime.distributed import detect_lost_process, max_over_processes, require_same
 from abflax.runtime.preemption import Interrupted, Preemption
 from abflax.runtime.reporter import NullReporter, Reporter
@@ -29,7 +30,7 @@ from abflax.training.run_directory import Result, RunDirectory, finished_record
 
 def distill(  # noqa: PLR0913 - the front door
     student: Model | Network,
-    teacher: Network | None,
+    teacher: Network | Model | None,
     data: Dataset | ImageFiles,
     *,
     test: Dataset | ImageFiles | None = None,
@@ -46,11 +47,12 @@ def distill(  # noqa: PLR0913 - the front door
     train together: see `abflax.runtime.distributed`.
 
     Args:
-      student: any Linen module with taps (or without, where the method needs none); one that
-        sows none gets them by path, `Tapped(module, {"layer1": "Conv_0"})`. A `Network` starts with
-        its weights; modules that these lack (a classifier over other classes) start fresh.
-      teacher: None only for methods that need none; given to those, agreement with it is measured
-        where both have the same neurons.
+      student: any Linen or NNX module with taps (or without, where the method needs none); one
+        that sows none gets them by path, `Tapped(module, {"layer1": "Conv_0"})`. A `Network` starts
+        with its weights; modules that these lack (a classifier over other classes) start fresh. An
+        NNX module is copied, and starts with the weights it has.
+      teacher: a `Network` or an NNX module; None only for methods that need none; given to those,
+        agreement with it is measured where both have the same neurons.
       data: the training data, as `abflax.load` or `abflax.data.read_folder` gives it, or
         `Dataset(images, labels)`.
       test: held-out data for error and agreement; None: neither is measured.
@@ -108,7 +110,7 @@ def distill(  # noqa: PLR0913 - the front door
 def distill_group(  # noqa: PLR0913 - the front door
     runs: Sequence[Mapping[str, Any]],
     student: Model | Network,
-    teacher: Network | None,
+    teacher: Network | Model | None,
     data: Dataset | ImageFiles,
     *,
     test: Dataset | ImageFiles | None = None,
@@ -149,8 +151,8 @@ def distill_group(  # noqa: PLR0913 - the front door
     Example:
       `distill_group([{"margin": 1.0}, {"margin": 2.0}], student, teacher, data, epochs=(1, 1))`
     """
+    teacher = None if teacher is None else require_network("teacher", teacher)
     require_instances({
-        "teacher": (teacher, Network | None),
         "data": (data, Dataset | ImageFiles),
         "test": (test, Dataset | ImageFiles | None),
         "config": (config, RunConfig | None),
@@ -193,7 +195,14 @@ def distill_group(  # noqa: PLR0913 - the front door
         late = max_over_processes(preemption.signal)
     if left and late:  # the signal came too late to stop this run
         raise Interrupted(f"{', '.join(each.hash for each, _ in left)}: finished", late)
-    return [results[each.hash] for each in configs]
+    return [
+        dataclasses.replace(results[each.hash], model=_model_of(student))
+        for each, student in members
+    ]
+
+
+def _model_of(student: Model | Network) -> Model:
+    return student.model if isinstance(student, Network) else student
 
 
 def _train_group(
@@ -231,7 +240,7 @@ def _configure(
     settings: Mapping[str, Any],
 ) -> tuple[RunConfig, Model | Network]:
     """The configuration and the student of one run of a group."""
-    student = run.get("student", student)
+    student = as_network(run.get("student", student))
     require_instances({"student": (student, Model | Network)})
     own = {name: value for name, value in run.items() if name != "student"}
     names: dict[str, Any] = {

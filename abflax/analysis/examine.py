@@ -23,7 +23,7 @@ from abflax.errors import InputError, unknown
 from abflax.losses import activation_indicator
 from abflax.metrics import misclassified
 from abflax.models.checks import require_classes, require_fits, require_runs
-from abflax.models.network import Network, configure_model
+from abflax.models.network import Network, configure_model, require_network
 from abflax.taps import Model, run_model, tap_shapes
 from abflax.training.inputs import EVALUATION_BATCH, padded_batches
 
@@ -96,7 +96,9 @@ class Examination:
         return np.mean([match.by_example for match in self.match.values()], axis=0)
 
 
-def examine(student: Network, data: Dataset, teacher: Network | None = None) -> Examination:
+def examine(
+    student: Network | Model, data: Dataset, teacher: Network | Model | None = None
+) -> Examination:
     """Runs a network, and its teacher if there is one, over held-out images in evaluation mode.
 
     Layers of different width have no neurons in common, and the connectors of the training are
@@ -105,8 +107,9 @@ def examine(student: Network, data: Dataset, teacher: Network | None = None) -> 
     Raises:
       ValueError: if a network does not fit the data.
     """
-    networks = (student,) if teacher is None else (student, teacher)
     roles = ("the student", "the teacher")
+    given = (student,) if teacher is None else (student, teacher)
+    networks = tuple(map(require_network, roles, given))
     models = tuple(_checked(roles[i], network, data) for i, network in enumerate(networks))
     variables = tuple(dict(network.variables) for network in networks)
     run = _observe(models, data.preprocessing)
@@ -128,7 +131,7 @@ def examine(student: Network, data: Dataset, teacher: Network | None = None) -> 
 
 
 def boundary_distances(
-    network: Network, data: Dataset, layer: str, *, neurons: int | None = 64, seed: int = 0
+    network: Network | Model, data: Dataset, layer: str, *, neurons: int | None = 64, seed: int = 0
 ) -> np.ndarray:
     """Estimates each image's distance to the activation boundaries of a layer's neurons.
 
@@ -150,6 +153,7 @@ def boundary_distances(
     Raises:
       ValueError: if the network does not fit the data or has no such tap.
     """
+    network = require_network("the network", network)
     model = _checked("the network", network, data)
     variables = dict(network.variables)
     distance = _distance(model, data.preprocessing, layer)

@@ -134,11 +134,23 @@ def _opened(data: bytes) -> Any:
 
 
 def _upright_rgb(image: Image.Image, orientation: int) -> Image.Image:
-    """Rotates and converts to RGB; keeps the upper eight of 16 bits, and drops transparency."""
+    """Rotates and converts to RGB; keeps the upper eight of 16 bits, and drops transparency.
+
+    Raises:
+      ValueError: for whole numbers beyond 16 bits, and for floats beyond [0, 1].
+    """
     if orientation != 1:
         image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I;16"):
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    elif image.mode in ("I", "F"):  # Pillow would clip them to 255
+        pixels, largest = np.asarray(image), 1.0 if image.mode == "F" else 65535
+        if not (pixels.min() >= 0 and pixels.max() <= largest):
+            raise ValueError(
+                f"an image of mode {image.mode} must lie in [0, {largest:g}], not in "
+                f"[{pixels.min():g}, {pixels.max():g}]"
+            )
+        image = Image.fromarray((pixels / largest * 255).astype(np.uint8))
     return image.convert("RGB")
 
 

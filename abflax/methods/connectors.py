@@ -138,8 +138,13 @@ class ExtraHead(nn.Module):
 
 
 def require_same_taps(student: Iterable[str], teacher: Iterable[str]) -> None:
-    """Raises `InputError` if two networks do not have the same taps."""
-    student, teacher = sorted(student), sorted(teacher)
+    """Raises `InputError` if two networks do not have the same taps in the same order."""
+    student, teacher = list(student), list(teacher)
+    if student != teacher and sorted(student) == sorted(teacher):
+        raise InputError(
+            f"the student's taps are in the order {', '.join(student)}, the teacher's in the order "
+            f"{', '.join(teacher)}: give both from the shallowest to the deepest"
+        )
     if student != teacher:
         raise InputError(
             f"the student's taps {', '.join(student) or 'none'} are not the teacher's "

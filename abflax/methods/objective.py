@@ -25,7 +25,7 @@ from abflax.methods.connectors import (
 from abflax.methods.phase import Phase
 from abflax.methods.terms import LayerTerm, Term
 from abflax.models.variables import abstract_variables
-from abflax.taps import Forward, Model, abstract_forward, module_of, run_model
+from abflax.taps import Forward, Model, abstract_forward, run_model, side_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Objective:
     """A phase bound to two networks.
 
     Attributes:
-      student: a Linen module, with its tap paths where it does not sow its taps.
+      student: a model, with its tap paths where it does not sow its taps.
       teacher: likewise; None where no term needs one.
       phase: the weighted terms and their optimizer.
       connectors: each term's module; None for a term without.
@@ -93,8 +93,7 @@ def bind(
     assert ours is not None
     student_taps = {name: tap.shape for name, tap in ours.taps.items()}
     teacher_taps = {} if theirs is None else {name: tap.shape for name, tap in theirs.taps.items()}
-    module = module_of(student)
-    fields = {k: getattr(module, k) for k in ("dtype", "param_dtype") if hasattr(module, k)}
+    fields = side_of(student).dtypes
     connectors: list[nn.Module | None] = []
     pooled: list[tuple[tuple[str, tuple[int, int]], ...]] = []
     for _, term in phase.terms:
@@ -139,8 +138,8 @@ def make_targets(
     """Computes what a batch needs of the teacher.
 
     Returns:
-      The targets, term by term (and a last entry, see `_targets`), and the teacher's running
-      statistics after the pass.
+      The targets, term by term (and a last entry, see `_targets`), and the teacher's state after
+      the pass.
     """
     (targets,), stats = make_all_targets((objective,), teacher_params, teacher_stats, images)
     return targets, stats
@@ -156,14 +155,14 @@ def make_all_targets(
         return none, teacher_stats
     forward = run_model(
         teacher,
-        {"params": teacher_params, "batch_stats": teacher_stats},
+        {"params": teacher_params, **teacher_stats},
         images,
         train=any(each.phase.teacher_batch_statistics for each in objectives),
         pullback=any(each.needs_pullback for each in objectives),
     )
     computed = {each: _targets(each, forward) for each in dict.fromkeys(objectives)}
     targets = tuple(computed[each] for each in objectives)
-    return jax.lax.stop_gradient((targets, forward.batch_stats))
+    return jax.lax.stop_gradient((targets, forward.state))
 
 
 def _targets(objective: Objective, teacher: Forward) -> tuple[Any, ...]:
@@ -200,6 +199,8 @@ def student_loss(
 ) -> tuple[jax.Array, tuple[Any, dict[str, Any]]]:
     """The phase's objective on one device's share: Σ weight · mean over the batch.
 
+    Losses that the student's modules sow into the collection `losses` are added.
+
     Args:
       objective: the phase, bound to student and teacher.
       params: of `abflax.training.step.TrainState`.
@@ -214,13 +215,13 @@ def student_loss(
     """
     student = run_model(
         objective.student,
-        {"params": params["student"], "batch_stats": batch_stats["student"]},
+        {"params": params["student"], **batch_stats["student"]},
         images,
         train=True,
         pullback=objective.needs_pullback,
         dropout_key=dropout_key,
     )
-    stats = {"student": student.batch_stats, "connectors": {}}
+    stats = {"student": student.state, "connectors": {}}
     total = jnp.zeros((), jnp.result_type(float))
     measures: dict[str, Any] = {}
     for index, (weight, term) in enumerate(objective.phase.terms):
@@ -234,6 +235,9 @@ def student_loss(
         if term.relates == "batch" and objective.axis_name is not None:
             compared = _of_whole_batch(term, *compared, objective.axis_name)
         total += weight * jnp.mean(term.loss(*compared))
+    if student.losses is not None:
+        total += student.losses
+        measures["sown_losses"] = student.losses
     return total, (stats, measures)
 
 

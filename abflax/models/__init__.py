@@ -14,7 +14,7 @@ from abflax.errors import UnknownNameError, unknown
 from abflax.models.mobilenet import MobileNetV1, MobileNetV2
 from abflax.models.resnet import ResNet, ResNet50
 from abflax.models.wide_resnet import WideResNet
-from abflax.taps import Model, Tapped
+from abflax.taps import Model, Nnx, Tapped, module_of, side_of
 
 __all__ = [
     "MODELS",
@@ -88,12 +88,17 @@ multipliers: "mobilenet-v1-0.5" has half the channels. Iteration lists the model
 def model_name(model: Model) -> str:
     """Returns the name of a module in `MODELS`, or else its class and fields, with its tap paths.
 
-    Functions among the fields are represented by their names, and nothing by its address, so a name
-    is the same in every process; two that differ in what a closure holds may share one.
+    Functions among the fields are represented by their names, an NNX module by its class and the
+    shapes of its variables, and nothing by its address, so a name is the same in every process; two
+    that differ in what a closure holds may share one.
     """
     if isinstance(model, Tapped):
         taps = ", ".join(f"{name}={path}" for name, path in model.tap_paths)
-        return f"{model_name(model.model)} tapped at {taps}"
+        return f"{model_name(model.model)} tapped at {taps}" if taps else model_name(model.model)
+    side = side_of(model)
+    if isinstance(side, Nnx):
+        return f"{side.name}({side.digest})"
+    model = module_of(model)
     for known, factory in _NAMED.items():
         bound = factory.keywords
         if type(model) is factory.func and all(getattr(model, k) == bound[k] for k in bound):

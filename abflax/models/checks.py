@@ -13,24 +13,42 @@ from abflax.errors import InputError
 from abflax.models import model_name
 from abflax.models.network import configure_model
 from abflax.models.variables import abstract_variables
-from abflax.taps import Model, abstract_forward, number_of_logits
+from abflax.taps import (
+    SWITCHES,
+    Model,
+    abstract_forward,
+    moved_statistics,
+    number_of_logits,
+)
 
 
 def require_runs(
     what: str, model: Model, image_shape: tuple[int, ...], *, train: bool, dropout: bool
 ) -> None:
-    """Raises `InputError` if a model needs more than its `params` and `batch_stats` to run.
+    """Raises `InputError` if a model needs more than its variables and images to run.
 
-    The message begins with `what`. With `train` the model must also run in training mode, where it
-    gets a key for dropout if `dropout` is true.
+    The message begins with `what`. In evaluation mode it must not move its statistics. With `train`
+    it must also run in training mode, and move them; there it gets a key for dropout if `dropout`
+    is true.
     """
     name, key = model_name(model), jax.random.key(0) if dropout else None
     shape = (2, *image_shape)
     try:
         variables = abstract_variables(model, image_shape)
-        abstract_forward(model, variables, shape)
+        moves = moved_statistics(model, variables, shape, train=False)
+        if moves:
+            raise InputError(
+                f"{what}, {name}, moves its statistics '{moves[0]}' in evaluation mode, so its "
+                "results depend on the batches before"
+            )
         if train:
-            abstract_forward(model, variables, shape, train=True, dropout_key=key)
+            moves = moved_statistics(model, variables, shape, train=True, dropout_key=key)
+            if variables["batch_stats"] and not moves:
+                raise InputError(
+                    f"{what}, {name}, does not move its running statistics in training mode: the "
+                    "switch must be an argument of __call__, or a field, of the whole model, named "
+                    f"{', '.join(SWITCHES)}"
+                )
     except InputError:
         raise
     except flax_errors.InvalidRngError as error:
@@ -41,7 +59,14 @@ def require_runs(
                 "protocol where the teacher uses its running statistics, such as paper"
             )
         raise InputError(f"{what}, {name}, needs random numbers, {hint}") from error
-    except (flax_errors.FlaxError, TypeError, ValueError) as error:
+    except (
+        flax_errors.FlaxError,
+        TypeError,
+        ValueError,
+        NameError,
+        LookupError,
+        AttributeError,
+    ) as error:
         reason = str(error).strip().split("\n")[0]
         raise InputError(
             f"{what}, {name}, cannot run on images of shape {image_shape}: {reason}"

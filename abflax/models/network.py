@@ -11,39 +11,71 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
-from flax.core import FrozenDict
+from flax import nnx
 
 from abflax.errors import InputError
 from abflax.models import model_name
-from abflax.taps import Model, Tapped, module_of
+from abflax.taps import Model, Nnx, Side, Tapped, side_of, with_side
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Network:
-    """A Linen module and its variables.
+    """A module and its variables.
 
     Attributes:
-      model: the module, or `Tapped(module, {"layer1": path, …})`.
-      variables: its `params` and, if it has any, `batch_stats`.
+      model: a Linen module, or an NNX module, which is copied; or
+        `Tapped(module, {"layer1": path, …})`.
+      variables: its `params` and, if it has any, `batch_stats` and other collections; None: those
+        that the NNX module holds.
       name: the network's name in records; None: the architecture's name and a digest of the
         weights.
     """
 
     model: Model
-    variables: Any
+    variables: Any = None
     name: str | None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.variables, Mapping):
-            kind = type(self.variables).__name__
+        module = self.model.model if isinstance(self.model, Tapped) else self.model
+        variables = self.variables
+        if isinstance(module, nnx.Module):
+            side, own = Nnx.split(module)
+            object.__setattr__(self, "model", with_side(self.model, side))
+            variables = own if variables is None else variables
+        if not isinstance(variables, Mapping):
+            kind = type(variables).__name__
             raise InputError(f"a network's variables are a dict with 'params', not {kind}")
-        if "params" not in self.variables:
-            raise InputError(
-                f"a network's variables need 'params'; there are {sorted(self.variables)}"
-            )
+        if "params" not in variables:
+            raise InputError(f"a network's variables need 'params'; there are {sorted(variables)}")
+        object.__setattr__(self, "variables", nn.unbox(variables))
         if self.name is None:
             name = f"{model_name(self.model)}:{digest(self.variables)}"
             object.__setattr__(self, "name", name)
+
+    @property
+    def module(self) -> nnx.Module:
+        """A new NNX module with the network's weights."""
+        side = side_of(self.model)
+        if not isinstance(side, Nnx):
+            raise InputError(f"{side.name} is a Linen module: use it with the network's variables")
+        return side.merge(self.variables)
+
+
+def as_network(model: Any) -> Any:
+    """Returns the `Network` of an NNX module, which brings its weights; else what was given."""
+    module = model.model if isinstance(model, Tapped) else model
+    return Network(model) if isinstance(module, nnx.Module) else model
+
+
+def require_network(what: str, model: Any) -> Network:
+    """Returns what `as_network` does. Raises `InputError` if that is no network."""
+    network = as_network(model)
+    if not isinstance(network, Network):
+        raise InputError(
+            f"{what} must be a Network(model, variables) or an NNX module, not "
+            f"{type(network).__name__}"
+        )
+    return network
 
 
 def digest(variables: Any) -> str:
@@ -56,52 +88,20 @@ def digest(variables: Any) -> str:
     return sha.hexdigest()[:12]
 
 
-def configure_model(model: Model, precision: str, axis_name: str | None) -> Model:
+def configure_model(model: Model, precision: str, axis_name: str | None) -> Side | Tapped:
     """Sets the fields of a module for a run: its dtypes, and the axis of its batch norms.
 
     Fields that the module does not have are skipped.
 
     Raises:
-      ValueError: if the precision is bfloat16 and the module has no field `dtype`; or if a field
-        cannot be hashed, since runs share programs by the hash of the module.
+      ValueError: if the precision is bfloat16 and the module has no field `dtype`.
     """
-    module = module_of(model)
-    fields: dict[str, Any] = {
+    side = side_of(model)
+    if precision == "bfloat16" and "dtype" not in side.dtypes:
+        raise InputError(f"{side.name} has no field dtype, so it cannot be set to bfloat16")
+    fields = {
         "dtype": jnp.bfloat16 if precision == "bfloat16" else None,
         "param_dtype": jnp.result_type(float),
         "axis_name": axis_name,
     }
-    names = {field.name for field in dataclasses.fields(module)}
-    if precision == "bfloat16" and "dtype" not in names:
-        raise InputError(
-            f"{type(module).__name__} has no field dtype, so it cannot be set to bfloat16"
-        )
-    module = _hashable(module.clone(**{name: fields[name] for name in fields.keys() & names}))
-    try:
-        hash(module)
-    except TypeError as error:
-        raise InputError(
-            f"{type(module).__name__} has a field that cannot be hashed: use tuples, numbers, "
-            "strings, functions and modules"
-        ) from error
-    return dataclasses.replace(model, model=module) if isinstance(model, Tapped) else module
-
-
-def _hashable(value: Any) -> Any:
-    """Replaces lists by tuples among a module's fields, at every depth, as for `nn.Sequential`."""
-    if isinstance(value, nn.Module):
-        changed = {}
-        for field in dataclasses.fields(value):
-            if field.init and field.name not in ("parent", "name"):
-                old = getattr(value, field.name)
-                new = _hashable(old)
-                if new is not old:
-                    changed[field.name] = new
-        return value.clone(**changed) if changed else value
-    if isinstance(value, (list, tuple)) and not hasattr(value, "_fields"):
-        items = tuple(map(_hashable, value))
-        same = isinstance(value, tuple) and all(map(lambda a, b: a is b, items, value))
-        return value if same else items
-    if isinstance(value, dict):
-        return FrozenDict({key: _hashable(item) for key, item in value.items()})
-    return value
+    return with_side(model, side.configured(fields))

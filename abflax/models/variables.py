@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from abflax.taps import Model, in_mode, module_of
+from abflax.taps import Model, side_of
 
 
 def abstract_variables(model: Model, image_shape: tuple[int, ...]) -> Any:
@@ -16,11 +16,10 @@ def abstract_variables(model: Model, image_shape: tuple[int, ...]) -> Any:
 
 
 def init_variables(model: Model, key: jax.Array, image_shape: tuple[int, ...]) -> Any:
-    """Initializes {"params", "batch_stats"}, with floats in the default floating dtype."""
+    """Initializes {"params", "batch_stats", …}, with floats in the default floating dtype."""
     dtype = jnp.result_type(float)
-    module, mode = in_mode(module_of(model), False)
-    variables = module.init(key, jnp.zeros((1, *image_shape), dtype), **mode)
-    return floats_in(dtype, {name: variables.get(name, {}) for name in ("params", "batch_stats")})
+    images = jnp.zeros((1, *image_shape), dtype)
+    return floats_in(dtype, side_of(model).init(key, images))
 
 
 def floats_in(dtype: Any, tree: Any) -> Any:

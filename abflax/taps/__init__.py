@@ -1,35 +1,42 @@
 """Runs networks for their taps, the named pre-activations, and finds what can be tapped."""
 
+from abflax.taps.nnx import Nnx
 from abflax.taps.running import (
     Forward,
     Model,
     Tapped,
     abstract_forward,
-    depth_order,
-    in_mode,
     module_of,
     number_of_logits,
     run_model,
+    side_of,
     sow_features,
     sow_tap,
     tap_shapes,
+    with_side,
 )
-from abflax.taps.suggestions import Candidate, marked, suggest
+from abflax.taps.sides import SWITCHES, Side
+from abflax.taps.suggestions import Candidate, marked, moved_statistics, rectified_taps, suggest
 
 __all__ = [
+    "SWITCHES",
     "Candidate",
     "Forward",
     "Model",
+    "Nnx",
+    "Side",
     "Tapped",
     "abstract_forward",
-    "depth_order",
-    "in_mode",
     "marked",
     "module_of",
+    "moved_statistics",
     "number_of_logits",
+    "rectified_taps",
     "run_model",
+    "side_of",
     "sow_features",
     "sow_tap",
     "suggest",
     "tap_shapes",
+    "with_side",
 ]

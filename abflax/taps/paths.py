@@ -4,60 +4,43 @@ from __future__ import annotations
 
 import operator
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
-from flax.traverse_util import flatten_dict
 
 from abflax.errors import InputError, unknown
 
 
-def watch(calls: dict[tuple[str, ...], Any]) -> Callable[..., Any]:
-    """Returns an interceptor that puts {path: (class name, output shapes)} of modules into `calls`.
-
-    The shapes are those inside the module, without the axes that `nn.scan` adds.
-    """
-
-    def intercept(call: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
-        outputs = call(*args, **kwargs)
-        if context.method_name == "__call__":
-            shapes = [jax.numpy.shape(leaf) for leaf in jax.tree.leaves(outputs)]
-            calls[context.module.path] = (type(context.module).__name__, shapes)
-        return outputs
-
-    return intercept
-
-
 def tapped_at(
-    sown: Mapping[str, Any], calls: Mapping[tuple[str, ...], Any], path: str
+    sown: Mapping[tuple[str, ...], Any], calls: Mapping[tuple[str, ...], Any], path: str
 ) -> jax.Array:
     """Finds the array that the module at a path (see `run_model`) returned, or that was sown there.
 
-    `sown` is the collection `intermediates`, and `calls` is what `watch` recorded.
+    `sown` and `calls` are those of `abflax.taps.sides.Pass`.
 
     Raises:
       ValueError: if there is no such path, or not exactly one array.
     """
     name, *index = re.split(r"\[(\d+(?:,\d+)*)\]\Z", path)
     iteration = tuple(map(int, index[0].split(","))) if index else ()
-    parts, flat = tuple(name.split("/")), flatten_dict(dict(sown))
-    key = (*parts, "__call__") if (*parts, "__call__") in flat else parts
-    if key not in flat and parts in calls:
+    parts = tuple(name.split("/"))
+    key = (*parts, "__call__") if (*parts, "__call__") in sown else parts
+    if key not in sown and parts in calls:
         raise InputError(
             f"tap path '{path}': the module there runs inside a transformation that keeps its "
             "output; give that nn.scan (or nn.vmap) variable_axes={'intermediates': 0, …}"
         )
-    if key not in flat:
-        known = {"/".join(k[:-1] if k[-1] == "__call__" else k) for k in flat}
+    if key not in sown:
+        known = {"/".join(k[:-1] if k[-1] == "__call__" else k) for k in sown}
         raise unknown("tap path", name, known - {""})
-    values = flat[key] if isinstance(flat[key], tuple) else (flat[key],)
+    values = sown[key] if isinstance(sown[key], tuple) else (sown[key],)
     if len(values) != 1 or not isinstance(values[0], jax.Array):
         raise InputError(
             f"tap path '{path}': a tap is one array, but the module there ran {len(values)} times "
             "or returned something else"
         )
-    lengths = scanned(flat, calls, key[:-1])
+    lengths = scanned(sown, calls, key[:-1])
     if len(iteration) != len(lengths) or any(map(operator.ge, iteration, lengths)):
         last = f"'{name}[{','.join(str(n - 1) for n in lengths)}]' is the last"
         times = f"once per iteration of nn.scan; {last}" if lengths else "once"
@@ -66,12 +49,13 @@ def tapped_at(
 
 
 def scanned(
-    flat: Mapping[tuple[str, ...], Any],
+    sown: Mapping[tuple[str, ...], Any],
     calls: Mapping[tuple[str, ...], Any],
     module: tuple[str, ...],
 ) -> tuple[int, ...]:
     """Finds the lengths of the axes that `nn.scan` and `nn.vmap` add to a module's outputs."""
-    outer = [leaf.shape for leaf in jax.tree.leaves(flat.get((*module, "__call__"), ()))]
+    leaves = jax.tree.leaves(sown.get((*module, "__call__"), ()))
+    outer = [leaf.shape for leaf in leaves if isinstance(leaf, jax.Array)]
     _, inner = calls.get(module, ("", outer))
     if not outer or not inner:
         return ()

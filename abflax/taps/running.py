@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
-import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
 from flax import linen as nn
-from flax import struct
+from flax import nnx, struct
 
 from abflax.errors import InputError
-from abflax.taps.paths import tapped_at, watch
+from abflax.taps.linen import Linen
+from abflax.taps.nnx import Nnx
+from abflax.taps.paths import tapped_at
+from abflax.taps.sides import COLLECTION, Side
 
-COLLECTION = "intermediates"  # a collection that Flax's `init` does not return
 FEATURES = "features"
 
 
@@ -39,11 +39,13 @@ class Forward:
 
     Attributes:
       logits: `[batch, classes]`.
-      taps: name -> pre-activations, `[batch, height, width, channels]` or `[batch, features]`,
-        in `depth_order`.
+      taps: name -> pre-activations, `[batch, height, width, channels]`, `[batch, tokens, features]`
+        or `[batch, features]`, in the order of `Tapped`, or in which they were sown. (A function
+        that `jax.jit` transforms returns them sorted by name.)
       features: the classifier's input, `[batch, features]`; None if the network does not sow it.
-      batch_stats: the running statistics after the pass, which does not change them in evaluation
-        mode; {} for a network without any.
+      state: collection -> variables after the pass, of all collections but `params`. A pass in
+        evaluation mode does not change them.
+      losses: the sum of the losses that modules sowed into `losses`; None: there are none.
       pullback: {tap: cotangent} -> the gradient of these taps with respect to the images, through
         the same pass; None unless `run_model` was called with `pullback=True`.
     """
@@ -51,44 +53,75 @@ class Forward:
     logits: jax.Array
     taps: dict[str, jax.Array]
     features: jax.Array | None
-    batch_stats: Any
+    state: Any
+    losses: jax.Array | None = None
     pullback: Callable[[dict[str, jax.Array]], jax.Array] | None = struct.field(
         pytree_node=False, default=None
     )
 
+    @property
+    def batch_stats(self) -> Any:
+        """The running statistics after the pass; {} for a network without any."""
+        return self.state.get("batch_stats", {})
+
 
 @dataclasses.dataclass(frozen=True, init=False)
 class Tapped:
-    """A model that does not sow its taps, with the paths of its taps.
+    """A model with the paths of its taps, and with what of its output are the logits.
 
     Use it in place of a module: `distill(Tapped(student, {"layer1": "Conv_0"}),
     Network(Tapped(teacher, {"layer1": "Block_2/norm"}), variables), data)`.
 
     Args:
-      model: any Linen module that takes images.
-      tap_paths: name -> path of each tap; see `abflax.taps.run_model`.
+      model: any Linen or NNX module that takes images.
+      tap_paths: name -> path of each tap, from the shallowest to the deepest; see
+        `abflax.taps.run_model`.
+      output: what the model returns -> logits. None: the output itself, or the first of a tuple, or
+        the field or entry `logits`.
 
     Attributes:
       model: the module.
-      tap_paths: (name, path) of each tap, in `depth_order`.
+      tap_paths: (name, path) of each tap, in the order given.
+      output: as above.
     """
 
-    model: nn.Module
+    model: Any
     tap_paths: tuple[tuple[str, str], ...]
+    output: Callable[[Any], jax.Array] | None
 
-    def __init__(self, model: nn.Module, tap_paths: Mapping[str, str] | Iterable[Any]) -> None:
-        paths = dict(tap_paths)
+    def __init__(
+        self,
+        model: nn.Module | nnx.Module | Side,
+        tap_paths: Mapping[str, str] | Iterable[Any] = (),
+        output: Callable[[Any], jax.Array] | None = None,
+    ) -> None:
         object.__setattr__(self, "model", model)
-        object.__setattr__(self, "tap_paths", tuple((k, paths[k]) for k in depth_order(paths)))
+        object.__setattr__(self, "tap_paths", tuple(dict(tap_paths).items()))
+        object.__setattr__(self, "output", output)
 
 
-Model = nn.Module | Tapped
-"""A module that sows its taps, or a `Tapped` one."""
+Model = nn.Module | nnx.Module | Side | Tapped
+"""A module that sows its taps, or a `Tapped` one; `Side` is how the engine holds a module."""
+
+
+def side_of(model: Model) -> Side:
+    """Returns what the engine knows of a model, without its taps."""
+    inner = model.model if isinstance(model, Tapped) else model
+    if isinstance(inner, nnx.Module):
+        return Nnx.split(inner)[0]
+    return Linen(inner) if isinstance(inner, nn.Module) else inner
+
+
+def with_side(model: Model, side: Side) -> Side | Tapped:
+    """Returns the model with another module in place of its own."""
+    return Tapped(side, model.tap_paths, model.output) if isinstance(model, Tapped) else side
 
 
 def module_of(model: Model) -> nn.Module:
     """Returns the Linen module of a model."""
-    return model.model if isinstance(model, Tapped) else model
+    side = side_of(model)
+    assert isinstance(side, Linen)
+    return side.module
 
 
 def run_model(
@@ -101,25 +134,28 @@ def run_model(
     pullback: bool = False,
     dropout_key: jax.Array | None = None,
 ) -> Forward:
-    """Runs a network once and returns its logits, taps and running statistics.
+    """Runs a network once and returns its logits, taps and state.
+
+    The mode is set by an argument of `__call__` or a field of that name: `train`, `training`,
+    `is_train`, `is_training`, `deterministic`, `use_running_average` or `inference`; for NNX
+    modules also by `train()` and `eval()`.
 
     Args:
-      model: any Linen module that takes images, or a `Tapped` one. Its mode is set by `in_mode`.
-      variables: its `params` and, if it has any, `batch_stats`. Other collections are passed on
-        unchanged.
+      model: any Linen or NNX module that takes images, or a `Tapped` one.
+      variables: its `params` and, if it has any, `batch_stats` and other collections.
       images: `[batch, height, width, channels]`, normalized.
       train: whether batch norms use the batch's statistics (and update the running ones).
       tap_paths: name -> path of a submodule, e.g. `{"layer1": "Block_2/BatchNorm_0"}`, whose
-        output becomes the tap; or the path of an array that was sown into `intermediates`. Under
-        `nn.scan` a path names one iteration, `"Scan_0/Conv_0[2]"` (`[2,0]` in nested scans); the
-        scan must stack `intermediates` along axis 0. None: the taps that the model sows at its
-        root with `sow_tap`.
+        output becomes the tap; or the path of an array that was sown into `intermediates`, or that
+        an NNX module keeps as `nnx.Intermediate`. Under `nn.scan` a path names one iteration,
+        `"Scan_0/Conv_0[2]"` (`[2,0]` in nested scans); the scan must stack `intermediates` along
+        axis 0. None: the taps that the model sows at its root with `sow_tap`.
       pullback: whether to compute `Forward.pullback`, which cannot be returned from a `jax.jit`.
-      dropout_key: for the random numbers named "dropout"; None: there are none.
+      dropout_key: for the random numbers named "dropout" (NNX: all streams); None: there are none.
 
     Raises:
       ValueError: if nothing at a path ran, or it ran more than once or returned something else
-        than one array; or if the model does not return one array of logits.
+        than one array; or if the model does not return logits.
 
     Examples:
       >>> model = nn.Sequential([nn.Dense(16), nn.relu, nn.Dense(10)])
@@ -130,35 +166,28 @@ def run_model(
       >>> forward.logits.shape, forward.taps["layer1"].shape
       ((2, 10), (2, 16))
     """
-    if isinstance(model, Tapped) and tap_paths is None:
-        tap_paths = dict(model.tap_paths)
-    module, mode = in_mode(module_of(model), train)
-    paths = dict(tap_paths or {})
+    output = None
+    if isinstance(model, Tapped):
+        output = model.output
+        tap_paths = dict(model.tap_paths) if tap_paths is None else tap_paths
+    side, paths, order = side_of(model), dict(tap_paths or {}), list[str]()
 
     def run(images: jax.Array) -> tuple[dict[str, jax.Array], Forward]:
-        calls: dict[tuple[str, ...], Any] = {}
-        with nn.intercept_methods(watch(calls)):
-            logits, state = module.apply(
-                {key: value for key, value in variables.items() if key != COLLECTION},
-                images,
-                **mode,
-                rngs=None if dropout_key is None else {"dropout": dropout_key},
-                mutable=[COLLECTION, "batch_stats"] if train else [COLLECTION],
-                # Not a filter of the paths: `nn.jit` would reuse a trace with an earlier filter.
-                capture_intermediates=bool(paths),
-            )
-        if not isinstance(logits, jax.Array):
-            raise InputError(
-                f"{type(module).__name__} returns a {type(logits).__name__}, where one array of "
-                "logits is needed"
-            )
-        sown = state.get(COLLECTION, {})
-        arrays = {name: value for name, value in sown.items() if isinstance(value, jax.Array)}
-        features = arrays.pop(FEATURES, None)
-        taps = {k: tapped_at(sown, calls, path) for k, path in paths.items()} if paths else arrays
-        statistics = state.get("batch_stats", variables.get("batch_stats", {}))
-        ordered = {name: taps[name] for name in depth_order(taps)}
-        return ordered, Forward(logits, {}, features, statistics)
+        passed = side.apply(
+            variables, images, train=train, dropout_key=dropout_key, capture=bool(paths)
+        )
+        logits = logits_of(side.name, passed.output, output)
+        sown = {path[0]: value for path, value in passed.sown.items() if len(path) == 1}
+        taps = {
+            name: value
+            for name, value in sown.items()
+            if name != "__call__" and isinstance(value, jax.Array)
+        }
+        features = taps.pop(FEATURES, None)
+        if paths:
+            taps = {k: tapped_at(passed.sown, passed.calls, path) for k, path in paths.items()}
+        order[:] = taps
+        return taps, Forward(logits, {}, features, passed.state, passed.losses)
 
     if not pullback:
         taps, forward = run(images)
@@ -170,7 +199,27 @@ def run_model(
         part = lambda images: {name: tangents(images)[name] for name in cotangents}  # noqa: E731
         return jax.linear_transpose(part, images)(cotangents)[0]
 
+    taps = {name: taps[name] for name in order}
     return dataclasses.replace(forward, taps=taps, pullback=pull)
+
+
+def logits_of(name: str, output: Any, choose: Callable[[Any], jax.Array] | None) -> jax.Array:
+    """Finds the logits in what a model returned."""
+    logits = output
+    if choose is not None:
+        logits = choose(output)
+    elif isinstance(output, Mapping):
+        logits = output.get("logits")
+    elif hasattr(output, "logits"):
+        logits = output.logits
+    elif isinstance(output, tuple) and output:
+        logits = output[0]
+    if not isinstance(logits, jax.Array):
+        raise InputError(
+            f"{name} returns a {type(output).__name__}, where one array of logits is needed: "
+            "say which with Tapped(model, taps, output=lambda out: …)"
+        )
+    return logits
 
 
 def abstract_forward(
@@ -182,8 +231,16 @@ def abstract_forward(
     dropout_key: jax.Array | None = None,
 ) -> Forward:
     """Finds the shapes that `run_model` returns for images of a shape, without computing."""
-    run = lambda v, x: run_model(model, v, x, train=train, dropout_key=dropout_key)  # noqa: E731
-    return jax.eval_shape(run, variables, jax.ShapeDtypeStruct(shape, jax.numpy.result_type(float)))
+    order: list[str] = []
+
+    def run(variables: Any, images: jax.Array) -> Forward:
+        forward = run_model(model, variables, images, train=train, dropout_key=dropout_key)
+        order[:] = forward.taps
+        return forward
+
+    images = jax.ShapeDtypeStruct(shape, jax.numpy.result_type(float))
+    forward = jax.eval_shape(run, variables, images)
+    return dataclasses.replace(forward, taps={name: forward.taps[name] for name in order})
 
 
 def number_of_logits(model: Model, variables: Any, image_shape: tuple[int, ...]) -> int:
@@ -195,51 +252,10 @@ def number_of_logits(model: Model, variables: Any, image_shape: tuple[int, ...])
     shape = abstract_forward(model, variables, (1, *image_shape)).logits.shape
     if len(shape) != 2:
         raise InputError(
-            f"{type(module_of(model)).__name__} returns {shape} for one image, where logits "
-            "[batch, classes] are needed"
+            f"{side_of(model).name} returns {shape} for one image, where logits [batch, classes] "
+            "are needed"
         )
     return shape[-1]
-
-
-def depth_order(names: Iterable[str]) -> list[str]:
-    """Sorts names from the shallowest to the deepest; `layer2` comes before `layer10`."""
-
-    def key(name: str) -> list[tuple[bool, int | str]]:
-        parts = re.findall(r"\d+|\D+", name)
-        return [(part.isdigit(), int(part) if part.isdigit() else part) for part in parts]
-
-    return sorted(names, key=key)
-
-
-# The common names of the switch between training and evaluation in Flax models -> its value in
-# training.
-_SWITCHES = dict.fromkeys(("train", "training", "is_training"), True)
-_SWITCHES |= dict.fromkeys(("deterministic", "use_running_average"), False)
-
-
-def in_mode(module: nn.Module, train: bool) -> tuple[nn.Module, dict[str, Any]]:
-    """Sets a module's fields to a mode; returns it, and the arguments of that mode for `__call__`.
-
-    The switch is the argument `train`, `training`, `is_training`, `deterministic` or
-    `use_running_average` of `__call__`, or else a field of that name. A module without such a
-    switch has one mode.
-
-    Raises:
-      ValueError: if `__call__` needs more arguments than the images and a switch.
-    """
-    _, *parameters = inspect.signature(type(module).__call__).parameters.values()
-    named = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
-    arguments = {p.name: train == _SWITCHES[p.name] for p in named if p.name in _SWITCHES}
-    images = next((p for p in named if p.name not in arguments), None)
-    others = [p.name for p in named if p is not images and p.default is p.empty]
-    if unmet := [name for name in others if name not in arguments]:
-        raise InputError(
-            f"{type(module).__name__} needs '{unmet[0]}' besides the images, which abflax does not "
-            "pass"
-        )
-    fields = {field.name for field in dataclasses.fields(module)} - set(arguments)
-    switched: dict[str, Any] = {k: train == v for k, v in _SWITCHES.items() if k in fields}
-    return (module.clone(**switched) if switched else module), arguments
 
 
 def tap_shapes(model: Model, variables: Any, image_shape: tuple[int, ...]) -> dict[str, Any]:

@@ -4,16 +4,25 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
-from flax import linen as nn
-from flax.traverse_util import flatten_dict
+from flax import nnx
+from flax.traverse_util import flatten_dict, unflatten_dict
 
-from abflax.taps.paths import scanned, watch
-from abflax.taps.running import COLLECTION, FEATURES, Model, in_mode, module_of, run_model
+from abflax.taps.dataflow import Dataflow
+from abflax.taps.nnx import Nnx
+from abflax.taps.paths import scanned
+from abflax.taps.running import FEATURES, Model, Tapped, logits_of, run_model, side_of
+from abflax.taps.sides import COLLECTION, Path
+
+_NO_OUTPUT = (
+    "the pre-activation, such as a residual sum, is no module's output; this comes after the "
+    "activation and fires exactly where it is positive: right for a teacher; in a student, add "
+    "self.sow('intermediates', 'pre', x) before the activation and tap that"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,32 +33,34 @@ class Candidate:
       path: for `run_model`'s `tap_paths`.
       shape: of the tap, for the given batch.
       kind: the module's class, or "sown".
-      rectified: whether no entry is negative, which means that a ReLU (or a sigmoid) came before
-        and this is not a pre-activation; None if the images or the variables are abstract. (In an
-        untrained network this also holds for a batch norm of rectified inputs.)
+      rectified: whether no entry can be negative, which means that a ReLU (or a sigmoid) came
+        before and this is not a pre-activation.
       marked: whether the paper's rule would tap it.
+      note: what to know about it.
     """
 
     path: str
     shape: tuple[int, ...]
     kind: str
-    rectified: bool | None
+    rectified: bool
     marked: bool = False
+    note: str = ""
 
 
-def suggest(model: Model, variables: Any, images: Any) -> tuple[Candidate, ...]:
+def suggest(model: Model, variables: Any = None, images: Any = None) -> tuple[Candidate, ...]:
     """Lists the possible taps of a model, in the order in which its modules run.
 
-    The marked ones follow the paper's rule: the last pre-activation of each spatial size. If the
-    model has sown arrays of that size, the last of them is marked, else the last output of a
-    module that is not known to be rectified. Maps of one position count as features. If there are
-    no maps, the deepest features are marked.
+    The marked ones follow the paper's rule: the last pre-activation of each spatial size (or number
+    of tokens), which is what the last non-linearity there reads. Where no module returns it and
+    nothing sowed it, as with the residual sums of most ResNets, what comes after the non-linearity
+    is marked, with a `note`. Maps of one position count as features. If there are no maps, the
+    deepest features are marked. Nothing is computed: arrays are followed through the traced
+    computation.
 
     Args:
-      model: any Linen module that takes images.
-      variables: its variables, arrays or shapes.
-      images: `[batch, …]`, an array or a `jax.ShapeDtypeStruct`. `jax.eval_shape` finds the
-        shapes; only `rectified` needs a forward pass, of at most 16 images.
+      model: any Linen or NNX module that takes images.
+      variables: its variables, arrays or shapes; None: those of an NNX module.
+      images: `[batch, …]`, an array or a `jax.ShapeDtypeStruct`.
 
     Returns:
       The candidates; `marked` turns them into `tap_paths`.
@@ -70,66 +81,131 @@ def suggest(model: Model, variables: Any, images: Any) -> tuple[Candidate, ...]:
       >>> marked(candidates)
       {'layer1': 'Conv_0', 'layer2': 'Conv_1'}
     """
-    keys: list[tuple[tuple[str, ...], str, tuple[int, ...]]] = []
+    module = model.model if isinstance(model, Tapped) else model
+    if isinstance(module, nnx.Module):
+        module, own = Nnx.split(module)
+        variables = own if variables is None else variables
+    side = side_of(module)
+    keys: list[tuple[Path, str, tuple[int, ...]]] = []
 
     def trace(variables: Any, images: Any) -> list[jax.Array]:
-        module, mode = in_mode(module_of(model), False)
-        calls: dict[tuple[str, ...], Any] = {}
-        with nn.intercept_methods(watch(calls)):
-            logits, state = module.apply(
-                variables, images, **mode, mutable=[COLLECTION], capture_intermediates=True
-            )
-        flat, taps = flatten_dict(state[COLLECTION]), []
-        for key in _in_order(list(flat), [(*path, "__call__") for path in calls]):
-            values = flat[key] if isinstance(flat[key], tuple) else (flat[key],)
+        passed = side.apply(variables, images, train=False, dropout_key=None, capture=True)
+        logits = logits_of(side.name, passed.output, getattr(model, "output", None))
+        taps = []
+        for key in _in_order(list(passed.sown), [(*path, "__call__") for path in passed.calls]):
+            value = passed.sown[key]
+            values = value if isinstance(value, tuple) else (value,)
             one = len(values) == 1 and isinstance(values[0], jax.Array)
-            if key != ("__call__",) and one and values[0] is not logits:
-                kind, _ = calls.get(key[:-1], ("module", ()))
+            inside = passed.calls.get(key[:-2], ("", ()))[0]
+            heads = one and values[0].ndim == 4 and "Attention" in inside
+            is_output = one and values[0] is logits
+            if key != ("__call__",) and one and not is_output and not heads:
+                kind = passed.calls.get(key[:-1], ("module", ()))[0]
                 kind = kind if key[-1] == "__call__" else "sown"
-                keys.append((key, kind, scanned(flat, calls, key[:-1])))
+                keys.append((key, kind, scanned(passed.sown, passed.calls, key[:-1])))
                 taps.append(values[0])
         return taps
 
     variables = {name: tree for name, tree in variables.items() if name != COLLECTION}
-    candidates = []
-    shapes = jax.eval_shape(trace, variables, images)
+    flow = Dataflow(trace, variables, images)
+    rectified = flow.never_negative()
+    candidates, arrays = [], []
     # The taps in one scan are listed iteration by iteration.
     for (_, lengths), group in itertools.groupby(
-        zip(keys, shapes, strict=True), lambda pair: (pair[0][0][0], pair[0][2])
+        zip(keys, flow.outputs, strict=True), lambda pair: (pair[0][0][0], pair[0][2])
     ):
         taps = list(group)
         for iteration in np.ndindex(*lengths):
             suffix = f"[{','.join(map(str, iteration))}]" if iteration else ""
-            for (key, kind, _), tap in taps:
+            for (key, kind, _), array in taps:
                 path = "/".join(key[:-1] if key[-1] == "__call__" else key) + suffix
-                candidates.append(Candidate(path, tap.shape[len(iteration) :], kind, None))
-    candidates = [tap for tap in candidates if len(tap.shape) in (2, 4)]
-    if not any(
-        isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves((variables, images))
-    ):
-        lowest = _lowest(model, variables, images[:16], [tap.path for tap in candidates])
-        for index, tap in enumerate(candidates):
-            candidates[index] = dataclasses.replace(tap, rectified=bool(lowest[tap.path] >= 0))
-    chosen = _chosen(candidates)
-    return tuple(dataclasses.replace(tap, marked=tap in chosen) for tap in candidates)
+                shape = flow.shapes[array][len(iteration) :]
+                if len(shape) in (2, 3, 4):
+                    candidates.append(Candidate(path, shape, kind, array in rectified))
+                    arrays.append(array)
+    notes = _chosen(candidates, arrays, flow)
+    return tuple(
+        dataclasses.replace(tap, marked=index in notes, note=notes.get(index, ""))
+        for index, tap in enumerate(candidates)
+    )
 
 
-def _chosen(candidates: Iterable[Candidate]) -> list[Candidate]:
-    """Finds the last pre-activation of each spatial size; sown ones take precedence."""
-    last: dict[tuple[int, ...], Candidate] = {}
-    for tap in candidates:
-        size = tap.shape[1:-1] if tap.shape[1:-1] != (1, 1) else ()
-        sown_before = size in last and last[size].kind == "sown"
-        if tap.rectified or tap.path == FEATURES or (sown_before and tap.kind != "sown"):
+def _chosen(
+    candidates: Sequence[Candidate], arrays: Sequence[int], flow: Dataflow
+) -> dict[int, str]:
+    """Finds index -> note of what the last non-linearity of each size reads, or else puts out."""
+    last: dict[tuple[int, ...], tuple[int, str]] = {}
+    usable = [index for index, tap in enumerate(candidates) if tap.path != FEATURES]
+    for activation in flow.activations():
+        shape = flow.shapes[activation.before]
+        if len(shape) not in (2, 3, 4):
             continue
-        last[size] = tap
-    return [tap for size, tap in last.items() if size or len(last) == 1]
+        before = [i for i in usable if flow.inner(arrays[i]) == activation.before]
+        after = [
+            i for i in usable
+            if candidates[i].rectified and candidates[i].shape == shape
+            and flow.derives(flow.inner(arrays[i]), activation.before)
+        ]  # fmt: skip
+        # Sown arrays take precedence, and in a scan the last iteration.
+        before.sort(key=lambda i: (candidates[i].kind != "sown", -_iteration(candidates[i])))
+        size = shape[1:-1] if set(shape[1:-1]) != {1} else ()
+        last.pop(size, None)
+        if before and not candidates[before[0]].rectified:
+            last[size] = (before[0], "")
+        elif after:
+            last[size] = (after[0], _NO_OUTPUT)
+    return {index: note for size, (index, note) in last.items() if size or len(last) == 1}
 
 
-def marked(candidates: Iterable[Candidate]) -> dict[str, str]:
+def _iteration(tap: Candidate) -> int:
+    """The number of the iteration in a path's "[…]"; 0 without one."""
+    digits = tap.path.partition("[")[2].strip("]").replace(",", "")
+    return int(digits or 0)
+
+
+def marked(candidates: Sequence[Candidate]) -> dict[str, str]:
     """Returns {"layer1": path, …} of the marked candidates, the second argument of `Tapped`."""
     paths = [tap.path for tap in candidates if tap.marked]
     return {f"layer{index}": path for index, path in enumerate(paths, start=1)}
+
+
+def moved_statistics(
+    model: Model,
+    variables: Any,
+    shape: tuple[int, ...],
+    *,
+    train: bool,
+    dropout_key: jax.Array | None = None,
+) -> list[str]:
+    """Finds which variables besides `params` a pass changes, without computing anything."""
+    state = {name: tree for name, tree in variables.items() if name != "params"}
+    flat = flatten_dict(state, sep="/")
+
+    def after(flat: dict[str, Any], params: Any, images: Any) -> list[Any]:
+        own = {"params": params, **unflatten_dict(flat, sep="/")}
+        forward = run_model(model, own, images, train=train, dropout_key=dropout_key)
+        changed = flatten_dict(dict(forward.state), sep="/")
+        return [changed[name] for name in sorted(flat)]
+
+    images = jax.ShapeDtypeStruct(shape, jax.numpy.result_type(float))
+    flow = Dataflow(after, flat, variables["params"], images)
+    names = sorted(flat)
+    return [n for n, i, o in zip(names, flow.inputs, flow.outputs, strict=False) if i != o]
+
+
+def rectified_taps(model: Model, variables: Any, shape: tuple[int, ...]) -> list[str]:
+    """Finds the taps without negative entries, so that they are no pre-activations."""
+    order: list[str] = []
+
+    def taps(variables: Any, images: Any) -> list[jax.Array]:
+        found = run_model(model, variables, images, train=False).taps
+        order[:] = found
+        return list(found.values())
+
+    images = jax.ShapeDtypeStruct(shape, jax.numpy.result_type(float))
+    flow = Dataflow(taps, variables, images)
+    positive = flow.never_negative()
+    return [name for name, array in zip(order, flow.outputs, strict=True) if array in positive]
 
 
 def _in_order(stored: list[tuple[str, ...]], ran: list[tuple[str, ...]]) -> list[tuple[str, ...]]:
@@ -145,15 +221,3 @@ def _in_order(stored: list[tuple[str, ...]], ran: list[tuple[str, ...]]) -> list
             order.insert(position, key)
             position += 1
     return order
-
-
-def _lowest(model: Model, variables: Any, images: Any, paths: list[str]) -> dict[str, Any]:
-    """Computes {path: smallest entry of that tap}."""
-
-    @jax.jit
-    def lowest(variables: Any, images: Any) -> dict[str, jax.Array]:
-        named = {path: path for path in paths}
-        taps = run_model(model, variables, images, train=False, tap_paths=named).taps
-        return {path: tap.min() for path, tap in taps.items()}
-
-    return jax.device_get(lowest(variables, images))

@@ -21,7 +21,7 @@ from abflax.models.checks import (
 )
 from abflax.models.network import Network
 from abflax.models.variables import abstract_variables
-from abflax.taps import Model, module_of
+from abflax.taps import Model, side_of
 from abflax.training.parallel import InputSpec
 
 
@@ -105,14 +105,12 @@ def require_synchronized(student: Model, teacher: Model | None, spec: InputSpec)
     for model in (student, teacher):
         if model is None:
             continue
-        module = module_of(model)
+        side = side_of(model)
         has_batch_norms = bool(abstract_variables(model, shape)["batch_stats"])
-        if has_batch_norms and not hasattr(module, "axis_name"):
+        if has_batch_norms and not side.synchronizes:
             raise InputError(
-                f"{type(module).__name__} has no field axis_name, so its batch norms cannot "
+                f"{side.name} has no field axis_name, so its batch norms cannot "
                 f"be averaged over {many}"
             )
         if model is student and uses_dropout(model, shape):
-            raise InputError(
-                f"{type(module).__name__} has dropout, which would drop other neurons on {many}"
-            )
+            raise InputError(f"{side.name} has dropout, which would drop other neurons on {many}")

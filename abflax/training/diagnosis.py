@@ -20,7 +20,7 @@ from abflax.methods.objective import (
     make_targets,
     student_loss,
 )
-from abflax.taps import depth_order, run_model
+from abflax.taps import run_model
 from abflax.training.step import TrainState
 
 _GREW = 10.0  # times
@@ -58,19 +58,19 @@ def find_nonfinite(
         return [bad(f"{what} {name}", leaf) for name, leaf in flatten_dict(tree, sep="/").items()]
 
     def passed(what: str, taps: Mapping[str, jax.Array]) -> list[dict[str, jax.Array]]:
-        return [bad(f"{what} {name}", taps[name]) for name in depth_order(taps)]
+        return [bad(f"{what} {name}", tap) for name, tap in taps.items()]
 
     phase, params, stats = objective.phase, state.params, state.batch_stats
     sources, taps = [bad("the images", images)], []
     if objective.teacher is not None:
-        variables = {"params": teacher_params, "batch_stats": stats["teacher"]}
+        variables = {"params": teacher_params, **stats["teacher"]}
         train = phase.teacher_batch_statistics
         teacher = run_model(objective.teacher, variables, images, train=train)
         sources += weights("the teacher's", variables)
         taps += passed("the teacher's", teacher.taps) + [
             bad("the teacher's logits", teacher.logits)
         ]
-    variables = {"params": params["student"], "batch_stats": stats["student"]}
+    variables = {"params": params["student"], **stats["student"]}
     student = run_model(objective.student, variables, images, train=True, dropout_key=dropout_key)
     sources += weights("the student's", {"params": params["student"]})
     taps += passed("the student's", student.taps) + [bad("the student's logits", student.logits)]

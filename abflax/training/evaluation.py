@@ -13,20 +13,21 @@ from abflax.data import Dataset, ImageFiles
 from abflax.errors import NonFiniteError
 from abflax.methods import METHODS, PhaseSchedule
 from abflax.models.checks import require_classes, require_fits, require_runs
-from abflax.models.network import Network, configure_model
+from abflax.models.network import Network, configure_model, require_network
 from abflax.runtime.distributed import detect_lost_process
+from abflax.taps import Model
 from abflax.training.devices import AXIS, replicate, usable_devices
 from abflax.training.inputs import EvaluationInputs
 from abflax.training.parallel import InputSpec, PhaseProgram, compile_evaluation, compile_phase
 
 
 def evaluate(
-    network: Network, test: Dataset | ImageFiles, devices: int | None = None
+    network: Network | Model, test: Dataset | ImageFiles, devices: int | None = None
 ) -> dict[str, Any]:
     """Measures a network's error on held-out data, each example counted once.
 
     Args:
-      network: the model and its weights.
+      network: the model and its weights; an NNX module brings its own.
       test: the held-out data.
       devices: how many of each process's devices; None: all.
 
@@ -38,18 +39,16 @@ def evaluate(
       ValueError: if the network does not fit the data.
       NonFiniteError: if its logits are NaN or infinite.
     """
+    network = require_network("the network", network)
     used = usable_devices(devices)
     require_runs("the network", network.model, test.image_shape, train=False, dropout=False)
     require_classes("the network", network.model, test.image_shape, test.num_classes)
     require_fits("the weights", network.model, network.variables, test.image_shape)
     model = configure_model(network.model, "float32", AXIS)
     (phase,) = METHODS["cross-entropy"]()
+    own = {name: tree for name, tree in network.variables.items() if name != "params"}
     params = {"student": network.variables["params"], "connectors": {}}
-    stats = {
-        "student": network.variables.get("batch_stats", {}),
-        "connectors": {},
-        "teacher": {},
-    }
+    stats = {"student": own, "connectors": {}, "teacher": {}}
     student = replicate((params, stats), used)
     with detect_lost_process(), contextlib.closing(Evaluation(test, used)) as evaluation:
         program = compile_phase(model, None, phase, PhaseSchedule.single_step(), evaluation.spec)

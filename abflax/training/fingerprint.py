@@ -207,7 +207,7 @@ def _lowered_digest(model: Model, precision: str, shape: tuple[int, ...], studen
 
     def forward(variables: Any, images: jax.Array) -> Any:
         run = run_model(model, variables, images, train=student, dropout_key=key)
-        return run.logits, run.taps, run.features, run.batch_stats
+        return run.logits, run.taps, run.features, run.state
 
     texts = [_lowered(forward, abstract_variables(model, shape), images)]
     if student:

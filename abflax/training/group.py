@@ -80,14 +80,14 @@ class TrainingGroup:
         self.teacher_is_finite = True
         if teacher is not None:
             self.teacher = configure_model(teacher.model, config.precision, AXIS)
-            dtype = jnp.result_type(float)
-            # Copies: the statistics are donated with the state.
-            variables = floats_in(dtype, jax.tree.map(np.array, dict(teacher.variables)))
+            # Copies: what is not trained is donated with the state.
+            variables = jax.tree.map(np.array, dict(teacher.variables))
+            variables = {"batch_stats": {}, **floats_in(jnp.result_type(float), variables)}
             self.teacher_is_finite = all(
                 bool(np.isfinite(leaf).all()) for leaf in jax.tree.leaves(variables)
             )
-            self.teacher_stats = variables.get("batch_stats", {})
-            self.teacher_params = replicate(variables["params"], devices)
+            self.teacher_params = replicate(variables.pop("params"), devices)
+            self.teacher_stats = variables
         self.key = jax.random.key(config.seeds.augmentation)
         stream = Stream(len(self.data), config.batch_size, config.seeds.order)
         seed = config.seeds.augmentation

@@ -10,15 +10,17 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import safetensors.numpy
 from flax.traverse_util import unflatten_dict
 
 from abflax.config import RunConfig
 from abflax.errors import InputError
-from abflax.models.network import digest
+from abflax.models.network import Network, digest
 from abflax.runtime.distributed import is_first, on_process_zero
 from abflax.storage.checkpoint import Checkpoints
 from abflax.storage.lock import Lock
 from abflax.storage.tensorboard import EventLog
+from abflax.taps import Nnx, side_of
 from abflax.training.fingerprint import (
     Fingerprint,
     is_same_run,
@@ -38,11 +40,24 @@ class Result:
       variables: the student's `params` and `batch_stats`; None where the run was finished before
         and its directory was read instead (`directory / "student.safetensors"` has them).
       directory: where record and weights are; None without a workdir.
+      model: the student without its weights.
     """
 
     record: dict[str, Any]
     variables: Any | None
     directory: Path | None
+    model: Any = None
+
+    @property
+    def student(self) -> Any:
+        """The trained student: a new NNX module where one was given, else a `Network`."""
+        variables = self.variables
+        if variables is None:
+            assert self.directory is not None
+            flat = safetensors.numpy.load_file(self.directory / "student.safetensors")
+            variables = unflatten_dict(flat, sep="/")
+        network = Network(self.model, {"params": {}, "batch_stats": {}, **variables})
+        return network.module if isinstance(side_of(self.model), Nnx) else network
 
 
 @on_process_zero

@@ -38,7 +38,8 @@ class TrainState:
     Attributes:
       step: of the phase, from 0.
       params: {"student": …, "connectors": {term: …}}.
-      batch_stats: running statistics of "student", "connectors" and "teacher".
+      batch_stats: what else changes, of "student" and "teacher" collection by collection, such as
+        `batch_stats`; and the running statistics of the "connectors".
       opt_state: optax's.
     """
 
@@ -49,8 +50,8 @@ class TrainState:
 
     @property
     def student(self) -> dict[str, Any]:
-        """The student's variables: its `params` and `batch_stats`."""
-        return {"params": self.params["student"], "batch_stats": self.batch_stats["student"]}
+        """The student's variables: `params`, `batch_stats` and other collections."""
+        return {"params": self.params["student"], **self.batch_stats["student"]}
 
 
 def create_train_state(
@@ -66,8 +67,8 @@ def create_train_state(
     Args:
       objective: of the phase.
       optimizer: of the phase.
-      student: variables, `params` and `batch_stats`.
-      teacher_stats: the teacher's running statistics.
+      student: variables by collection.
+      teacher_stats: the teacher's variables but `params`.
       key: of the connectors' initial weights.
       image_shape: (height, width, channels).
     """
@@ -75,7 +76,8 @@ def create_train_state(
     images = jnp.zeros((1, *image_shape), dtype)
     forward = run_model(objective.student, student, images, train=False)
     params: dict[str, Any] = {"student": student["params"], "connectors": {}}
-    stats = {"student": student["batch_stats"], "connectors": {}, "teacher": teacher_stats}
+    own = {name: tree for name, tree in student.items() if name != "params"}
+    stats = {"student": own, "connectors": {}, "teacher": teacher_stats}
     for index, connectors in enumerate(objective.connectors):
         if connectors is not None:
             variables = connectors.init(jax.random.fold_in(key, index), forward, None, train=False)
@@ -151,7 +153,7 @@ def teacher_forward(
     teacher = next((each.teacher for each in objectives if each.measured), None)
     if teacher is None:
         return None
-    variables = {"params": teacher_params, "batch_stats": teacher_stats}
+    variables = {"params": teacher_params, **teacher_stats}
     return run_model(teacher, variables, images, train=False)
 
 
@@ -180,7 +182,7 @@ def eval_step(
       agreements; and "fired": layer -> booleans, whether each neuron of the student (before any
       connector, which belongs to a phase and not to the student) fires on one of the examples.
     """
-    variables = {"params": params["student"], "batch_stats": batch_stats["student"]}
+    variables = {"params": params["student"], **batch_stats["student"]}
     student = run_model(objective.student, variables, images, train=False)
     sums: dict[str, Any] = {
         "examples": mask.sum(),
@@ -229,7 +231,7 @@ def trainable_mask(objective: Objective, image_shape: tuple[int, ...]) -> Any:
             objective, optax.identity(), student, stats, key, image_shape
         ),
         abstract_variables(objective.student, image_shape),
-        teacher["batch_stats"],
+        {name: tree for name, tree in teacher.items() if name != "params"},
         jax.random.key(0),
     )
     images = jax.ShapeDtypeStruct((2, *image_shape), jnp.result_type(float))

@@ -133,7 +133,7 @@ class Bench:
         def one(states: Any, teacher: Any, data: Any, key: Any, chosen: Any, epochs: Any) -> Any:
             images = augment(data["images"][chosen], chosen, epochs, key, PREPROCESSING)
             images, labels = normalize(images, PREPROCESSING), data["labels"][chosen]
-            params, stats = teacher["params"], teacher["batch_stats"]
+            params, stats = teacher["params"], {"batch_stats": teacher["batch_stats"]}
             targets = make_targets(objective, params, stats, images)
             return jax.vmap(
                 lambda state: train_step(
@@ -183,7 +183,8 @@ class Bench:
         labels = jnp.zeros(self.batch, jnp.int32)
 
         def targets_of(teacher: Any, images: jax.Array) -> Any:
-            return make_targets(objective, teacher["params"], teacher["batch_stats"], images)[0]
+            stats = {"batch_stats": teacher["batch_stats"]}
+            return make_targets(objective, teacher["params"], stats, images)[0]
 
         def loss(params: Any, stats: Any, targets: Any, images: jax.Array) -> jax.Array:
             return student_loss(objective, params, stats, targets, images, labels)[0]
@@ -193,7 +194,7 @@ class Bench:
             taps = run_model(objective.student, variables, images, train=True).taps
             return sum((jnp.vdot(tap, tap) for tap in taps.values()), start=jnp.zeros(()))
 
-        student = {"params": state.params["student"], "batch_stats": state.batch_stats["student"]}
+        student = state.student
         targets = jax.jit(targets_of)(variables, images)
         arguments = (state.params, state.batch_stats, targets, images)
         return {

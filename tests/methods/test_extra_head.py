@@ -37,13 +37,15 @@ def test_loss_is_the_formula_and_the_head_is_trained():
     objective, state, teacher = _bound(student, classes=7)
     images = jax.random.normal(jax.random.key(4), (4, *SHAPE))
     labels = jnp.arange(4)
-    targets, _ = make_targets(objective, teacher["params"], teacher["batch_stats"], images)
+    targets, _ = make_targets(
+        objective, teacher["params"], {"batch_stats": teacher["batch_stats"]}, images
+    )
     loss, gradients = jax.jit(
         jax.value_and_grad(
             lambda p: student_loss(objective, p, state.batch_stats, targets, images, labels)[0]
         )
     )(state.params)
-    ours = {"params": state.params["student"], "batch_stats": state.batch_stats["student"]}
+    ours = state.student
     forward = run_model(objective.student, ours, images, train=True)
     head = state.params["connectors"]["term1"]["head"]
     assert head["kernel"].shape == (64, 7)

@@ -165,12 +165,6 @@ def test_what_a_phase_trains(model):
         assert set(jax.tree.leaves(first)) == {True} and set(jax.tree.leaves(rest)) == {False}
 
 
-def test_depth_order_is_natural():
-    from abflax.taps import depth_order
-
-    assert depth_order(["layer10", "layer2", "layer1"]) == ["layer1", "layer2", "layer10"]
-
-
 def test_taps_by_path():
     model, images = _Foreign(), jnp.ones((2, 4, 4, 1))
     variables = model.init(jax.random.key(0), images)

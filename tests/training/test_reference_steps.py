@@ -37,16 +37,16 @@ class Trajectory:
             self.init_phase = _with_running_statistics(self.init_phase)
 
         state, self.init_loss, measured = self._run(
-            self.init_phase, student, self.teacher["batch_stats"], connectors=True
+            self.init_phase, student, {"batch_stats": self.teacher["batch_stats"]}, connectors=True
         )
         self.init_agreement = [m["agreement"] for m in measured]
         self.after_init = state
-        student = {"params": state.params["student"], "batch_stats": state.batch_stats["student"]}
+        student = state.student
         # KD starts from the published code's own running statistics of the teacher: where they
         # drifted, PyTorch's variances are unbiased, Flax's are not, and the logits show it.
         drifted = under("teacher/after_init/", data)
         start = _start(data, "teacher/") | drifted
-        teacher_stats = to_f64(from_torch("wrn10-2", start))["batch_stats"]
+        teacher_stats = {"batch_stats": to_f64(from_torch("wrn10-2", start))["batch_stats"]}
         self.after_kd, self.kd_loss, _ = self._run(self.kd_phase, student, teacher_stats)
 
     def _run(self, phase, student, teacher_stats, connectors=False):
@@ -130,7 +130,7 @@ def test_classifier_is_frozen_while_initialising(trajectory):
 
 
 def test_teacher_statistics(trajectory):
-    moved = trajectory.after_init.batch_stats["teacher"]
+    moved = trajectory.after_init.batch_stats["teacher"]["batch_stats"]
     after = under("teacher/after_init/", trajectory.data)
     if not after:
         chex.assert_trees_all_equal(moved, trajectory.teacher["batch_stats"])
@@ -149,7 +149,7 @@ def test_kd(trajectory):
 
 
 def _assert_student(trajectory, state, prefix, passes):
-    variables = {"params": state.params["student"], "batch_stats": state.batch_stats["student"]}
+    variables = state.student
     ours = to_torch(MODELS["wrn10-1"](), variables)
     before, after = under("student/before/", trajectory.data), under(prefix, trajectory.data)
     names = [name for name in after if not name.endswith("num_batches_tracked")]

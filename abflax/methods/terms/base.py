@@ -12,7 +12,7 @@ from flax import linen as nn
 
 from abflax.errors import InputError, unknown
 from abflax.methods.connectors import Pair
-from abflax.taps import Forward, depth_order
+from abflax.taps import Forward
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,18 +126,18 @@ class LayerTerm(Term):
         Raises:
           ValueError: if one of them is not among the taps.
         """
-        names = depth_order(taps)
+        names = list(taps)
         if self.layers is None:
             return tuple(names)
         layers = {names[-1] if layer == "last" and names else layer for layer in self.layers}
         for layer in layers:
             if layer not in names:
                 raise unknown("layer", layer, names)
-        return tuple(depth_order(layers))
+        return tuple(name for name in names if name in layers)
 
     def layer_weights(self, taps: Iterable[str]) -> dict[str, float]:
         """Returns {layer: weight} of the chosen layers, given all the taps of a network."""
-        depth = {name: index for index, name in enumerate(depth_order(taps))}
+        depth = {name: index for index, name in enumerate(taps)}
         last = len(depth) - 1
         return {name: self.layer_ratio ** (last - depth[name]) for name in self.chosen(depth)}
 
