@@ -12,15 +12,18 @@ import hashlib
 import io
 import math
 import mmap
+import os
 import signal
 import sys
+import threading
+import time
 import warnings
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
 ImageSource = str | tuple[str, str, int]
 """The location of an encoded image: a file, or (folder of a prepared TFDS data set, split, record).
@@ -31,7 +34,18 @@ _RATIO = (3 / 4, 4 / 3)  # of its width to its height
 _ATTEMPTS = 10
 _RESIZED, _CROPPED = 256, 224  # pixels in evaluation; other sizes in proportion
 _GAP = 2.0  # a reduced JPEG has at least this many times the resolution of the crop
+_LONGEST = 16  # times the shorter side: more of an image is not resized, since none of it is shown
 _ORIENTATION = 0x0112  # the EXIF tag
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""EXIF orientation -> what makes the image upright."""
 
 
 def random_crop(data: bytes, side: int, *key: int) -> np.ndarray:
@@ -87,6 +101,9 @@ def centre_crop(data: bytes, side: int) -> np.ndarray:
     with _opened(data) as (image, turned):
         pixels = _upright_rgb(image, turned)
     shorter, resized = min(pixels.size), round(side * _RESIZED / _CROPPED)
+    left, top = (max(0, length - _LONGEST * shorter) // 2 for length in pixels.size)
+    if left or top:
+        pixels = pixels.crop((left, top, pixels.width - left, pixels.height - top))
     width, height = (resized * length // shorter for length in pixels.size)
     left, top = round((width - side) / 2), round((height - side) / 2)
     pixels = pixels.resize((width, height), Image.Resampling.BILINEAR)
@@ -94,10 +111,10 @@ def centre_crop(data: bytes, side: int) -> np.ndarray:
 
 
 def inspect(data: bytes) -> str:
-    """Decodes an image to its end and returns the SHA-256 of its bytes."""
-    with _opened(data) as (image, _):
+    """Decodes an image to its end, as training does, and returns the SHA-256 of its bytes."""
+    with _opened(data) as (image, turned):
         image.draft(None, (1, 1))  # decodes a JPEG at an eighth of its size, also to its end
-        image.load()
+        _upright_rgb(image, turned)
     return hashlib.sha256(data).hexdigest()
 
 
@@ -130,7 +147,8 @@ def _opened(data: bytes) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow's warnings about files that it can read
         with Image.open(io.BytesIO(data)) as image:
-            yield image, image.getexif().get(_ORIENTATION, 1)
+            turned = image.getexif().get(_ORIENTATION)
+            yield image, turned if turned in range(9) else 1
 
 
 def _upright_rgb(image: Image.Image, orientation: int) -> Image.Image:
@@ -139,8 +157,8 @@ def _upright_rgb(image: Image.Image, orientation: int) -> Image.Image:
     Raises:
       ValueError: for whole numbers beyond 16 bits, and for floats beyond [0, 1].
     """
-    if orientation != 1:
-        image = ImageOps.exif_transpose(image)
+    if orientation in _UPRIGHT:
+        image = image.transpose(_UPRIGHT[orientation])
     if image.mode.startswith("I;16"):
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     elif image.mode in ("I", "F"):  # Pillow would clip them to 255
@@ -186,9 +204,17 @@ def serve(connection: Connection, memory: np.ndarray) -> None:
     # Signals to the whole process group are handled by the process that trains.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
         while True:
             connection.send([perform(task, memory) for task in connection.recv()])
+
+
+def _end_with(parent: int) -> None:
+    """Ends this process when its parent has ended, whatever it is waiting for."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
 
 
 if __name__ == "__main__":

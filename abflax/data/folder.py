@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -45,8 +46,9 @@ def read_folder(
     """Reads a folder of images, and decodes each image once to check it.
 
     The folder holds `train/CLASS/FILE` and `test/CLASS/FILE`; with `held_out` it holds only
-    `train/CLASS/FILE` or `CLASS/FILE`. Files may have any format that Pillow reads. Hidden files
-    are skipped. The images are sorted by their paths, the classes by their names.
+    `train/CLASS/FILE` or `CLASS/FILE`. Files may have any format that Pillow reads. Hidden files,
+    pipes, sockets and devices are skipped. The images are sorted by their paths, the classes by
+    their names.
 
     Args:
       root: the folder.
@@ -82,6 +84,7 @@ def read_folder(
     notes = []
     if broken:
         notes.append(f"{len(broken)} of {len(all_files)} files were skipped: {_several(broken)}")
+    notes += _in_several_classes(checked)
     parts: dict[str, ImageFiles] = {}
     for split, paths in files.items():
         good = [path for path in paths if checked[path][0]]
@@ -101,6 +104,21 @@ def read_folder(
     if both := [str(path) for path in files["test"] if checked[path][1] in train_digests]:
         notes.append(f"{len(both)} test images are training images too: {_several(both)}")
     return Folder(parts["train"], parts["test"], tuple(notes))
+
+
+def _in_several_classes(checked: Mapping[Path, tuple[bool, str]]) -> list[str]:
+    """A note on files with the same bytes in different classes, if there are any."""
+    same: dict[str, list[Path]] = {}
+    for path, (good, digest) in checked.items():
+        if good:
+            same.setdefault(digest, []).append(path)
+    names = [
+        " = ".join(map(str, paths))
+        for paths in same.values()
+        if len({path.parent.name for path in paths}) > 1
+    ]
+    many = f"{len(names)} images are in more than one class: {_several(names)}"
+    return [many] if names else []
 
 
 def _splits(root: Path, held_out: float | None) -> dict[str, Path]:
@@ -132,7 +150,7 @@ def _files(folder: Path) -> list[Path]:
             if path.suffix.lower() not in _SUFFIXES:
                 continue  # such as a list or a license
             raise InputError(f"{path} lies beside the folders of the classes, so it has no class")
-        images = _visible(path)
+        images = [each for each in _visible(path) if not _is_special(each)]
         if not images:
             raise InputError(f"the class {path} is empty")
         if subfolders := [image for image in images if image.is_dir()]:
@@ -141,6 +159,11 @@ def _files(folder: Path) -> list[Path]:
     if not files:
         raise InputError(f"{folder} has no folder of a class")
     return files
+
+
+def _is_special(path: Path) -> bool:
+    """Whether this is a pipe, a socket or a device; a link that leads nowhere is not."""
+    return path.exists() and not path.is_file() and not path.is_dir()
 
 
 def _visible(folder: Path) -> list[Path]:

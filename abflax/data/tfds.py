@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import logging
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -39,13 +40,11 @@ def _read(name: str, split: str, data_dir: str | None) -> tuple[np.ndarray, np.n
     folder = data_folder(data_dir)
     if not list(folder.glob(f"{name}/*/dataset_info.json")):
         prepare(name, folder)
-    try:
-        source = tfds.data_source(name, split=split, data_dir=folder)
-    except (OSError, ValueError, NotImplementedError) as error:
-        raise unreadable(name, folder, error) from error
     examples = []
-    for start in range(0, len(source), _CHUNK):
-        examples += source.__getitems__(range(start, min(start + _CHUNK, len(source))))
+    with reading(name, split, folder):
+        source = tfds.data_source(name, split=split, data_dir=folder)
+        for start in range(0, len(source), _CHUNK):
+            examples += source.__getitems__(range(start, min(start + _CHUNK, len(source))))
     images = np.stack([example["image"] for example in examples])
     images.flags.writeable = False  # so that the data set need not copy them
     return images, np.asarray([example["label"] for example in examples])
@@ -78,9 +77,31 @@ def prepare(name: str, folder: Path) -> None:
     builder.download_and_prepare()
 
 
-def unreadable(name: str, folder: Path, error: Exception) -> InputError:
-    """Returns the error for a prepared data set that cannot be read."""
-    return InputError(
-        f"{name} in {folder} cannot be read: {str(error).strip().splitlines()[0]} "
-        "(it must be prepared with file_format='array_record')"
-    )
+@contextlib.contextmanager
+def reading(name: str, split: str, folder: Path) -> Iterator[None]:
+    """Reads a prepared data set inside a `with` block.
+
+    Raises:
+      ValueError: if it cannot be read; the message names the file that is damaged.
+    """
+    try:
+        yield
+    except Exception as error:  # whatever a damaged file makes the reader raise
+        reason = next(iter(str(error).strip().splitlines()), repr(error))
+        for path in sorted(folder.glob(f"{name}/*/{name}-{split}.array_record*")):
+            if damage := _damage(path):
+                raise InputError(f"{path} is damaged: {damage}; prepare {name} again") from error
+        raise InputError(
+            f"{name} in {folder} cannot be read: {reason} "
+            "(it must be prepared with file_format='array_record')"
+        ) from error
+
+
+def _damage(path: Path) -> str | None:
+    """Says why a file of records cannot be read to its end; None: it can."""
+    module = import_extra("array_record.python.array_record_module", "tfds")
+    try:
+        records = module.ArrayRecordReader(str(path)).read_all()
+    except RuntimeError as error:
+        return str(error).strip().splitlines()[0]
+    return None if records else "it holds nothing"

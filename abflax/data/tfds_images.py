@@ -9,7 +9,7 @@ import numpy as np
 
 from abflax.data import decoding
 from abflax.data.image_files import ImageFiles, exactly_named
-from abflax.data.tfds import data_folder, prepare, require_known, unreadable
+from abflax.data.tfds import data_folder, prepare, reading, require_known
 from abflax.errors import import_extra
 
 
@@ -54,11 +54,9 @@ def load_image_files(
     if not list(root.glob(f"{name}/*/dataset_info.json")):
         IMAGE_DATASETS[name](name, root)
     folder = str(max(root.glob(f"{name}/*/dataset_info.json")).parent)
-    try:
+    with reading(name, split, root):
         records = decoding.records(folder, split)
         labels = [int(record["label"]) for record in records]
-    except (OSError, ValueError, NotImplementedError) as error:
-        raise unreadable(name, root, error) from error
     classes = tuple(records.dataset_info.features["label"].names)
     places = tuple((folder, split, index) for index in range(len(labels)))
     files = ImageFiles(places, np.array(labels), classes, name, side)

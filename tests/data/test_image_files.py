@@ -2,10 +2,18 @@
 
 import dataclasses
 import io
+import os
+import resource
 import shutil
+import signal
+import struct
+import subprocess
+import sys
 import tarfile
+import time
 
 import numpy as np
+import psutil
 import pytest
 from PIL import Image
 
@@ -13,6 +21,7 @@ from abflax import InputError
 from abflax.data import (
     ImageFiles,
     Preprocessing,
+    decoding,
     few_shot_subset,
     holdout,
     load_image_files,
@@ -88,6 +97,31 @@ def test_exif_orientation_is_respected(picture):
             assert np.array_equal(crop(turned), crop(_encoded(picture))), tag
 
 
+@pytest.mark.parametrize(
+    ("kind", "value"),
+    [(2, b"6\0\0\0"), (3, bytes(4)), (3, b"\11\0\0\0"), (4, b"\6\0\6\0"), (7, b"\6\6")],
+    ids=["text", "zero", "nine", "large", "bytes"],
+)
+def test_an_exif_orientation_that_is_none_is_passed_over(picture, tmp_path, kind, value):
+    """What passes inspection can be decoded in training."""
+    entry = struct.pack("<HHI", 0x0112, kind, len(value) if kind in (2, 7) else 1)
+    exif = b"Exif\0\0II*\0" + struct.pack("<IH", 8, 1) + entry + value.ljust(4, b"\0") + bytes(4)
+    data = _encoded(picture, exif=exif)
+    (tmp_path / "odd.png").write_bytes(data)
+    ((good, _),) = inspect([str(tmp_path / "odd.png")], workers=1)
+    assert good and np.array_equal(centre_crop(data, 24), centre_crop(_encoded(picture), 24))
+    assert np.array_equal(random_crop(data, 24, 1, 2), random_crop(_encoded(picture), 24, 1, 2))
+
+
+@pytest.mark.parametrize("size", [(60_000, 1), (1, 60_000)])
+def test_a_long_thin_image_takes_little_memory(size):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    thin = _encoded(Image.effect_noise(size, 50))
+    for crop in (centre_crop(thin, 224), random_crop(thin, 224, 0, 0)):
+        assert crop.shape == (224, 224, 3)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # kB
+
+
 def test_every_kind_of_image_becomes_rgb(picture):
     grey = np.asarray(picture.convert("L"))
     sixteen = Image.fromarray((grey.astype(np.uint16) << 8) + 7)
@@ -124,6 +158,25 @@ def test_what_cannot_be_decoded_is_reported(picture, tmp_path):
     assert "No such file" in gone
 
 
+def test_decoding_processes_end_with_their_parent(tmp_path):
+    """Also while they wait for a file that never comes."""
+    os.mkfifo(tmp_path / "pipe")
+    code = (
+        "import os, signal, sys; from abflax.data.decoders import Decoders\n"
+        "decoders = Decoders(0, 1, 1); decoders.ask([('inspect', None, sys.argv[1], ())])\n"
+        "print(decoders._processes[0].pid, flush=True); import time; time.sleep(1)\n"
+        "os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "pipe")]
+    decoder = int(subprocess.run(command, capture_output=True, text=True).stdout)
+    for _ in range(100):
+        if not psutil.pid_exists(decoder) or psutil.Process(decoder).status() == "zombie":
+            return
+        time.sleep(0.1)
+    os.kill(decoder, signal.SIGKILL)
+    pytest.fail("it was still there after ten seconds")
+
+
 @pytest.fixture
 def root(tmp_path):
     return make_folder(tmp_path / "photos", train=3, test=2)
@@ -132,6 +185,8 @@ def root(tmp_path):
 def test_a_folder(root):
     draw((0, 0, 0), np.random.default_rng(1)).save(root / "train" / "cat" / ".hidden.png")
     (root / "train" / "LICENCE").write_text("free")
+    os.mkfifo(root / "train" / "cat" / "pipe.png")
+    (root / "test" / "cat" / "device.png").symlink_to("/dev/zero")
     found = read_folder(root, side=16, workers=1)
     assert found.train.classes == ("airplane", "cat", "ship") and found.notes == ()
     assert found.train.labels.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]
@@ -171,8 +226,15 @@ def test_held_out_where_there_is_no_test_folder(root):
 
 def test_a_test_image_in_the_training_set_is_reported(root):
     shutil.copy(root / "train" / "cat" / "00.png", root / "test" / "ship" / "copy.png")
-    (note,) = read_folder(root, workers=1).notes
+    _, note = read_folder(root, workers=1).notes  # the first: it is in two classes
     assert note.startswith("1 test images are training images too: ") and "copy.png" in note
+
+
+def test_a_file_in_two_classes_is_reported(root):
+    shutil.copy(root / "train" / "cat" / "00.png", root / "train" / "ship" / "copy.png")
+    (note,) = read_folder(root, workers=1).notes
+    assert note.startswith("1 images are in more than one class: ")
+    assert "train/cat/00.png = " in note and note.endswith("train/ship/copy.png")
 
 
 def _mistake(root, kind):
@@ -353,6 +415,19 @@ def test_birds_are_read_by_random_access(tmp_path, monkeypatch):
     assert train.name == "caltech_birds2011"
     greens = [image[..., 1].mean() for image in _decoded(train)]
     np.testing.assert_allclose(greens, 50 * (train.labels - 196), atol=15)
+
+
+@pytest.mark.parametrize("damage", ["cut", "overwritten"])
+def test_a_damaged_shard_is_named(scenes, damage):
+    load_image_files("mit_indoor_scenes", "train", str(scenes))
+    decoding.records.cache_clear()
+    (shard,) = scenes.glob("mit_indoor_scenes/*/*-train.array_record*")
+    content = shard.read_bytes()
+    middle = len(content) // 2
+    end = b"" if damage == "cut" else bytes(4096) + content[middle + 4096 :]
+    shard.write_bytes(content[:16_000] + bytes(96) + content[16_096:middle] + end)
+    with pytest.raises(InputError, match=f"^{shard} is damaged: .*; prepare mit_indoor_scenes"):
+        load_image_files("mit_indoor_scenes", "train", str(scenes))
 
 
 def _decoded(data):
