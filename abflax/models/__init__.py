@@ -11,6 +11,7 @@ from typing import Any
 from flax import linen as nn
 
 from abflax.errors import UnknownNameError, unknown
+from abflax.models.efficientnet import EfficientNetLite
 from abflax.models.mobilenet import MobileNetV1, MobileNetV2
 from abflax.models.resnet import ResNet, ResNet50
 from abflax.models.wide_resnet import WideResNet
@@ -18,6 +19,7 @@ from abflax.taps import Model, Nnx, Tapped, module_of, side_of
 
 __all__ = [
     "MODELS",
+    "EfficientNetLite",
     "MobileNetV1",
     "MobileNetV2",
     "ResNet",
@@ -35,6 +37,14 @@ _WITH_MULTIPLIER: Mapping[str, functools.partial[Any]] = {
     "mobilenet-v2": functools.partial(_MOBILENET_V2, first_expansion=True),
     "mobilenet-v2-torchvision": functools.partial(_MOBILENET_V2, first_expansion=False),
 }
+# Width and depth grow together.
+_LITE = (
+    (1.0, (1, 2, 2, 3, 3, 4, 1)),
+    (1.0, (1, 3, 3, 4, 4, 5, 1)),
+    (1.1, (1, 3, 3, 4, 4, 5, 1)),
+    (1.2, (1, 3, 3, 5, 5, 6, 1)),
+    (1.4, (1, 4, 4, 6, 6, 8, 1)),
+)
 _NAMED: Mapping[str, functools.partial[Any]] = {
     "wrn10-1": functools.partial(WideResNet, depth=10, width=1),
     "wrn10-4": functools.partial(WideResNet, depth=10, width=4),
@@ -43,6 +53,12 @@ _NAMED: Mapping[str, functools.partial[Any]] = {
     "wrn16-4": functools.partial(WideResNet, depth=16, width=4),
     "wrn22-4": functools.partial(WideResNet, depth=22, width=4),
     **_WITH_MULTIPLIER,
+    **{
+        f"efficientnet-lite{number}": functools.partial(
+            EfficientNetLite, width=width, stage_sizes=sizes
+        )
+        for number, (width, sizes) in enumerate(_LITE)
+    },
 }
 
 
@@ -81,7 +97,8 @@ MODELS: Mapping[str, Callable[..., nn.Module]] = _Models()
 """Name -> a callable that takes the module's other fields: `MODELS["wrn22-4"](num_classes=10)`.
 
 Names of wide ResNets of any valid depth and width work, such as "wrn28-10", and so do width
-multipliers: "mobilenet-v1-0.5" has half the channels. Iteration lists the models of the paper.
+multipliers: "mobilenet-v1-0.5" has half the channels. Iteration lists those of the paper
+and its tables.
 """
 
 

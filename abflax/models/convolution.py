@@ -28,7 +28,7 @@ def convolve(
     images: jax.Array,
     kernel: jax.Array,
     strides: Sequence[int],
-    padding: Sequence[tuple[int, int]],
+    padding: str | Sequence[tuple[int, int]],
     **others: Any,
 ) -> jax.Array:
     """Computes `jax.lax.conv_general_dilated` of NHWC images, without dilation or groups.
@@ -39,13 +39,13 @@ def convolve(
       images: `[batch, height, width, channels]`.
       kernel: `[height, width, channels, features]`.
       strides: (rows, columns).
-      padding: ((top, bottom), (left, right)).
+      padding: ((top, bottom), (left, right)), or "SAME".
       **others: the other arguments of `nn.Conv`; groups and dilation are checked, `precision` is
         used.
     """
     if not is_supported(images, others) or others.get("feature_group_count", 1) != 1:
         raise NotImplementedError("convolve is for two dimensions, without groups or dilation")
-    static: Static = (tuple(strides), tuple(map(tuple, padding)), others.get("precision"))
+    static = static_arguments(images, kernel, strides, padding, others)
     if _is_pointwise(kernel.shape[:2], static) and static[0] == (1, 1):
         return _pointwise(images, kernel, static)
     return _convolve(images, kernel, static)
@@ -55,6 +55,19 @@ def is_supported(images: jax.Array, others: Mapping[str, Any]) -> bool:
     """Tells whether a convolution has two dimensions and no dilation."""
     dilations = (*others.get("lhs_dilation", ()), *others.get("rhs_dilation", ()))
     return images.ndim == 4 and all(dilation == 1 for dilation in dilations)
+
+
+def static_arguments(
+    images: jax.Array,
+    kernel: jax.Array,
+    strides: Sequence[int],
+    padding: str | Sequence[tuple[int, int]],
+    others: Mapping[str, Any],
+) -> Static:
+    """Returns the strides, padding and precision, with "SAME" as numbers of pixels."""
+    if isinstance(padding, str):
+        padding = jax.lax.padtype_to_pads(images.shape[1:3], kernel.shape[:2], strides, padding)
+    return tuple(strides), tuple(map(tuple, padding)), others.get("precision")
 
 
 def xla_convolution(

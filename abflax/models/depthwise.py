@@ -18,14 +18,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from abflax.models.convolution import Static, is_supported, xla_convolution
+from abflax.models.convolution import Static, is_supported, static_arguments, xla_convolution
 
 
 def depthwise(
     images: jax.Array,
     kernel: jax.Array,
     strides: Sequence[int],
-    padding: Sequence[tuple[int, int]],
+    padding: str | Sequence[tuple[int, int]],
     **others: Any,
 ) -> jax.Array:
     """Computes `jax.lax.conv_general_dilated` of NHWC images with one kernel for each channel.
@@ -38,7 +38,7 @@ def depthwise(
         raise NotImplementedError(
             "depthwise is for two dimensions and one kernel for each channel, without dilation"
         )
-    static: Static = (tuple(strides), tuple(map(tuple, padding)), others.get("precision"))
+    static = static_arguments(images, kernel, strides, padding, others)
     return _depthwise(images, kernel, static)
 
 

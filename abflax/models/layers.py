@@ -48,13 +48,19 @@ def shared_fields(module: ConfiguredModule) -> dict[str, Any]:
 
 
 def layers(
-    module: ConfiguredModule, train: bool
+    module: ConfiguredModule, train: bool, *, tensorflow: bool = False
 ) -> tuple[Callable[..., nn.Conv], Callable[..., BatchNorm], Callable[..., nn.Dense]]:
     """Returns constructors of layers that use the dtypes and the axis of a module.
 
+    Args:
+      module: its fields are used.
+      train: whether batch norms use the statistics of the batch.
+      tensorflow: whether convolutions pad as TensorFlow's "SAME", less at the top and left, and ε
+        of batch norms is 1e-3; else convolutions pad by half the kernel, and ε is 1e-5.
+
     Returns:
-      conv(features, kernel, stride=1, *, name, groups=1): a square convolution without bias,
-        padded by half the kernel; groups must be 1 or the number of channels.
+      conv(features, kernel, stride=1, *, name, groups=1): a square convolution without bias;
+        groups must be 1 or the number of channels.
       norm(*, name): a batch norm, with the statistics of the batch in training and the running
         ones in evaluation.
       dense(features, *, name): a dense layer.
@@ -62,12 +68,11 @@ def layers(
     dtypes = {"dtype": module.dtype, "param_dtype": module.param_dtype}
 
     def conv(features: int, kernel: int, stride: int = 1, *, name: str, groups: int = 1) -> nn.Conv:
-        # With stride 2 'SAME' would pad by (0, 1), unlike the published networks.
         return nn.Conv(
             features,
             (kernel, kernel),
             (stride, stride),
-            padding=[(kernel // 2, kernel // 2)] * 2,
+            padding="SAME" if tensorflow else [(kernel // 2, kernel // 2)] * 2,
             feature_group_count=groups,
             use_bias=False,
             kernel_init=CONV_INIT,
@@ -77,7 +82,10 @@ def layers(
         )
 
     def norm(*, name: str) -> BatchNorm:
-        return BatchNorm(not train, axis_name=module.axis_name, name=name, **dtypes)
+        epsilon = 1e-3 if tensorflow else 1e-5
+        return BatchNorm(
+            not train, epsilon=epsilon, axis_name=module.axis_name, name=name, **dtypes
+        )
 
     def dense(features: int, *, name: str) -> nn.Dense:
         return nn.Dense(features, kernel_init=DENSE_INIT, name=name, **dtypes)

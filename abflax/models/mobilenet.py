@@ -74,7 +74,7 @@ class MobileNetV1(ConfiguredModule):
 
 
 class InvertedResidual(ConfiguredModule):
-    """Convolutions: 1×1 to more channels, depthwise 3×3, 1×1 to fewer; each with a batch norm.
+    """Convolutions: 1×1 to more channels, depthwise, 1×1 to fewer; each with a batch norm.
 
     The input is added to the output if they have the same shape. There is no ReLU at the end. The
     block returns its output, and the pre-activation of the depthwise convolution's input: the
@@ -83,23 +83,27 @@ class InvertedResidual(ConfiguredModule):
     Attributes:
       features: the channels of the output.
       expansion: the factor on the channels of the input; None: there is no expansion.
-      stride: of the depthwise convolution.
+      stride, kernel: of the depthwise convolution.
+      tensorflow: see `layers`.
     """
 
     features: int
     expansion: int | None
     stride: int = 1
+    kernel: int = 3
+    tensorflow: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> tuple[jax.Array, jax.Array]:
         """Computes the block's output, and the pre-activation for a tap."""
-        conv, norm, _ = layers(self, train)
+        conv, norm, _ = layers(self, train, tensorflow=self.tensorflow)
         before = x
         if self.expansion is not None:
             before = conv(self.expansion * x.shape[-1], 1, name="expand")(x)
             before = norm(name="expand_norm")(before)
         channels = before.shape[-1]
-        y = conv(channels, 3, self.stride, groups=channels, name="depthwise")(nn.relu6(before))
+        depthwise = conv(channels, self.kernel, self.stride, groups=channels, name="depthwise")
+        y = depthwise(nn.relu6(before))
         y = nn.relu6(norm(name="depthwise_norm")(y))
         y = norm(name="project_norm")(conv(self.features, 1, name="project")(y))
         same = self.stride == 1 and x.shape[-1] == self.features

@@ -8,7 +8,7 @@ from typing import Any
 
 from flax import linen as nn
 
-from abflax.models import MobileNetV1, MobileNetV2, ResNet, WideResNet
+from abflax.models import EfficientNetLite, MobileNetV1, MobileNetV2, ResNet, WideResNet
 
 _Patterns = tuple[tuple[str, str], ...]
 
@@ -34,6 +34,17 @@ _MOBILENET_V1: _Patterns = (
     (r"classifier", r"fc"),
     (r"block(\d+)/depthwise", r"model.\1.0"),
     (r"block(\d+)/pointwise", r"model.\1.3"),
+)
+_EFFICIENTNET_LITE: _Patterns = (  # as efficientnet_lite_pytorch names them
+    (r"stem_norm", r"_bn0"),
+    (r"stem", r"_conv_stem"),
+    (r"last_norm", r"_bn1"),
+    (r"last", r"_conv_head"),
+    (r"classifier", r"_fc"),
+    (r"block(\d+)/expand_norm", r"_blocks.\1._bn0"),
+    (r"block(\d+)/depthwise_norm", r"_blocks.\1._bn1"),
+    (r"block(\d+)/project_norm", r"_blocks.\1._bn2"),
+    (r"block(\d+)/(expand|depthwise|project)", r"_blocks.\1._\2_conv"),
 )
 
 
@@ -66,6 +77,7 @@ PUBLISHED_NAMES: Mapping[type[nn.Module], tuple[Callable[[Any], _Patterns], str]
     ResNet: (lambda _: _RESNET, "stage1_block0/conv3"),
     MobileNetV1: (lambda _: _MOBILENET_V1, "block1/pointwise"),
     MobileNetV2: (_mobilenet_v2, "block1/depthwise"),
+    EfficientNetLite: (lambda _: _EFFICIENTNET_LITE, "block0/depthwise"),
 }
 _LEAVES = {
     "kernel": "weight",

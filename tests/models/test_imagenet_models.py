@@ -1,4 +1,4 @@
-"""ResNets and MobileNets of a few blocks: taps, gradients, pooling, names in state dicts."""
+"""Networks for photographs, of a few blocks: taps, gradients, pooling, names in state dicts."""
 
 import functools
 from unittest import mock
@@ -14,7 +14,7 @@ from abflax import models
 from abflax.errors import InputError
 from abflax.methods import METHODS
 from abflax.methods.objective import bind
-from abflax.models import MobileNetV1, MobileNetV2, ResNet
+from abflax.models import EfficientNetLite, MobileNetV1, MobileNetV2, ResNet
 from abflax.models.resnet import _max_pool
 from abflax.taps import run_model
 from abflax.training.step import trainable_mask
@@ -47,12 +47,18 @@ TINY = {
         {f"layer{i}": f"block{i + 2}/expand_norm" for i in (1, 2, 3)} | {"layer4": "last_norm"},
         nn.relu6,
     ),
+    "lite": (
+        functools.partial(EfficientNetLite, stage_sizes=V2_STAGES, width=0.25),
+        {f"layer{i}": f"block{i + 1}/expand_norm" for i in (1, 2, 3)} | {"layer4": "last_norm"},
+        nn.relu6,
+    ),
 }  # fmt: skip
+QUICK = ("resnet", "v1")
 SLOW = pytest.mark.slow  # compiling takes ten seconds or more
 
 
 @pytest.mark.parametrize(
-    "name", ["resnet", "v1", *(pytest.param(n, marks=SLOW) for n in TINY if "v2" in n)]
+    "name", [*QUICK, *(pytest.param(n, marks=SLOW) for n in TINY if n not in QUICK)]
 )
 def test_taps_and_features(x64, name):
     """Taps are the outputs of the named modules; features and logits follow from the last."""
@@ -104,7 +110,7 @@ def test_gradients_are_finite_differences(x64, name):
 
 
 @SLOW
-@pytest.mark.parametrize("name", ["v1", "v2"])
+@pytest.mark.parametrize("name", ["v1", "v2", "lite"])
 def test_a_step_is_the_same_by_xlas_convolutions(x64, name):
     make, _, _ = TINY[name]
     model = make(num_classes=3, param_dtype=jnp.float64)
@@ -135,7 +141,7 @@ def test_round_trip_is_exact(name, monkeypatch, tmp_path):
     network = load_network("tiny", tmp_path / "w.safetensors")
     chex.assert_trees_all_equal(network.variables, variables)
     assert network.model == model
-    depthwise = {"v1": "model.1.0", "v2": "features.1.conv.3",
+    depthwise = {"v1": "model.1.0", "v2": "features.1.conv.3", "lite": "_blocks.1._depthwise_conv",
                  "v2-torchvision": "features.1.conv.0.0"}.get(name)  # fmt: skip
     if depthwise:
         kernel = variables["params"]["block1"]["depthwise"]["kernel"]
@@ -150,6 +156,8 @@ OTHERS = [
      "'model.0.0.weight' is missing; these are named like the weights of resnet50"),
     ("mobilenet-v2", ["features.0.0.weight", "classifier.1.bias", "features.1.conv.0.0.weight"],
      "is missing; these are named like the weights of mobilenet-v2-torchvision"),
+    ("resnet50", ["fc.bias", "_blocks.0._depthwise_conv.weight"],
+     "'conv1.weight' is missing; these are named like the weights of efficientnet-lite0"),
     ("resnet50", ["features.weight", "fc.bias"], "'conv1.weight' is missing$"),
 ]  # fmt: skip
 

@@ -18,6 +18,11 @@ from abflax.taps import run_model, tap_shapes
 # Parameters with ten classes. The number of wrn16-2 is that of the shipped teacher. The paper's
 # Table 3 has ratios: of wrn22-4 wrn16-2 is 16.1 %, wrn10-1 1.8 %, wrn10-4 27.9 %; wrn16-4 25.2 %.
 PARAMETERS = {
+    "efficientnet-lite0": 3383818,  # Lite0 to 4 as efficientnet_lite_pytorch has them
+    "efficientnet-lite1": 4148490,
+    "efficientnet-lite2": 4823882,
+    "efficientnet-lite3": 6928906,
+    "efficientnet-lite4": 11738378,
     "resnet50": 23528522,  # with a thousand classes 25557032, as torchvision has it
     "mobilenet-v1": 3217226,  # with a thousand 4231976
     "mobilenet-v2": 2237770,
@@ -41,9 +46,14 @@ TAPS = {
 TAPS |= {
     "resnet50": [(256, 8), (512, 4), (1024, 2), (2048, 1)],
     "mobilenet-v1": [(128, 8), (256, 4), (512, 2), (1024, 1)],
+    "efficientnet-lite2": [(144, 8), (288, 4), (720, 2), (1280, 1)],
+    "efficientnet-lite3": [(192, 8), (288, 4), (816, 2), (1280, 1)],
+    "efficientnet-lite4": [(192, 8), (336, 4), (960, 2), (1280, 1)],
 } | dict.fromkeys(
     ("mobilenet-v2", "mobilenet-v2-torchvision"), [(144, 8), (192, 4), (576, 2), (1280, 1)]
-)
+) | dict.fromkeys(
+    ("efficientnet-lite0", "efficientnet-lite1"), [(144, 8), (240, 4), (672, 2), (1280, 1)]
+)  # fmt: skip
 
 
 def _count(variables):
@@ -77,7 +87,7 @@ def test_size_ratios_are_the_papers():
 
 @pytest.mark.parametrize("name", [
     "wrn17-2", "wrn4-1", "wrn16-0", "wrn-1", "vgg16", "wrn16", "wrn16-2-0.5", "resnet50-0",
-    "mobilenet-v1-17", "mobilenet-v3", "mobilenet-v2-",
+    "mobilenet-v1-17", "mobilenet-v3", "mobilenet-v2-", "efficientnet-lite5", "efficientnet-b0",
 ])  # fmt: skip
 def test_illegal_names(name):
     with pytest.raises(InputError, match=name):
@@ -186,11 +196,12 @@ SHAPES = [  # batch, size, channels, features, kernel, stride
 
 
 @pytest.mark.parametrize(("batch", "size", "channels", "features", "kernel", "stride"), SHAPES)
-def test_convolve_is_lax_convolution(x64, batch, size, channels, features, kernel, stride):
+@pytest.mark.parametrize("same", [False, True], ids=["half", "same"])
+def test_convolve_is_lax_convolution(x64, batch, size, channels, features, kernel, stride, same):
     rng = np.random.default_rng(0)
     images = rng.standard_normal((batch, size, size, channels))
     weights = rng.standard_normal((kernel, kernel, channels, features))
-    settings = (stride, stride), [(kernel // 2,) * 2] * 2
+    settings = (stride, stride), "SAME" if same else [(kernel // 2,) * 2] * 2
 
     def plain(x, w):
         layout = ("NHWC", "HWIO", "NHWC")
