@@ -36,8 +36,8 @@ def _shipped(name: str, dataset: str) -> Path:
 def find_teacher(name: str, dataset: str, weights: str | None, workdir: Path) -> Network:
     """Loads a network of that architecture with its weights.
 
-    `weights` is a file, or the hash of a finished run in the workdir; None stands for what a package
-    has (`PACKAGED`), or the repository ships, trained on the data set.
+    `weights` is a file, or the hash of a finished run in the workdir; None stands for what a
+    package has (`PACKAGED`), or the repository ships, trained on the data set.
     """
     MODELS[name]  # an unknown name is reported first
     if weights is None:
