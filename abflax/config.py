@@ -22,6 +22,10 @@ NO_TEST = "none"
 """The value of `RunConfig.test` for a run without held-out data."""
 
 
+MOST = 1_000_000
+"""The largest number of epochs, of examples in a batch, and of steps in a dispatch."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Seeds:
     """One seed for each source of randomness, so that each can be varied alone.
@@ -103,9 +107,10 @@ class RunConfig:
                 f"epochs must be two numbers >= 0, initialise + classify, and not both 0; "
                 f"not {self.epochs}"
             )
+        if sum(self.epochs) > MOST:
+            raise InputError(f"there can be {MOST:,} epochs at most, not {sum(self.epochs):,}")
         for name in ("batch_size", "evaluate_every"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} must be at least 1, not {getattr(self, name)}")
+            _require_count(name, getattr(self, name))
         if not 0 < self.fraction <= 1:
             raise InputError(
                 f"the fraction of the training data must be in (0, 1], not {self.fraction}"
@@ -228,6 +233,14 @@ class RunConfig:
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
+def _require_count(name: str, value: int) -> None:
+    """Checks a number of things before memory is asked for them."""
+    if value < 1:
+        raise InputError(f"{name} must be at least 1, not {value}")
+    if value > MOST:
+        raise InputError(f"{name} must be at most {MOST:,}, not {value:,}")
+
+
 def _plain(value: Any) -> Any:
     """A NumPy or JAX scalar as Python's own number."""
     is_scalar = isinstance(value, np.generic | jax.Array) and value.ndim == 0
@@ -263,6 +276,5 @@ class Resources:
     def __post_init__(self) -> None:
         require_field_types(self)
         for name in ("workers", "steps_per_dispatch"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise InputError(f"{name} must be at least 1, not {value}")
+            if getattr(self, name) is not None:
+                _require_count(name, getattr(self, name))

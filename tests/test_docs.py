@@ -23,7 +23,7 @@ import pytest
 from flax import linen as nn
 
 import abflax
-from abflax import Dataset, load
+from abflax import Dataset, Network, load
 
 ROOT = Path(__file__).parent.parent
 _CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text()
@@ -51,11 +51,14 @@ def _blocks(page: Path, language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
 
 
-PYTHON = _blocks(ROOT / "README.md", "python")
+(README,) = _blocks(ROOT / "README.md", "python")
+(SHIPPED,) = [b for b in _blocks(ROOT / "docs/get_started.md", "python") if "distill" in b]
+NNX, LINEN = _blocks(ROOT / "docs/own_models.md", "python")
+(LOOP,) = _blocks(ROOT / "docs/own_loop.md", "python")
 
 
-@pytest.mark.parametrize("block", PYTHON[:2], ids=["shipped", "own"])  # then `test_nnx`
-def test_the_readmes_python_fits_what_it_calls(block):
+@pytest.mark.parametrize("block", [README, SHIPPED, LINEN], ids=["readme", "shipped", "linen"])
+def test_the_pages_python_fits_what_it_calls(block):
     """All it imports is there, and every call's arguments are those of what it calls."""
     tree, names = ast.parse(block), {}
     for node in tree.body:
@@ -63,7 +66,7 @@ def test_the_readmes_python_fits_what_it_calls(block):
             exec(ast.unparse(node), names)
     called = set()
     for node in ast.walk(tree):
-        if isinstance(node, ast.Call) and getattr(node.func, "id", "print") != "print":
+        if isinstance(node, ast.Call) and getattr(node.func, "id", "print") in names:
             options = {keyword.arg: None for keyword in node.keywords}
             inspect.signature(names[node.func.id]).bind(*node.args, **options)
             called.add(node.func.id)
@@ -71,14 +74,14 @@ def test_the_readmes_python_fits_what_it_calls(block):
 
 
 @pytest.mark.slow
-def test_the_readmes_python_runs(monkeypatch):
+def test_get_starteds_python_runs(monkeypatch, tmp_path):
     """On a batch of noise in place of CIFAR-10."""
     noise = np.random.default_rng(0).integers(0, 256, (128, 32, 32, 3), dtype=np.uint8)
     data = Dataset(noise, np.arange(128) % 10)
     monkeypatch.setattr(abflax, "load", lambda name, split: data)
     monkeypatch.chdir(ROOT)
     names = {}
-    exec(PYTHON[0], names)
+    exec(SHIPPED.replace('"workdir"', repr(str(tmp_path))), names)
     assert 0 <= names["result"].record["result"]["test_error"] <= 1
 
 
@@ -107,10 +110,32 @@ def test_the_readmes_own_models_run():
     variables = Own().init(jax.random.key(0), images)
     given = {"images": images, "labels": data.labels, "variables": variables}
     names = {**given, "student": Own(), "teacher": Own()}
-    exec(PYTHON[1], names)
+    exec(LINEN, names)
     steps = {phase["name"]: phase["steps"] for phase in names["result"].record["phases"]}
     assert steps == {"initialise": 2, "classify": 13}  # ⌊20·16/128⌋, and ⌊120·16/128⌋ in all
     assert "Block_2/norm" in names["result"].record["config"]["teacher"]
+
+
+@pytest.mark.slow
+def test_the_nnx_pages_python_runs():
+    """The README's on the model of the page, then the loop of one's own on it."""
+    data = load("digits", "train").take(range(16))
+    names = {"images": data.images.astype(np.float32), "labels": data.labels}
+    exec(NNX, names)
+    assert isinstance(names["trained"], names["Net"]) and names["trained"] is not names["student"]
+    exec(README.replace("(20, 100)", "(2, 3)"), names)
+    assert names["paths"] == {"layer1": "norm"}
+    network = {role: Network(names[role]) for role in ("student", "teacher")}
+    names |= {role: each.model for role, each in network.items()}
+    names["teacher_variables"] = network["teacher"].variables
+    exec(LOOP, names)
+    params, state = (dict(network["student"].variables) for _ in range(2))
+    params = state.pop("params")
+    opt_state, values = names["optimizer"].init(params), []
+    for _ in range(5):
+        params, state, opt_state, value = names["step"](params, state, opt_state, names["images"])
+        values.append(float(value))
+    assert np.isfinite(values).all()
 
 
 def test_the_pages_links_lead_to_files_and_their_commands_to_modules():

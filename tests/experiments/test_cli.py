@@ -46,6 +46,9 @@ MISTAKES = [
     (("--epochs", "0+0"), "not both 0"),
     (("--fraction", "0"), "must be in (0, 1], not 0.0"),
     (("--batch-size", "0"), "batch_size must be at least 1, not 0"),
+    (("--batch-size", "2000000000"), "batch_size must be at most 1,000,000, not 2,000,000,000"),
+    (("--steps-per-dispatch", "1000001"), "steps_per_dispatch must be at most 1,000,000"),
+    (("--epochs", "0+1000000000"), "there can be 1,000,000 epochs at most, not 1,000,000,000"),
     (("--batch-size", "many"), "Error parsing --batch-size: invalid literal for int() with base 10:"
      " 'many'"),
     (("--seeds", "0"), "at least one seed"),

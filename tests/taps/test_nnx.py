@@ -1,6 +1,4 @@
-"""A Flax NNX model works as in the README."""
-
-import re
+"""A Flax NNX model works through Flax's own bridge to Linen."""
 
 import chex
 import jax
@@ -8,20 +6,35 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
+from flax import nnx
 
-from abflax import Network, Resources, distill, load
+from abflax import Network, Resources, Tapped, distill, load
 from abflax.taps import marked, run_model, suggest
-from tests.conftest import ROOT
 
-README = (ROOT / "README.md").read_text()
-(BLOCK,) = (b for b in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "nnx" in b)
+
+class Net(nnx.Module):
+    def __init__(self, width, *, rngs):
+        self.conv = nnx.Conv(1, width, (3, 3), rngs=rngs)
+        self.norm = nnx.BatchNorm(width, rngs=rngs)
+        self.head = nnx.Linear(width, 10, rngs=rngs)
+
+    def __call__(self, images, *, train):
+        x = self.norm(self.conv(images), use_running_average=not train)
+        self.layer1 = nnx.Intermediate(x)
+        return self.head(nnx.relu(x).mean(axis=(1, 2)))
+
+
+class Bridged(nn.Module):
+    width: int
+
+    @nn.compact
+    def __call__(self, images, *, train):
+        return nnx.bridge.to_linen(Net, self.width, name="net")(images, train=train)
 
 
 @pytest.fixture(scope="module")
 def models():
-    names = {"__name__": "readme"}
-    exec(BLOCK, names)
-    return names
+    return {"student": Tapped(Bridged(4), {"layer1": "net/layer1"}), "Bridged": Bridged, "Net": Net}
 
 
 def test_taps_equal_the_network_cut_there_by_hand(models):
