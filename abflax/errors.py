@@ -25,6 +25,9 @@ import pydantic
 class InputError(ValueError):
     """What the caller gave cannot be right. The message is one sentence that names the culprit."""
 
+    def __init__(self, message: str) -> None:
+        super().__init__(_printable(message))
+
 
 class UnknownNameError(InputError, KeyError):
     """A name that is not in a registry; also a `KeyError`, so that `in` and `get` work."""
@@ -47,12 +50,20 @@ class BusyError(InputError):
 class DiskError(OSError):
     """A file could not be written. What stood there before stays, and the run can go on from it."""
 
+    def __init__(self, message: str) -> None:
+        super().__init__(_printable(message))
+
     def __str__(self) -> str:
         return str(self.args[0])
 
 
 class LostError(RuntimeError):
     """Another process of the same run is gone. Started again, all go on from the checkpoint."""
+
+
+def _printable(text: str) -> str:
+    """Writes out the control characters of names from files, which a terminal would obey."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def unknown(kind: str, name: object, known: Iterable[str]) -> UnknownNameError:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
+import zipfile
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +25,10 @@ from abflax.models.torch_names import IGNORED, PUBLISHED_NAMES, torch_name_of
 from abflax.models.variables import abstract_variables
 from abflax.storage.files import write_whole
 
+_WRAPPED = r"^((module|_orig_mod)\.)+"  # by torch's DataParallel and torch.compile
+_WRAPPERS = ("state_dict", "model_state_dict", "model")  # of the state dict, in a checkpoint
+_LARGEST_EXPANSION = 100
+
 
 def from_torch(name: str, state_dict: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Converts a PyTorch-style state dict to Flax variables.
@@ -33,8 +40,9 @@ def from_torch(name: str, state_dict: Mapping[str, Any], prefix: str = "") -> di
     Args:
       name: of the architecture, in `abflax.models.MODELS`. The numbers of classes and of image
         channels are inferred from the weights.
-      state_dict: name -> array, with the published names.
-      prefix: of all names, e.g. "module.".
+      state_dict: name -> array, with the published names; or a checkpoint that holds it as
+        "state_dict", "model_state_dict" or "model".
+      prefix: of all names; "module." and "_orig_mod." need not be given.
 
     Returns:
       {"params", "batch_stats"} as NumPy arrays of the state dict's dtypes.
@@ -45,11 +53,14 @@ def from_torch(name: str, state_dict: Mapping[str, Any], prefix: str = "") -> di
     """
     what = f"state dict for {name}"
     arrays = {}
-    for key, value in state_dict.items():
+    for key, value in _unwrap(state_dict).items():
         if not isinstance(key, str):
             raise InputError(f"{what}: {key!r} is no name")
         if not key.endswith(IGNORED):
-            arrays[key.removeprefix(prefix)] = _array(f"{what}: '{key}'", value)
+            bare = re.sub(_WRAPPED, "", key.removeprefix(prefix))
+            if bare in arrays:
+                raise InputError(f"{what}: '{bare}' is there twice")
+            arrays[bare] = _array(f"{what}: '{key}'", value)
     model, image_shape = _architecture(name, arrays)
     flat, unused = {}, set(arrays)
     for path, leaf in flatten_dict(abstract_variables(model, image_shape)).items():
@@ -102,6 +113,7 @@ def read_state_dict(path: str | Path) -> dict[str, np.ndarray]:
             f"weights file {path} must end in one of {', '.join(_READERS)}, not '{path.suffix}'"
         )
     try:
+        _require_plain_zip(path)
         return _READERS[path.suffix](path)
     except InputError:
         raise
@@ -169,6 +181,14 @@ def _require_numbers(what: str, array: np.ndarray, path: Sequence[str]) -> None:
         raise InputError(f"{what} is a variance, but below 0")
 
 
+def _unwrap(checkpoint: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The state dict in a checkpoint, or in the checkpoint in a checkpoint."""
+    for key in _WRAPPERS:
+        if isinstance(inner := checkpoint.get(key), Mapping):
+            return _unwrap(inner)
+    return checkpoint
+
+
 def _array(what: str, value: Any) -> np.ndarray:
     """Converts to an array on the host. Raises `InputError` if that is impossible."""
     try:
@@ -223,6 +243,19 @@ def _to_layout(array: np.ndarray) -> np.ndarray:
     return array.transpose({4: (3, 2, 0, 1), 2: (1, 0)}.get(array.ndim, range(array.ndim)))
 
 
+def _require_plain_zip(path: Path) -> None:
+    """Raises `InputError` for a zip file that holds a name twice, or expands a hundredfold."""
+    if not zipfile.is_zipfile(path):
+        return
+    with zipfile.ZipFile(path) as file:
+        names = [entry.filename.removesuffix(".npy") for entry in file.infolist()]
+        size = sum(entry.file_size for entry in file.infolist())
+    if twice := [name for name, count in Counter(names).items() if count > 1]:
+        raise InputError(f"weights file {path} has '{twice[0]}' twice")
+    if size > _LARGEST_EXPANSION * max(path.stat().st_size, 2**16):
+        raise InputError(f"weights file {path} would expand to {size:,} bytes: is it damaged?")
+
+
 def _read_npz(path: Path) -> dict[str, np.ndarray]:
     with np.load(path, allow_pickle=False) as file:
         return dict(file)
@@ -236,10 +269,9 @@ def _read_torch(path: Path) -> dict[str, np.ndarray]:
             f"reading {path} needs PyTorch (pip install torch); or convert it to .safetensors"
         ) from None
     loaded = torch.load(path, map_location="cpu", weights_only=True)
-    loaded = loaded.get("state_dict", loaded)
     return {
         key: (value.float() if value.dtype == torch.bfloat16 else value).detach().numpy()
-        for key, value in loaded.items()
+        for key, value in _unwrap(loaded).items()
     }
 
 

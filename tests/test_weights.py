@@ -1,6 +1,9 @@
 """Published weights in every format, and every way in which they can be wrong."""
 
+import io
 import pickle
+import warnings
+import zipfile
 
 import chex
 import jax
@@ -66,6 +69,43 @@ def test_prefix(state_dict):
     chex.assert_trees_all_equal(
         from_torch("wrn10-1", wrapped, prefix="module."), from_torch("wrn10-1", state_dict)
     )
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod."])
+@pytest.mark.parametrize("key", ["state_dict", "model_state_dict", "model"])
+def test_checkpoints_of_wrapped_modules(state_dict, prefix, key):
+    """As DataParallel and torch.compile name their entries, and trainers save them."""
+    checkpoint = {key: {prefix + name: v for name, v in state_dict.items()}, "epoch": 7}
+    for given in (checkpoint, {"model": checkpoint}):
+        chex.assert_trees_all_equal(from_torch("wrn10-1", given), from_torch("wrn10-1", state_dict))
+
+
+def test_names_that_are_there_twice(tmp_path, state_dict):
+    with pytest.raises(InputError, match="'fc.bias' is there twice"):
+        from_torch("wrn10-1", state_dict | {"module.fc.bias": state_dict["fc.bias"]})
+    array = io.BytesIO()
+    np.save(array, np.zeros(3))
+    for second in ("fc.bias.npy", "fc.bias"):
+        with warnings.catch_warnings(), zipfile.ZipFile(tmp_path / "w.npz", "w") as file:
+            warnings.simplefilter("ignore")
+            file.writestr("fc.bias.npy", array.getvalue())
+            file.writestr(second, array.getvalue())
+        with pytest.raises(InputError, match="has 'fc.bias' twice"):
+            read_state_dict(tmp_path / "w.npz")
+
+
+def test_an_array_that_expands_a_thousandfold_is_not_read(tmp_path, monkeypatch):
+    np.savez_compressed(tmp_path / "w.npz", **{"fc.bias": np.zeros(10**8, np.uint8)})
+    monkeypatch.setattr(np, "load", lambda *_, **__: pytest.fail("it was read"))
+    with pytest.raises(InputError, match="w.npz would expand to 100,000,"):
+        read_state_dict(tmp_path / "w.npz")
+
+
+@pytest.mark.parametrize("name", ["\x1b[2Jx", "a\rb", "\x9b31m", "a\nb", "\udcff"])
+def test_messages_hold_no_escape_codes(tmp_path, state_dict, name):
+    with pytest.raises(InputError) as raised:
+        from_torch("wrn10-1", state_dict | {name: np.zeros(3)})
+    assert str(raised.value).isprintable() and "is no weight of this" in str(raised.value)
 
 
 def test_wrong_entries_are_named(state_dict):
