@@ -3,7 +3,8 @@
 The test set is not used: a class-balanced tenth of the training data is held out, and the student
 learns from a fifth of the rest. A transfer weight multiplies the factor that the protocol has now,
 which the record of every point states. The result is a table and, in the workdir, a file
-search/METHOD-PROTOCOL-DATASET-TEACHER-STUDENT.json with every point's record.
+search/METHOD-PROTOCOL-DATASET-TEACHER-STUDENT-DIGEST.json with every point's record; the digest is
+that of all settings, of the teacher's weights, the grid and the seeds.
 
 Examples:
   python -m experiments.search --method attention --protocol official
@@ -15,6 +16,7 @@ Examples:
 
 import dataclasses
 import functools
+import hashlib
 import statistics
 from collections.abc import Sequence
 from typing import Any
@@ -88,7 +90,10 @@ def main(console: Console) -> None:
         for point, result in zip(points, results, strict=True):
             point["records"].append(result.record)
 
-    names = (config.method, config.protocol, config.dataset, name, config.student)
+    whole = config.replace(dataset=fitted.name, teacher=teacher.name).hash
+    settings = repr((whole, sorted(arguments.grid), sorted(arguments.seeds)))
+    digest = hashlib.sha256(settings.encode()).hexdigest()[:8]
+    names = (config.method, config.protocol, config.dataset, name, config.student, digest)
     path = arguments.workdir / "search" / f"{'-'.join(names)}.json"
     require_writable(path.parent)
     points: list[Point] = [

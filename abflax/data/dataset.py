@@ -74,7 +74,7 @@ class Dataset:
         labels.flags.writeable = False
         facts = (images.shape, str(images.dtype), classes, preprocessing)
         sha = hashlib.sha256(repr(facts).encode())
-        sha.update(np.ascontiguousarray(images).view(np.uint8))  # bfloat16 has no buffer
+        sha.update(np.ascontiguousarray(images).view(np.uint8).data)  # bfloat16 has none
         sha.update(labels.data)
         fields = (images, labels, classes, preprocessing, with_digest(name or "custom", sha))
         for field, value in zip(dataclasses.fields(self), fields, strict=True):

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -46,9 +47,8 @@ def test_search(call_command, monkeypatch, tmp_path, group):
         "0.05", "--batch-size", "32", "--grid", "1,0.1", "--group", group, "--workdir", tmp_path,
     )  # fmt: skip
     assert code == 0 and out.count("<- best") == 1, err
-    points = json.loads(
-        (tmp_path / "search" / "fitnet-paper-digits-wrn10-1-wrn10-1.json").read_text()
-    )
+    (path,) = (tmp_path / "search").glob("fitnet-paper-digits-wrn10-1-wrn10-1-????????.json")
+    points = json.loads(path.read_text())
     assert [point["transfer_weight"] for point in points] == [0.1, 1.0]
     assert [len(point["records"]) for point in points] == [1, 1]
     fitted, validation = holdout(load("digits", "train"), search.HELD_OUT, search.SPLIT_SEED)
@@ -56,6 +56,25 @@ def test_search(call_command, monkeypatch, tmp_path, group):
     for _, trained_on, measured_on in calls:
         assert (trained_on.name, measured_on.name) == (fitted.name, validation.name)
         np.testing.assert_array_equal(measured_on.images, validation.images)
+
+
+def test_other_searches_are_not_written_over(call_command, monkeypatch, tmp_path):
+    """Of another grid, length, share of the data, seed, or teacher of the same architecture."""
+    weights = []
+    monkeypatch.setattr(
+        search, "find_teacher", lambda *_: SimpleNamespace(name=f"wrn16-2:{weights[-1]}")
+    )
+    monkeypatch.setattr(search, "distill_group", lambda runs, **_: [
+        Result({"result": {"test_error": 0.5}}, None, tmp_path) for _ in runs])  # fmt: skip
+    for name, *flags in (
+        ("a",), ("b",), ("a", "--grid", "1,2"), ("a", "--epochs", "1+1"), ("a", "--seeds", "1,"),
+        ("a", "--fraction", "0.5"), ("a", "--grid", "2,1"), ("a",),
+    ):  # fmt: skip
+        weights.append(name)
+        code, _, err = call_command(search.main, "--method", "l2", "--dataset", "digits",
+                                    "--workdir", tmp_path, *flags)  # fmt: skip
+        assert code == 0, err
+    assert len(list((tmp_path / "search").glob("*.json"))) == 6  # a grid's order is no difference
 
 
 @pytest.mark.parametrize(
@@ -83,7 +102,7 @@ def test_a_point_that_diverges_does_not_end_the_search(call_command, monkeypatch
         errors = [0.5 - weight / 1000 for weight in weights]
         return [Result({"result": {"test_error": error}}, None, tmp_path) for error in errors]
 
-    monkeypatch.setattr(search, "find_teacher", lambda *_: None)
+    monkeypatch.setattr(search, "find_teacher", lambda *_: SimpleNamespace(name="wrn16-2:1"))
     monkeypatch.setattr(search, "distill_group", distill_group)
     code, out, _ = call_command(
         search.main, "--method", "l2", "--dataset", "digits", "--grid", "0.1,1,10",
@@ -91,7 +110,8 @@ def test_a_point_that_diverges_does_not_end_the_search(call_command, monkeypatch
     )  # fmt: skip
     assert code == 0
     assert [line.split()[0] for line in out.splitlines() if "best" in line] == ["10"]
-    points = json.loads((tmp_path / "search" / "l2-paper-digits-wrn16-2-wrn16-1.json").read_text())
+    (path,) = (tmp_path / "search").glob("l2-paper-digits-wrn16-2-wrn16-1-*.json")
+    points = json.loads(path.read_text())
     assert [bool(point["failure"]) for point in points] == [False, True, False]
     assert "diverged: the loss from 1" in points[1]["failure"] and not points[1]["records"]
 

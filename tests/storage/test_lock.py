@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import threading
+from types import SimpleNamespace
 
 import chex
 import jax
@@ -247,13 +248,15 @@ def test_a_command_does_the_other_seeds_first(command, tmp_path, monkeypatch):
 
 
 def test_a_search_is_made_once(command, tmp_path, holder, monkeypatch):
-    (tmp_path / "search").mkdir()
-    monkeypatch.setattr(search, "find_teacher", lambda *_: None)
-    name = "nst-paper-digits-wrn16-2-wrn16-1"
-    other = holder(tmp_path / "search" / f"{name}.lock")
-    code, err = command(
-        search, "--method", "nst", "--dataset", "digits", "--workdir", str(tmp_path)
-    )
+    finished = Result({"result": {"test_error": 0.5}}, None, None)
+    monkeypatch.setattr(search, "find_teacher", lambda *_: SimpleNamespace(name="wrn16-2:1"))
+    monkeypatch.setattr(search, "distill_group", lambda runs, **_: [finished])
+    arguments = ("--method", "nst", "--dataset", "digits", "--workdir", str(tmp_path))
+    assert command(search, *arguments)[0] == 0
+    (path,) = (tmp_path / "search").glob("nst-paper-digits-wrn16-2-wrn16-1-*.json")
+    name = path.stem
+    other = holder(path.with_suffix(".lock"))
+    code, err = command(search, *arguments)
     assert code == 75 and f"the search {name} is being worked on by process {other.pid}" in err
     assert not (tmp_path / "runs").exists()
 
