@@ -28,7 +28,7 @@ from abflax import Network, load
 from abflax.data import DATASETS
 from abflax.errors import InputError, unknown
 from abflax.storage.files import as_json, write_whole
-from abflax.training.record import read_record, require_writable
+from abflax.training.record import finished_records, read_record, require_writable
 from experiments.analysis import figures
 from experiments.analysis.report import arrays, examine_all, summarise, tables
 from experiments.common import cli
@@ -165,11 +165,11 @@ def _teacher(
 
 
 def _runs_of(workdir: Path, architecture: str) -> list[str]:
-    records = {path.parent.name: read_record(path) for path in workdir.glob("runs/*/record.json")}
+    records = finished_records(workdir)
     return [
         name
         for name, record in sorted(records.items())
-        if record and record["config"]["student"] == architecture
+        if record["config"]["student"] == architecture
     ]
 
 

@@ -32,7 +32,7 @@ from abflax.methods import METHODS, PROTOCOLS
 from abflax.models import MODELS
 from abflax.runtime.distributed import is_first
 from abflax.storage.files import as_json, read_json
-from abflax.training.record import read_record
+from abflax.training.record import read_config, read_record, skip_damaged
 from experiments.common import cli
 from experiments.common.networks import architecture, find_teacher
 from experiments.common.stats import mean_and_std, percent
@@ -149,7 +149,10 @@ def evaluate_network(arguments: Arguments, console: Console) -> None:
 
 def list_runs(arguments: Arguments, console: Console) -> None:
     """Prints every run of the workdir, with its state and result."""
-    rows = [_row(path) for path in sorted((arguments.workdir / "runs").glob("*/config.json"))]
+    rows = []
+    for path in sorted((arguments.workdir / "runs").glob("*/config.json")):
+        with skip_damaged():
+            rows.append(_row(path))
     if arguments.json:
         sys.stdout.write(as_json(rows))
         return
@@ -163,11 +166,11 @@ def list_runs(arguments: Arguments, console: Console) -> None:
 
 
 def _row(path: Path) -> dict[str, Any]:
-    config = read_json(path)
+    config = read_config(path, read_json(path)).as_json()
     record = read_record(path.parent / "record.json")
     diverged = read_record(path.parent / "diverged.json")
     checkpoints = (path.parent / "checkpoints").glob("*")
-    steps = [int(path.name) for path in checkpoints if path.name.isdigit()]
+    steps = [int(path.name) for path in checkpoints if path.name.isdecimal()]
     reached = f"step {max(steps)}" if steps else "begun"
     error = record["result"].get("test_error") if record else None
     return {

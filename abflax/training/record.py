@@ -32,12 +32,14 @@ A run whose numbers went wrong has another file, of `schema`, `hash`, `config`, 
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import os
 import platform
 import subprocess
 import tempfile
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
@@ -172,35 +174,83 @@ def read_record(path: Path, name: str | None = None) -> dict[str, Any] | None:
     except pydantic.ValidationError as error:
         where = ".".join(map(str, error.errors()[0]["loc"]))
         raise InputError(f"{path} is damaged: {where}: {error.errors()[0]['msg']}") from None
-    if name is not None and (record["hash"], record["state"], _hash(record)) != (
-        name, "finished", name,
-    ):  # fmt: skip
+    names = (record["hash"], read_config(path, record["config"]).hash)
+    if name is not None and (*names, record["state"]) != (name, name, "finished"):
         raise InputError(f"{path} is not the record of the finished run {name}")
     return record
 
 
-def _hash(record: dict[str, Any]) -> str | None:
-    """The hash of a record's configuration; None if it is none."""
+def finished_records(workdir: Path, name: str = "record.json") -> dict[str, dict[str, Any]]:
+    """Reads the records of a workdir's runs: hash -> record. A warning names what is none."""
+    records = {}
+    for path in sorted((workdir / "runs").glob(f"*/{name}")):
+        with skip_damaged():
+            if record := read_record(path):
+                if record["hash"] != path.parent.name:
+                    raise InputError(f"{path} is the record of another run, {record['hash']}")
+                records[record["hash"]] = record
+    return records
+
+
+@contextlib.contextmanager
+def skip_damaged() -> Iterator[None]:
+    """Makes a warning of an `InputError` in a `with` block that reads one of many files."""
     try:
-        return RunConfig.from_json(record["config"]).hash
-    except (InputError, KeyError, TypeError):
-        return None
+        yield
+    except InputError as error:
+        warnings.warn(f"{error}; it is skipped", stacklevel=3)
 
 
-class _Record(pydantic.BaseModel):
+def read_config(path: Path, config: Any) -> RunConfig:
+    """The configuration in a file's JSON. Raises `InputError` where it is none."""
+    try:
+        return RunConfig.from_json(config)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{path} holds no configuration of a run: {error}") from None
+
+
+class _Part(pydantic.BaseModel):
+    model_config = pydantic.ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
+
+
+class _Phase(_Part):
+    name: str
+    steps: int
+    epochs: int
+    seconds: float
+
+
+class _Entry(_Part):
+    epoch: float
+    step: int
+    phase: str
+    loss: float
+    test_error: float = 0.0
+    agreement: dict[str, float] = {}
+
+
+class _Measured(_Part):
+    test_error: float = 0.0
+    best_test_error: float = 0.0
+    agreement: dict[str, float] = {}
+
+
+class _Environment(_Part):
+    device: str
+
+
+class _Record(_Part):
     """The schema, as far as it is checked; see the page of this module."""
-
-    model_config = pydantic.ConfigDict(strict=True, extra="allow")
 
     hash: str = pydantic.Field(pattern=r"^[0-9a-f]{12}$")
     config: dict[str, Any]
     state: Literal["finished", "diverged"]
-    environment: dict[str, Any]
+    environment: _Environment
     finished: str
     error: str | None = None
-    phases: list[dict[str, Any]] = []
-    history: list[dict[str, Any]] = []
-    result: dict[str, Any] = {}
+    phases: list[_Phase] = []
+    history: list[_Entry] = []
+    result: _Measured = _Measured()
     weights: str | None = None
     seconds: float = 0.0
 

@@ -1,12 +1,13 @@
 """Reads and adds records: those committed to the repository, and those of a workdir."""
 
+import functools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from abflax.config import RunConfig
 from abflax.errors import InputError
-from abflax.training.record import read_record, write_record
+from abflax.training.record import finished_records, read_record, write_record
 
 RECORDS = Path(__file__).parent.parent / "records"
 DIVERGED = RECORDS / "diverged"
@@ -25,15 +26,9 @@ def committed(folder: Path = RECORDS) -> dict[str, Record]:
     return records
 
 
-def finished(workdir: Path, name: str = "record.json") -> dict[str, Record]:
-    """Reads the records of a workdir's finished runs: hash -> record."""
-    records = (read_record(path) for path in sorted((workdir / "runs").glob(f"*/{name}")))
-    return {record["hash"]: record for record in records if record is not None}
-
-
-def diverged(workdir: Path) -> dict[str, Record]:
-    """Reads how a workdir's runs with non-finite numbers ended: hash -> record."""
-    return finished(workdir, "diverged.json")
+finished = finished_records
+diverged = functools.partial(finished_records, name="diverged.json")
+"""Reads how a workdir's runs with non-finite numbers ended: hash -> record."""
 
 
 def short(commit: str | None) -> str:
