@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,15 @@ import jax
 
 from abflax.config import NO_TEST, Resources, RunConfig
 from abflax.data import Dataset, ImageFiles
-from abflax.errors import InputError, require_instances
+from abflax.errors import InputError, local_path, require_instances
 from abflax.models import model_name
 from abflax.models.network import Network, as_network, require_network
-from abflax.runtime.distributed import detect_lost_process, max_over_processes, require_same
+from abflax.runtime.distributed import (
+    detect_lost_process,
+    is_first,
+    max_over_processes,
+    require_same,
+)
 from abflax.runtime.preemption import Interrupted, Preemption
 from abflax.runtime.reporter import NullReporter, Reporter
 from abflax.taps import Model
@@ -62,7 +68,8 @@ def distill(  # noqa: PLR0913 - the front door
         written. The same call again resumes where it stopped, or returns the finished record.
       force: train a finished run again; one that is not finished is resumed.
       resources: see `abflax.Resources`; None: its defaults.
-      reporter: shows progress.
+      reporter: shows progress; None: none is shown, and the logger `abflax` tells of a run that was
+        finished before.
       **settings: what changes the run's numbers: fields of `abflax.RunConfig` (`method`, `epochs`,
         `seeds`, …), and fields of the method's terms (`margin`, `layers`, …); see
         `RunConfig.create`.
@@ -167,10 +174,10 @@ def distill_group(  # noqa: PLR0913 - the front door
     ]
     configs = [run_config for run_config, _ in members]
     require_groupable(configs)
-    reporter, resources = reporter or NullReporter(), resources or Resources()
+    resources = resources or Resources()
     paths: dict[str, Path | None] = dict.fromkeys((each.hash for each in configs), None)
     if workdir is not None:
-        paths = {name: Path(workdir).expanduser() / "runs" / name for name in paths}
+        paths = {name: local_path(workdir) / "runs" / name for name in paths}
     float64 = configs[0].precision == "float64"
     with detect_lost_process(), jax.enable_x64(float64), Preemption() as preemption:
         # The processes of a distributed run were started with the same arguments.
@@ -184,7 +191,7 @@ def distill_group(  # noqa: PLR0913 - the front door
         if left:
             group = TrainingGroup(
                 configs[0], teacher, data, test, resources, size=len(left),
-                keep_going=workdir is not None, reporter=reporter,
+                keep_going=workdir is not None, reporter=reporter or NullReporter(),
             )  # fmt: skip
             with contextlib.closing(group):
                 directories = [
@@ -266,13 +273,17 @@ def _checked_runs(runs: Any) -> Sequence[Mapping[str, Any]]:
 
 
 def _finished(
-    paths: Mapping[str, Path | None], own: Mapping[str, Fingerprint], reporter: Reporter
+    paths: Mapping[str, Path | None], own: Mapping[str, Fingerprint], reporter: Reporter | None
 ) -> dict[str, Result]:
     """The results of the runs that were finished before. Raises if they are other experiments'."""
     results = {}
     for name, path in paths.items():
         if path is not None and (record := finished_record(path)):
             note = require_same_run(path, own[name])
-            reporter.finished(f"{name} is finished already: {path}" + f"; {note}" * bool(note))
+            said = f"{name} is finished already: {path}" + f"; {note}" * bool(note)
+            if reporter is not None:
+                reporter.finished(said)
+            elif is_first():
+                logging.getLogger("abflax").warning("%s", said)
             results[name] = Result(record, None, path)
     return results

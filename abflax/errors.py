@@ -12,9 +12,11 @@ import dataclasses
 import difflib
 import functools
 import importlib
+import re
 import reprlib
 import typing
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -94,6 +96,16 @@ def import_extra(module: str, extra: str) -> Any:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
         raise InputError(f"{error.name} is not installed: pip install 'abflax[{extra}]'") from error
+
+
+def local_path(path: str | Path) -> Path:
+    """A path of this machine, with `~` expanded; `InputError` for a URL, or an unknown `~user`."""
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(path)):
+        raise InputError(f"{path} is no path here: give a local folder, or one that is mounted")
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise InputError(f"{path} names the home of a user who is not known here") from None
 
 
 def require_same_shape(

@@ -14,7 +14,7 @@ import numpy as np
 from abflax.data.augmentation import Preprocessing
 from abflax.data.dataset import Dataset
 from abflax.data.image_files import exactly_named
-from abflax.errors import InputError, import_extra, unknown
+from abflax.errors import InputError, import_extra, local_path, unknown
 
 _CIFAR10 = Preprocessing(mean=(125.3, 123.0, 113.9), std=(63.0, 62.1, 66.7), pad=4, flip=True)
 _CIFAR100 = Preprocessing(mean=(129.3, 124.1, 112.4), std=(68.2, 65.4, 70.4), pad=4, flip=True)
@@ -36,7 +36,6 @@ def load_cifar100(split: str, data_dir: str | None = None) -> Dataset:
 def _read(name: str, split: str, data_dir: str | None) -> tuple[np.ndarray, np.ndarray]:
     """Reads the images and labels of a data set; prepares it first if that is not done yet."""
     tfds = import_extra("tensorflow_datasets", "tfds")  # takes seconds to import
-    logging.getLogger("absl").setLevel(logging.ERROR)  # hides the advice to install OpenCV
     folder = data_folder(data_dir)
     if not list(folder.glob(f"{name}/*/dataset_info.json")):
         prepare(name, folder)
@@ -60,8 +59,7 @@ def require_known(kind: str, name: str, split: str, names: Collection[str]) -> N
 
 def data_folder(data_dir: str | None) -> Path:
     """Returns the data directory: the given one, else `TFDS_DATA_DIR`, else the default of TFDS."""
-    folder = Path(data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets")
-    return folder.expanduser()
+    return local_path(data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets")
 
 
 def prepare(name: str, folder: Path) -> None:
@@ -84,6 +82,9 @@ def reading(name: str, split: str, folder: Path) -> Iterator[None]:
     Raises:
       ValueError: if it cannot be read; the message names the file that is damaged.
     """
+    absl = logging.getLogger("absl")
+    level = absl.level
+    absl.setLevel(logging.ERROR)  # hides the advice to install OpenCV
     try:
         yield
     except Exception as error:  # whatever a damaged file makes the reader raise
@@ -95,6 +96,8 @@ def reading(name: str, split: str, folder: Path) -> Iterator[None]:
             f"{name} in {folder} cannot be read: {reason} "
             "(it must be prepared with file_format='array_record')"
         ) from error
+    finally:
+        absl.setLevel(level)
 
 
 def _damage(path: Path) -> str | None:

@@ -41,7 +41,7 @@ class Checkpoints:
 
     def __init__(self, directory: str | Path) -> None:
         # Orbax logs every save, and errors that it raises anyway.
-        logging.getLogger("absl").setLevel(logging.CRITICAL)
+        logging.getLogger("absl").addFilter(self._not_orbax)
         self.directory = Path(directory).absolute()
         self._open()
 
@@ -69,9 +69,15 @@ class Checkpoints:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if is_first():
-            with self._writing():
-                self._manager.close()
+        try:
+            if is_first():
+                with self._writing():
+                    self._manager.close()
+        finally:
+            logging.getLogger("absl").removeFilter(self._not_orbax)
+
+    def _not_orbax(self, record: logging.LogRecord) -> bool:
+        return "orbax" not in record.pathname
 
     def save(self, step: int, state: Any, meta: dict[str, Any]) -> None:
         """Copies the state, a pytree of arrays, and writes it with its description `meta`.

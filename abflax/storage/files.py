@@ -53,12 +53,14 @@ def read_json(path: Path) -> Any:
       FileNotFoundError: if there is no such file.
       ValueError: if it cannot be read, or is not JSON.
     """
-    if path.exists() and not path.is_file():
-        raise InputError(f"{path} is no file")
     try:
+        if path.exists() and not path.is_file():
+            raise InputError(f"{path} is no file")
         return json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         raise FileNotFoundError(path) from None
+    except InputError:
+        raise
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}") from error
     except (ValueError, RecursionError) as error:

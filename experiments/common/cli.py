@@ -35,7 +35,15 @@ from tyro.constructors import (
 import abflax
 from abflax import Result
 from abflax.config import RunConfig
-from abflax.errors import BusyError, DiskError, InputError, LostError, NonFiniteError, type_hints
+from abflax.errors import (
+    BusyError,
+    DiskError,
+    InputError,
+    LostError,
+    NonFiniteError,
+    local_path,
+    type_hints,
+)
 from abflax.methods.terms import Term
 from abflax.runtime import distributed
 from abflax.runtime.preemption import Interrupted
@@ -156,6 +164,9 @@ def parse(
     ]
     registry = ConstructorRegistry()
     registry.primitive_rule(_optional)
+    registry.primitive_rule(
+        lambda info: text(local_path, "PATH", str) if info.type is Path else None
+    )
     registry.struct_rule(lambda info: _run_config_flags(info, hidden))
     return tyro.cli(
         kind,
