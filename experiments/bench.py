@@ -158,7 +158,7 @@ def publish(measurements: dict[str, Any]) -> Path:
     PUBLISHED.mkdir(parents=True, exist_ok=True)
     path = PUBLISHED / f"{name}-{setting['precision']}.json"
     if path.exists():
-        before = json.loads(path.read_text())
+        before = json.loads(path.read_text("utf-8"))
         if all(before[key] == measurements[key] for key in ("environment", "setting")):
             sections = before["sections"] | measurements["sections"]
             order = [name for name in (*SECTIONS, "whole") if name in sections]
@@ -171,9 +171,9 @@ def write_page() -> Path:
     """Rebuilds BENCH.md from the published records."""
     path = PUBLISHED.parent.parent / "BENCH.md"
     path.write_text(page(*(
-        [json.loads(each.read_text()) for each in sorted(folder.glob("*.json"))]
+        [json.loads(each.read_text("utf-8")) for each in sorted(folder.glob("*.json"))]
         for folder in (PUBLISHED, COMPILED)
-    )))  # fmt: skip
+    )), "utf-8")  # fmt: skip
     return path
 
 

@@ -54,8 +54,8 @@ def main(console: Console) -> None:
             + f", {outdated} outdated left" * bool(outdated)
         )
     records, diverged = stored.committed(), stored.committed(stored.DIVERGED)
-    RESULTS.write_text(page(records, diverged))
-    README.write_text(with_table(README.read_text(), overview(records, diverged)))
+    RESULTS.write_text(page(records, diverged), "utf-8")
+    README.write_text(with_table(README.read_text("utf-8"), overview(records, diverged)), "utf-8")
     FIGURES.mkdir(exist_ok=True)
     for filled in tables_with_records(records, diverged):
         if filled.table.picture:

@@ -84,4 +84,4 @@ def require_files(folder: Path) -> None:
 
 
 def _listed(path: Path) -> list[str]:
-    return [line.strip() for line in path.read_text().splitlines() if line.strip()]
+    return [line.strip() for line in path.read_text("utf-8").splitlines() if line.strip()]

@@ -135,7 +135,7 @@ def compile_program(
 def _devices(target: Target) -> list[jax.Device]:
     options = {}
     if target.platform == "cuda":
-        options["target_config"] = Path(__file__).with_name("h100.txtpb").read_text()
+        options["target_config"] = Path(__file__).with_name("h100.txtpb").read_text("utf-8")
     return topologies.get_topology_desc(
         platform=target.platform,
         **({"topology": target.topology} if options else {"topology_name": target.topology}),

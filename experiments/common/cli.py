@@ -48,6 +48,7 @@ from abflax.methods.terms import Term
 from abflax.runtime import distributed
 from abflax.runtime.preemption import Interrupted
 from abflax.runtime.rich_reporter import RichReporter
+from experiments.common import output
 
 WORKDIR = Path("workdir")
 
@@ -252,6 +253,7 @@ def main(command: Callable[[Console], None]) -> NoReturn:
     written; 75: another process is at it; 130, 143: stopped by Ctrl-C or SIGTERM: to be gone on
     with by the same command. Anything else is a bug and shows its traceback.
     """
+    output.patient_streams()
     keep_freed_memory()
     logging.getLogger("absl").setLevel(logging.CRITICAL)
     # What Orbax leaves running when it gives up a damaged checkpoint has nobody to report to.
@@ -277,6 +279,8 @@ def main(command: Callable[[Console], None]) -> NoReturn:
         _leave(str(stop), 128 + stop.signal)
     except KeyboardInterrupt:
         _leave("stopped", 128 + signal.SIGINT)
+    if reason := output.lost_output():
+        _leave(f"error: the results cannot be written to standard output: {reason}", os.EX_IOERR)
     raise SystemExit(0)
 
 
@@ -379,7 +383,7 @@ def join_processes(place: str) -> None:
         distributed.initialize_distributed(parts[1], int(parts[2]), int(parts[3]))
     results = os.dup(1) if distributed.is_first() else os.open(os.devnull, os.O_WRONLY)
     os.dup2(2, 1)
-    sys.stdout = os.fdopen(results, "w")
+    sys.stdout = output.stream(results)
 
 
 def keep_freed_memory() -> None:

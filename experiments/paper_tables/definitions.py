@@ -11,8 +11,8 @@ from experiments.paper_tables import spec
 from experiments.paper_tables.spec import Axis, Point, Scale, Table
 
 _HERE = Path(__file__).parent
-_DATA = tomllib.loads((_HERE / "tables.toml").read_text())
-_PAPER = json.loads((_HERE.parent / "paper_tables.json").read_text())
+_DATA = tomllib.loads((_HERE / "tables.toml").read_text("utf-8"))
+_PAPER = json.loads((_HERE.parent / "paper_tables.json").read_text("utf-8"))
 _MEASURES: Mapping[str, Callable[..., spec.Measure]] = {
     "agreement": spec.agreement,
     "dead": spec.dead_neurons,
