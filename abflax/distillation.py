@@ -22,6 +22,7 @@ from abflax.runtime.distributed import (
     max_over_processes,
     require_same,
 )
+from abflax.runtime.jax_checks import jax_defaults, require_devices
 from abflax.runtime.preemption import Interrupted, Preemption
 from abflax.runtime.reporter import NullReporter, Reporter
 from abflax.taps import Model
@@ -114,6 +115,7 @@ def distill(  # noqa: PLR0913 - the front door
     return result
 
 
+@jax_defaults()
 def distill_group(  # noqa: PLR0913 - the front door
     runs: Sequence[Mapping[str, Any]],
     student: Model | Network,
@@ -159,6 +161,7 @@ def distill_group(  # noqa: PLR0913 - the front door
       `distill_group([{"margin": 1.0}, {"margin": 2.0}], student, teacher, data, epochs=(1, 1))`
     """
     teacher = None if teacher is None else require_network("teacher", teacher)
+    require_devices()
     require_instances({
         "data": (data, Dataset | ImageFiles),
         "test": (test, Dataset | ImageFiles | None),

@@ -12,6 +12,7 @@ import dataclasses
 import difflib
 import functools
 import importlib
+import os
 import re
 import reprlib
 import typing
@@ -99,11 +100,18 @@ def import_extra(module: str, extra: str) -> Any:
 
 
 def local_path(path: str | Path) -> Path:
-    """A path of this machine, with `~` expanded; `InputError` for a URL, or an unknown `~user`."""
+    """A path of this machine, with `~` expanded.
+
+    Raises:
+      ValueError: for a URL, the home of an unknown user, and a name that is not UTF-8.
+    """
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(path)):
         raise InputError(f"{path} is no path here: give a local folder, or one that is mounted")
     try:
+        str(path).encode(), os.fsencode(path)  # for libraries, and for the system
         return Path(path).expanduser()
+    except UnicodeError:
+        raise InputError(f"{path} is not UTF-8 in this locale, as names of files must be") from None
     except RuntimeError:
         raise InputError(f"{path} names the home of a user who is not known here") from None
 

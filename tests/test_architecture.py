@@ -18,7 +18,7 @@ MAY_IMPORT = {
     ("config",): {"methods"},
     ("training",): {"config", "data", "losses", "methods", "metrics", "models", "runtime",
                     "storage", "taps", "weights"},
-    ("analysis",): {"data", "losses", "metrics", "models", "taps", "training"},
+    ("analysis",): {"data", "losses", "metrics", "models", "runtime", "taps", "training"},
     ("distillation",): {"config", "data", "models", "runtime", "taps", "training"},
 }  # fmt: skip
 

@@ -24,6 +24,7 @@ from abflax.losses import activation_indicator
 from abflax.metrics import misclassified
 from abflax.models.checks import require_classes, require_fits, require_runs
 from abflax.models.network import Network, configure_model, require_network
+from abflax.runtime.jax_checks import jax_defaults, require_devices
 from abflax.taps import Model, run_model, tap_shapes
 from abflax.training.inputs import EVALUATION_BATCH, padded_batches
 
@@ -96,6 +97,7 @@ class Examination:
         return np.mean([match.by_example for match in self.match.values()], axis=0)
 
 
+@jax_defaults()
 def examine(
     student: Network | Model, data: Dataset, teacher: Network | Model | None = None
 ) -> Examination:
@@ -107,6 +109,7 @@ def examine(
     Raises:
       ValueError: if a network does not fit the data.
     """
+    require_devices()
     roles = ("the student", "the teacher")
     given = (student,) if teacher is None else (student, teacher)
     networks = tuple(map(require_network, roles, given))
@@ -130,6 +133,7 @@ def examine(
     return Examination(activities[0], activities[1], match, unmatched)
 
 
+@jax_defaults()
 def boundary_distances(
     network: Network | Model, data: Dataset, layer: str, *, neurons: int | None = 64, seed: int = 0
 ) -> np.ndarray:

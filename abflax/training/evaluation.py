@@ -15,12 +15,14 @@ from abflax.methods import METHODS, PhaseSchedule
 from abflax.models.checks import require_classes, require_fits, require_runs
 from abflax.models.network import Network, configure_model, require_network
 from abflax.runtime.distributed import detect_lost_process
+from abflax.runtime.jax_checks import jax_defaults, require_devices
 from abflax.taps import Model
 from abflax.training.devices import AXIS, replicate, usable_devices
 from abflax.training.inputs import EvaluationInputs
 from abflax.training.parallel import InputSpec, PhaseProgram, compile_evaluation, compile_phase
 
 
+@jax_defaults()
 def evaluate(
     network: Network | Model, test: Dataset | ImageFiles, devices: int | None = None
 ) -> dict[str, Any]:
@@ -40,6 +42,7 @@ def evaluate(
       NonFiniteError: if its logits are NaN or infinite.
     """
     network = require_network("the network", network)
+    require_devices()
     used = usable_devices(devices)
     require_runs("the network", network.model, test.image_shape, train=False, dropout=False)
     require_classes("the network", network.model, test.image_shape, test.num_classes)

@@ -46,6 +46,7 @@ from abflax.errors import (
 )
 from abflax.methods.terms import Term
 from abflax.runtime import distributed
+from abflax.runtime.jax_checks import jax_defaults
 from abflax.runtime.preemption import Interrupted
 from abflax.runtime.rich_reporter import RichReporter
 from experiments.common import output
@@ -158,7 +159,7 @@ def parse(
     if "--version" in sys.argv[1:]:
         print(f"abflax {abflax.__version__}")
         raise SystemExit(0)
-    description, examples = (page or "").split("\n\nExamples:")
+    description, *examples = (page or "").split("\n\nExamples:")  # no page: PYTHONOPTIMIZE=2
     lists = [
         "\n".join([f"{heading}:", *(f"  {name:<20} {line}" for name, line in lines.items())])
         for heading, lines in (choices or {}).items()
@@ -172,7 +173,7 @@ def parse(
     return tyro.cli(
         kind,
         prog=f"python -m {module}",
-        description="\n\n".join([description, *lists, f"Examples:{examples}"]),
+        description="\n\n".join([description, *lists, *(f"Examples:{each}" for each in examples)]),
         registry=registry,
         config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
     )
@@ -267,7 +268,8 @@ def main(command: Callable[[Console], None]) -> NoReturn:
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
     codes = {BusyError: os.EX_TEMPFAIL, DiskError: os.EX_IOERR, InputError: 2, NonFiniteError: 1}
     try:
-        command(console)
+        with jax_defaults():
+            command(console)
     except (BusyError, DiskError, InputError, NonFiniteError) as error:
         code = next(code for kind, code in codes.items() if isinstance(error, kind))
         _leave(f"error: {error}", code)

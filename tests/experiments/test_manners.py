@@ -2,6 +2,7 @@
 
 import logging
 
+import jax
 import numpy as np
 import pytest
 
@@ -44,8 +45,10 @@ def test_a_finished_run_says_so_and_logging_stays_as_it_was(tmp_path, caplog):
     assert not caplog.records
 
 
-PLACES = [("gs://bucket/x", "is no path here"), ("s3:/bucket", "is no path here"),
-          ("~nosuchuser/x", "the home of a user who is not known here")]  # fmt: skip
+PLACES = [
+    ("gs://bucket/x", "is no path here"), ("s3:/bucket", "is no path here"),
+    ("/tmp/\udcff", "is not UTF-8"), ("~nosuchuser/x", "the home of a user who is not known here"),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("place", "sentence"), PLACES)
@@ -73,3 +76,21 @@ def test_a_name_that_is_too_long(call_command, tmp_path):
         tmp_path / ("x" * 300),
     )  # fmt: skip
     assert code == 2 and "File name too long" in plain(err) and not list(tmp_path.iterdir())
+
+
+def test_jaxs_own_checks_do_not_stop_a_run(tmp_path):
+    """They are for a caller's code, and stay as they were."""
+    with (
+        jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"),
+        jax.transfer_guard("disallow"),
+    ):  # fmt: skip
+        result = _train(tmp_path, test=DIGITS)
+        assert jax.config.jax_numpy_dtype_promotion == "strict"
+    assert 0 <= result.record["result"]["test_error"] <= 1
+
+
+def test_devices_that_are_not_there(monkeypatch, tmp_path):
+    monkeypatch.setattr(jax, "devices", lambda: (_ for _ in ()).throw(RuntimeError("none\nx")))
+    with pytest.raises(InputError, match="JAX cannot start on JAX_PLATFORMS=.*: none$"):
+        _train(tmp_path)
+    assert not list(tmp_path.iterdir())

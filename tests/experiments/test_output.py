@@ -8,6 +8,7 @@ import pytest
 
 from experiments.common.output import stream
 from tests.conftest import ROOT
+from tests.experiments.conftest import plain
 
 TRAIN = ("--dataset digits --student wrn10-1 --method cross-entropy --epochs 0+1 --fraction 0.05 "
          "--batch-size 32 --devices 1")  # fmt: skip
@@ -59,3 +60,29 @@ def test_output_that_goes_away(workdir, end, code):
                                 "No space left on device\n")  # fmt: skip
         (run,) = (workdir / "runs").iterdir()
         assert json.loads((run / "record.json").read_text())["state"] == "finished"
+
+
+ASCII = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("environment", "place", "code", "sentence"),
+    [
+        (ASCII, "w", 0, "test error"),
+        (ASCII, "\u00e9", 2, "is not UTF-8"),
+        ({}, "\u00e9", 0, "test error"),
+        ({}, "\udcff", 2, "is not UTF-8"),
+        ({"PYTHONOPTIMIZE": "2"}, "w", 0, "test error"),
+        ({"JAX_PLATFORMS": "cuda"}, "w", 2, "JAX cannot start on JAX_PLATFORMS=cuda"),
+        ({"JAX_PLATFORMS": "nonsense"}, "w", 2, "JAX cannot start on JAX_PLATFORMS=nonsense"),
+        ({"JAX_NUMPY_DTYPE_PROMOTION": "strict", "JAX_NUMPY_RANK_PROMOTION": "raise",
+          "JAX_TRANSFER_GUARD": "disallow"}, "w", 0, "test error"),
+        ({"TERM": "dumb", "COLUMNS": "1"}, "w", 0, "test error"),
+    ],
+)  # fmt: skip
+def test_unusual_places(tmp_path, environment, place, code, sentence):
+    """Each works, or says in one sentence why not."""
+    found, out, err = _shell(f"$RUN {TRAIN}", tmp_path / place, **environment)
+    assert found == code, err
+    assert sentence in (plain(err) if code else out)
