@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import errno
 import functools
 import importlib
 import os
@@ -97,6 +98,16 @@ def import_extra(module: str, extra: str) -> Any:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
         raise InputError(f"{error.name} is not installed: pip install 'abflax[{extra}]'") from error
+
+
+EXHAUSTED = {errno.EMFILE, errno.ENFILE, errno.ENOSPC, errno.EDQUOT}
+"""Numbers of the system's errors that say that there is no room for a file, whatever its name."""
+
+
+def path_error(what: str, error: OSError) -> InputError | DiskError:
+    """The error for a path that cannot be used; a `DiskError` where the fault is not the path's."""
+    kind = DiskError if error.errno in EXHAUSTED else InputError
+    return kind(f"{what}: {error.strerror}")
 
 
 def local_path(path: str | Path) -> Path:

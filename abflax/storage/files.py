@@ -8,7 +8,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from abflax.errors import DiskError, InputError, NonFiniteError
+from abflax.errors import DiskError, InputError, NonFiniteError, path_error
 
 
 def write_whole(path: Path, content: bytes) -> None:
@@ -62,6 +62,6 @@ def read_json(path: Path) -> Any:
     except InputError:
         raise
     except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror}") from error
+        raise path_error(f"{path} cannot be read", error) from error
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is damaged: {error}") from error

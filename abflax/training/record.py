@@ -48,7 +48,7 @@ import jax
 import pydantic
 
 from abflax.config import RunConfig
-from abflax.errors import InputError
+from abflax.errors import InputError, path_error
 from abflax.storage.files import as_json, read_json, write_whole
 
 SCHEMA = 1
@@ -150,7 +150,7 @@ def require_writable(directory: Path) -> None:
         with tempfile.TemporaryFile(dir=directory):
             pass
     except OSError as error:
-        raise InputError(f"cannot write to {directory}: {error.strerror}") from error
+        raise path_error(f"cannot write to {directory}", error) from error
 
 
 def read_record(path: Path, name: str | None = None) -> dict[str, Any] | None:

@@ -36,6 +36,7 @@ import abflax
 from abflax import Result
 from abflax.config import RunConfig
 from abflax.errors import (
+    EXHAUSTED,
     BusyError,
     DiskError,
     InputError,
@@ -257,26 +258,32 @@ def main(command: Callable[[Console], None]) -> NoReturn:
     output.patient_streams()
     keep_freed_memory()
     logging.getLogger("absl").setLevel(logging.CRITICAL)
-    # What Orbax leaves running when it gives up a damaged checkpoint has nobody to report to.
+    # What Orbax leaves running when it gives up a checkpoint has nobody to report to.
     sys.unraisablehook = lambda unraisable: (
         None
         if str(unraisable.exc_value) == "Event loop is closed"
+        or "EventLoop.__del__" in repr(unraisable.object)
         else sys.__unraisablehook__(unraisable)
     )
+    warnings.filterwarnings("ignore", "coroutine .* was never awaited")
     warnings.showwarning = lambda text, *_, **__: print(f"warning: {text}", file=sys.stderr)
     # Where nobody looks at the width, tables are as wide as they need to be.
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
-    codes = {BusyError: os.EX_TEMPFAIL, DiskError: os.EX_IOERR, InputError: 2, NonFiniteError: 1}
+    codes = {BusyError: os.EX_TEMPFAIL, InputError: 2, NonFiniteError: 1}
     try:
         with jax_defaults():
             command(console)
-    except (BusyError, DiskError, InputError, NonFiniteError) as error:
+    except (BusyError, InputError, NonFiniteError) as error:
         code = next(code for kind, code in codes.items() if isinstance(error, kind))
         _leave(f"error: {error}", code)
     except LostError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        sys.stdout.flush()
-        os._exit(os.EX_UNAVAILABLE)  # on the way out JAX would wait for the others, then abort
+        _leave_at_once(str(error), os.EX_UNAVAILABLE)  # JAX would wait for the others, then abort
+    except DiskError as error:
+        _leave_at_once(str(error), os.EX_IOERR)  # Orbax's threads would wait for five minutes
+    except OSError as error:
+        if error.errno not in EXHAUSTED:
+            raise
+        _leave_at_once(str(error), os.EX_IOERR)
     except Interrupted as stop:
         _leave(str(stop), 128 + stop.signal)
     except KeyboardInterrupt:
@@ -362,6 +369,13 @@ def make_table(
     for index, column in enumerate(columns):
         table.add_column(column, justify="left" if index < left else "right", no_wrap=True)
     return table
+
+
+def _leave_at_once(message: str, code: int) -> NoReturn:
+    """Ends the process without waiting for its threads."""
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    sys.stdout.flush()
+    os._exit(code)
 
 
 def _leave(message: str, code: int) -> NoReturn:

@@ -1,5 +1,6 @@
 """Full, read-only or corrupted disks give readable errors, and the rerun resumes."""
 
+import errno
 import os
 import random
 import re
@@ -7,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 import warnings
 
 import chex
@@ -18,6 +20,7 @@ from abflax import DiskError, Interrupted, Resources, distill, load
 from abflax.runtime.reporter import NullReporter
 from abflax.storage.checkpoint import Checkpoints
 from abflax.storage.files import write_whole
+from abflax.training.record import read_record, require_writable
 from tests.conftest import ROOT, Small
 
 RESOURCES = Resources(devices=1, checkpoint_seconds=0.0)
@@ -97,6 +100,53 @@ def test_a_disk_that_fills_up_while_training(digits, whole, tmp_path, step, size
     chex.assert_trees_all_equal(resumed.variables, whole.variables)
     names = sorted(path.name for path in resumed.directory.iterdir())
     assert names == ["config.json", "fingerprint.json", "record.json", "student.safetensors"]
+
+
+# The file table is full after a step, but for a few files.
+NO_FILES = """
+import os, resource, sys
+from pathlib import Path
+import numpy as np
+from abflax import load
+from experiments.common import cli
+from tests.storage import test_disks as here
+
+room, workdir = int(sys.argv[1]), Path(sys.argv[2])
+
+def limit():
+    used = len(os.listdir("/proc/self/fd")) - 1
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (used + room, most))
+
+digits = load("digits", "train").take(np.arange(48))
+cli.main(lambda console: here._train(digits, workdir, reporter=here._At(1, limit)))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("room", [0, 2, 5])
+def test_a_file_table_that_is_full(digits, whole, tmp_path, room):
+    """Orbax's threads would wait for five minutes."""
+    began = time.monotonic()
+    done = _child(NO_FILES, room, tmp_path)
+    assert time.monotonic() - began < 100
+    assert done.returncode == os.EX_IOERR, done.stderr
+    assert re.fullmatch("error: cannot write .*Too many open files.*\n", done.stderr)
+    assert not list(tmp_path.glob("runs/*/lock"))
+    chex.assert_trees_all_equal(_train(digits, tmp_path).variables, whole.variables)
+
+
+def test_a_full_file_table_is_not_the_paths_fault(tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise OSError(errno.ENFILE, "Too many open files in system")
+
+    monkeypatch.setattr("pathlib.Path.read_text", refuse)
+    monkeypatch.setattr("tempfile.TemporaryFile", refuse)
+    (tmp_path / "record.json").write_bytes(b"{}")
+    with pytest.raises(DiskError, match="record.json cannot be read: Too many open files"):
+        read_record(tmp_path / "record.json")
+    with pytest.raises(DiskError, match=f"cannot write to {tmp_path}: Too many open files"):
+        require_writable(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["student.safetensors", "record.json"])
