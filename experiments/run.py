@@ -83,7 +83,9 @@ def main(console: Console) -> None:
     }
     arguments = cli.parse(Arguments, "experiments.run", __doc__, choices)
     if arguments.distributed is not None:
-        cli.join_processes(arguments.distributed)
+        own = ("workdir", "quiet", "teacher_weights", "data_dir", "distributed", "json")
+        same = [pair for pair in vars(arguments).items() if pair[0] not in own]
+        cli.join_processes(arguments.distributed, repr(same))
     cli.cache_compilation(arguments.workdir)
     if arguments.json:
         console = Console(stderr=True, quiet=not is_first())

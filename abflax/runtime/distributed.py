@@ -23,6 +23,8 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from abflax.errors import InputError, LostError
+from abflax.runtime.jax_checks import require_devices
+from abflax.runtime.rendezvous import require_together
 
 _Arguments = ParamSpec("_Arguments")
 _Result = TypeVar("_Result")
@@ -35,7 +37,10 @@ _GONE = re.compile(r"gloo|nccl|connection|coordination|heartbeat", re.IGNORECASE
 
 
 def initialize_distributed(
-    coordinator: str | None = None, processes: int | None = None, process: int | None = None
+    coordinator: str | None = None,
+    processes: int | None = None,
+    process: int | None = None,
+    task: str = "",
 ) -> None:
     """Connects this process to the others of its run. Call it before any other use of JAX.
 
@@ -46,10 +51,12 @@ def initialize_distributed(
       coordinator: "HOST:PORT" of process 0, with a free port there.
       processes: the number of processes.
       process: the number of this process, from 0.
+      task: what all processes must have been told to do, in words.
 
     Raises:
-      ValueError: if the arguments do not fit together, or JAX finds no cluster.
-      LostError: if another process ends before all are connected.
+      ValueError: if the arguments do not fit together, here or in another process, the port is
+        taken, or JAX finds no cluster.
+      LostError: if another process ends before all are connected, or does not come.
     """
     missing = [argument is None for argument in (coordinator, processes, process)]
     if any(missing) and not all(missing):
@@ -58,6 +65,8 @@ def initialize_distributed(
         raise InputError(f"the coordinator must be HOST:PORT, not '{coordinator}'")
     if processes is not None and process is not None and not 0 <= process < processes:
         raise InputError(f"of {processes} processes none has the number {process}")
+    if coordinator is not None and processes is not None and process is not None:
+        require_together(coordinator, processes, process, task)
     # Else JAX would handle SIGTERM itself.
     jax.config.update("jax_enable_preemption_service", False)
     try:
@@ -70,6 +79,10 @@ def initialize_distributed(
         )
     except ValueError as error:
         raise InputError(f"JAX knows no cluster here ({error}): give HOST:PORT,N,I") from error
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise LostError(f"the processes of this run cannot connect: {reason}") from error
+    require_devices()
     # CPU devices connect at their first collective, which times out after 30 s. Here all processes
     # are at the same point; later one may load or compile for longer than another.
     devices = jax.devices()

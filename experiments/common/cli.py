@@ -383,23 +383,32 @@ def _leave(message: str, code: int) -> NoReturn:
     raise SystemExit(code)
 
 
-def join_processes(place: str) -> None:
+def join_processes(place: str, task: str) -> None:
     """Makes this command one of several processes that train together; process 0 prints.
 
     Standard output is for results: what the collectives print there goes to standard error.
     `place` is "HOST:PORT,N,I" for process I of N, with process 0 at that address, or "auto" where
-    JAX knows the cluster (Slurm, Open MPI, Kubernetes, Cloud TPU).
+    JAX knows the cluster (Slurm, Open MPI, Kubernetes, Cloud TPU). `task` must be the same in all.
     """
+    results = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        _join(place, task)
+    except BaseException:
+        os.dup2(results, 1)
+        raise
+    others = os.open(os.devnull, os.O_WRONLY)
+    sys.stdout = output.stream(results if distributed.is_first() else others)
+
+
+def _join(place: str, task: str) -> None:
     if place == "auto":
         distributed.initialize_distributed()
-    else:
-        parts = re.fullmatch(r"(.+:\d+),(\d+),(\d+)", place)
-        if parts is None:
-            raise InputError(f"--distributed is auto or HOST:PORT,N,I, not '{place}'")
-        distributed.initialize_distributed(parts[1], int(parts[2]), int(parts[3]))
-    results = os.dup(1) if distributed.is_first() else os.open(os.devnull, os.O_WRONLY)
-    os.dup2(2, 1)
-    sys.stdout = output.stream(results)
+        return
+    parts = re.fullmatch(r"(.+:\d+),(\d+),(\d+)", place)
+    if parts is None:
+        raise InputError(f"--distributed is auto or HOST:PORT,N,I, not '{place}'")
+    distributed.initialize_distributed(parts[1], int(parts[2]), int(parts[3]), task)
 
 
 def keep_freed_memory() -> None:
