@@ -303,6 +303,23 @@ weights; a search continues with the next point | `tests/training/test_diagnosis
 `tests/experiments/test_search.py` |
 | one of several processes is given other arguments, or holds other bits | named; exit code 2 \
 | `tests/runtime/test_distributed.py` |
+| several processes: a port that is taken, an unknown host, another count, a number twice, other \
+commands, one that leaves before all have come | the same sentence in all of them; exit code 2 or \
+69 | `tests/runtime/test_rendezvous.py` |
+| a full file table | one sentence at once, exit code 74; the rerun ends with the same bits \
+| `tests/storage/test_disks.py` |
+| output that goes away: a closed pipe or descriptor, `/dev/full` | the command goes on; exit code \
+74 where results are lost | `tests/experiments/test_output.py` |
+| other locales, names that are not UTF-8, `PYTHONOPTIMIZE=2`, devices that are not there, JAX's \
+own checks | it works, or one sentence and exit code 2 | `tests/experiments/test_output.py`, \
+`tests/experiments/test_manners.py` |
+| foreign or edited JSON in a workdir | named and skipped by what reads many, refused by what \
+reads one | `tests/experiments/test_foreign_json.py` |
+| searches of other grids, lengths, seeds or teachers | a file for each \
+| `tests/experiments/test_search.py` |
+| images: odd EXIF orientations, pipes and devices, long thin ones, a file in two classes, a \
+damaged shard; a killed parent | passed over, skipped, or named; decoding processes end too \
+| `tests/data/test_image_files.py` |
 | the same command twice, in two phases and in a joint one | the same bits \
 | `python -m pytest -n 0 -m slow tests/training/test_determinism.py` |
 | one seed of four varied | only the draws that it names change \
@@ -310,6 +327,8 @@ weights; a search continues with the next point | `tests/training/test_diagnosis
 | bad input | the documented exception, or one sentence and exit code 2 | `tests/test_input.py`; \
 many more examples: `python -m pytest -n 0 tests/test_input.py --hypothesis-profile=slow` |
 | code in a weights file | never runs | `tests/test_weights.py`, `tests/test_input.py` |
+| weights that expand a thousandfold, names that are there twice, escape codes in names | refused \
+before they are read; written out | `tests/test_weights.py` |
 """
 
 

@@ -52,6 +52,8 @@ MISTAKES = [
     (("--batch-size", "many"), "Error parsing --batch-size: invalid literal for int() with base 10:"
      " 'many'"),
     (("--seeds", "0"), "at least one seed"),
+    ((*DIGITS, "--method", "cross-entropy", "--seeds", "4294967296,"), "from 0 to 2³² − 1"),
+    ((*DIGITS, "--method", "cross-entropy", "--seeds", "12345678901234567890,"), "from 0 to 2³²"),
     (("--seeds", "a,b"), "'a,b' is neither a count nor a list of seeds"),
     (("--margin", "-1"), "the margin must be above 0, not -1.0"),
     (("--method", "kd", "--margin", "2"), "unknown option of method kd 'margin'"),
