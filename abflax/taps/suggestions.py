@@ -66,6 +66,7 @@ def suggest(model: Model, variables: Any = None, images: Any = None) -> tuple[Ca
       The candidates; `marked` turns them into `tap_paths`.
 
     Examples:
+      >>> from flax import linen as nn
       >>> class Net(nn.Module):
       ...     @nn.compact
       ...     def __call__(self, images):

@@ -35,7 +35,8 @@ from abflax.models.network import Network, configure_model, digest
 from abflax.models.variables import abstract_variables, init_variables
 from abflax.runtime.distributed import on_process_zero
 from abflax.storage.files import as_json, read_json, write_whole
-from abflax.taps import Model, module_of, run_model
+from abflax.taps import Model, run_model, side_of
+from abflax.taps.linen import Linen
 
 FILE = "fingerprint.json"
 
@@ -194,7 +195,8 @@ def _program_digest(model: Model, precision: str, shape: tuple[int, ...], studen
     and abflax's source.
     """
     model = configure_model(model, precision, None)
-    if type(module_of(model)).__module__.startswith("abflax."):
+    side = side_of(model)
+    if isinstance(side, Linen) and type(side.module).__module__.startswith("abflax."):
         return hashlib.sha256(repr(model).encode()).hexdigest()[:16]
     return _lowered_digest(model, precision, shape, student)
 

@@ -172,7 +172,7 @@ def test_a_student_begins_with_the_weights_it_is_given(photos):
         (("--images", "a", "--per-class", "0"), "'0' is no list"),
         (("--images", "a", "--per-clas", "5"), "Perhaps you meant: --per-class"),
         (("--images", "a", "--method", "kd"), "kd compares logits over the same classes"),
-        (("--images", "a", "--method", "dtll"), "unknown method 'dtll'; did you mean dtl?"),
+        (("--images", "a", "--method", "dtll"), "unknown method 'dtll'; did you mean dtl"),
         (("--images", "a", "--method", "cross-entropy"), "there is no folder a"),
         (("--dataset", "birds", "--method", "cross-entropy"), "unknown dataset of photographs"),
         (("--images", "a", "--workers", "0", "--method", "dtl"), "workers must be at least 1"),

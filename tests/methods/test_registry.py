@@ -79,7 +79,8 @@ def test_the_whole_batch_on_one_device_and_on_eight(name, x64):
     variables = init_variables(teacher, keys[0], shape)
     objective, optimizer = bind(student, teacher, phase, shape, axis_name=AXIS), optax.sgd(1.0)
     state = create_train_state(
-        objective, optimizer, init_variables(student, keys[1], shape), variables["batch_stats"],
+        objective, optimizer, init_variables(student, keys[1], shape),
+        {"batch_stats": variables["batch_stats"]},
         keys[2], shape,
     )  # fmt: skip
     images, labels = jax.random.normal(keys[3], (16, *shape)), jnp.arange(16) % 10

@@ -53,7 +53,11 @@ def test_masked_examples_do_not_count(network, test_images):
     sums = eval_step(
         objective,
         {"student": network.variables["params"], "connectors": {}},
-        {"student": network.variables["batch_stats"], "connectors": {}, "teacher": {}},
+        {
+            "student": {"batch_stats": network.variables["batch_stats"]},
+            "connectors": {},
+            "teacher": {},
+        },
         None,
         images,
         jnp.zeros(4, jnp.int32),

@@ -105,7 +105,7 @@ def test_the_teacher_passes_once():
 
     def forward_passes(*objectives):
         found = str(jax.make_jaxpr(functools.partial(make_all_targets, objectives))(
-            variables["params"], variables["batch_stats"], np.zeros((2, 8, 8, 1))
+            variables["params"], {"batch_stats": variables["batch_stats"]}, np.zeros((2, 8, 8, 1))
         ))  # fmt: skip
         return found.count("conv_general_dilated[")
 
