@@ -13,6 +13,7 @@ from flax import linen as nn
 from abflax import Network, Resources, distill, load
 from abflax.methods import METHODS
 from abflax.methods.objective import bind
+from abflax.models.network import configure_model
 from abflax.models.variables import init_variables
 from abflax.taps import sow_features, sow_tap
 from abflax.training.devices import AXIS
@@ -74,7 +75,7 @@ def test_transfer_loss_falls(pair, name):
 )
 def test_the_whole_batch_on_one_device_and_on_eight(name, x64):
     """Two examples a device; each term sees the sixteen, and gradients are those of one device."""
-    student, teacher = (Tiny(width, 10, jnp.float64, AXIS) for width in (6, 12))
+    student, teacher = (configure_model(Tiny(width), "float64", AXIS) for width in (6, 12))
     phase, shape, keys = METHODS[name]()[-1], (8, 8, 1), jax.random.split(jax.random.key(0), 4)
     variables = init_variables(teacher, keys[0], shape)
     objective, optimizer = bind(student, teacher, phase, shape, axis_name=AXIS), optax.sgd(1.0)
