@@ -6,12 +6,14 @@ taps in `abflax.methods.bind`.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 
 from abflax.config import RunConfig
 from abflax.data import Dataset, ImageFiles
 from abflax.errors import InputError
 from abflax.methods import Phase
+from abflax.methods.terms import ActivationBoundary
 from abflax.models.checks import (
     require_classes,
     require_fits,
@@ -21,7 +23,7 @@ from abflax.models.checks import (
 )
 from abflax.models.network import Network
 from abflax.models.variables import abstract_variables
-from abflax.taps import Model, side_of
+from abflax.taps import Model, rectified_taps, side_of
 from abflax.training.parallel import InputSpec
 
 
@@ -49,6 +51,8 @@ def require_compatible(
     if teacher is not None:
         require_runs("the teacher", teacher.model, data.image_shape, train=drifts, dropout=False)
         require_fits("the teacher's weights", teacher.model, teacher.variables, data.image_shape)
+    if any(isinstance(term, ActivationBoundary) for phase in phases for _, term in phase.terms):
+        _warn_of_rectified_taps(student, data.image_shape)
     if test is None:
         return
     if test.image_shape != data.image_shape:
@@ -114,3 +118,14 @@ def require_synchronized(student: Model, teacher: Model | None, spec: InputSpec)
             )
         if model is student and uses_dropout(model, shape):
             raise InputError(f"{side.name} has dropout, which would drop other neurons on {many}")
+
+
+def _warn_of_rectified_taps(student: Model, image_shape: tuple[int, ...]) -> None:
+    """Warns where the hinge cannot push a student's neurons below zero, because of a ReLU."""
+    variables = abstract_variables(student, image_shape)
+    if names := rectified_taps(student, variables, (2, *image_shape)):
+        warnings.warn(
+            f"the student's taps {', '.join(names)} are never negative: activation boundaries need "
+            "what comes before the ReLU",
+            stacklevel=2,
+        )

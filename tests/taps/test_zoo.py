@@ -2,6 +2,7 @@
 
 import io
 import types
+import warnings
 
 import chex
 import jax
@@ -163,6 +164,24 @@ def test_a_network_that_never_trains_its_norms_is_refused():
 
     with pytest.raises(InputError, match="does not move its running statistics in training mode"):
         distill(Outer(), None, DATA, method="cross-entropy", **SETTINGS)
+
+
+def test_a_students_tap_behind_its_relu_is_warned_of():
+    """Its neurons cannot be pushed below zero; the teacher's indicator is the same behind it."""
+
+    class After(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            x = nn.relu(nn.Conv(4, (3, 3), name="conv")(x))
+            self.sow("intermediates", "after", x)
+            return nn.Dense(10)(x.mean(axis=(1, 2)))
+
+    teacher = Network(Tapped(After(), {"layer1": "after"}), After().init(jax.random.key(0), IMAGES))
+    with pytest.warns(UserWarning, match="student's taps layer1 are never negative"):
+        distill(Tapped(After(), {"layer1": "after"}), teacher, DATA, **SETTINGS)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        distill(Tapped(After(), {"layer1": "conv"}), teacher, DATA, **SETTINGS)
 
 
 def test_images_of_modes_i_and_f_keep_their_contrast():
