@@ -62,8 +62,22 @@ def record(run, seed, error, teacher="wrn10-1:0123456789ab", **changes):
     """Makes a finished run's record by hand: (hash, record)."""
     teacher = teacher if run.teacher is not None else None
     config = dataclasses.replace(run, teacher=teacher, seeds=Seeds.all(seed))
-    entry = {"phase": "initialise", "epoch": 1, "test_error": 0.9, "agreement": {"layer1": 0.875}}
-    last = {"phase": "classify", "epoch": 2, "test_error": error, "agreement": {}}
+    entry = {
+        "phase": "initialise",
+        "step": 2,
+        "loss": 1.0,
+        "epoch": 1,
+        "test_error": 0.9,
+        "agreement": {"layer1": 0.875},
+    }
+    last = {
+        "phase": "classify",
+        "step": 4,
+        "loss": 0.5,
+        "epoch": 2,
+        "test_error": error,
+        "agreement": {},
+    }
     values = {
         "schema": 1,
         "hash": config.hash,
@@ -71,8 +85,8 @@ def record(run, seed, error, teacher="wrn10-1:0123456789ab", **changes):
         "state": "finished",
         "finished": "2026-01-01T00:00:00+00:00",
         "phases": [
-            {"name": "initialise", "steps": 2, "seconds": 6.0},
-            {"name": "classify", "steps": 2, "seconds": 2.0},
+            {"name": "initialise", "steps": 2, "epochs": 1, "seconds": 6.0},
+            {"name": "classify", "steps": 2, "epochs": 1, "seconds": 2.0},
         ],
         "history": [entry, last],
         "result": {"test_error": error},

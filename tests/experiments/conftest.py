@@ -8,6 +8,12 @@ import pytest
 from experiments.common import cli
 
 
+@pytest.fixture(autouse=True)
+def exits(monkeypatch):
+    """A command that would end its process at once leaves as others do: it is the tests' process."""
+    monkeypatch.setattr(cli.os, "_exit", sys.exit)
+
+
 @pytest.fixture
 def call_command(monkeypatch, capsys):
     """Runs a command's main function in this process: (exit code, stdout, stderr)."""

@@ -1,5 +1,6 @@
 """python -m experiments.export: exported files compute the student's logits, outside abflax too."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 import safetensors
 
-from abflax import Resources, distill, load
+from abflax import Resources, RunConfig, distill, load
 from abflax.data import Preprocessing
 from abflax.models import MODELS
 from abflax.training.record import write_record
@@ -19,7 +20,8 @@ from experiments import export
 from tests.conftest import draw_variables
 from tests.experiments.conftest import plain
 
-RUN = "0123456789ab"
+CONFIG = RunConfig("digits", "wrn10-1", method="cross-entropy")
+RUN = CONFIG.hash
 
 
 @pytest.fixture
@@ -27,12 +29,12 @@ def command(call_command):
     return lambda *arguments: call_command(export.main, *arguments)
 
 
-def _write_run(workdir, student="wrn10-1", dataset="digits"):
+def _write_run(workdir, **changes):
     """Writes as much of a run's folder as an export reads."""
-    folder = workdir / "runs" / RUN
-    config = {"student": student, "dataset": dataset}
-    record = {"schema": 1, "hash": "0123456789ab", "config": config, "state": "finished",
-              "environment": {}, "finished": ""}  # fmt: skip
+    config = dataclasses.replace(CONFIG, **changes)
+    folder = workdir / "runs" / config.hash
+    record = {"schema": 1, "hash": config.hash, "config": config.as_json(), "state": "finished",
+              "environment": {"device": "abacus"}, "finished": ""}  # fmt: skip
     write_record(folder / "record.json", record)
     return folder
 
@@ -95,7 +97,7 @@ def test_a_function_that_does_not_come_back(command, workdir, monkeypatch, tmp_p
 
 SIZE = ("--image-size", "8", "--std", "1")
 MISTAKES = [
-    (("abc",), "unknown run 'abc'; known: 0123456789ab"),
+    (("abc",), f"unknown run 'abc'; known: {RUN}"),
     ((RUN, "--image-size", "8"), "give --image-size, --mean and --std"),
     ((RUN, *SIZE, "--mean", "1,2"), "mean has 2 entries for 1 channels"),
     ((RUN, "--image-size", "0", "--mean", "0", "--std", "1"), "--image-size must be at least 1"),
@@ -114,8 +116,8 @@ def test_mistakes(command, workdir, tmp_path, arguments, sentence):
 
 def test_what_cannot_be_exported(command, tmp_path):
     assert "there is no finished run in" in command(RUN, "--workdir", tmp_path)[2]
-    _write_run(tmp_path, student="Net( width = 4 )")
-    code, _, err = command(RUN, "--workdir", tmp_path)
+    other = _write_run(tmp_path, student="Net( width = 4 )").name
+    code, _, err = command(other, "--workdir", tmp_path)
     assert code == 2 and "trained a Net( width = 4 ), which has no published names" in err
 
 

@@ -56,7 +56,7 @@ def test_taps_equal_the_network_cut_there_by_hand(models):
 def test_it_is_distilled(models):
     data = load("digits", "train").take(np.arange(16))
     images = data.images.astype(np.float32)
-    wide = models["Tapped"](models["Bridged"](8), {"layer1": "net/layer1"})
+    wide = Tapped(models["Bridged"](8), {"layer1": "net/layer1"})
     variables = wide.model.init(jax.random.key(2), images, train=False)
     teacher = Network(wide, {name: variables[name] for name in ("params", "batch_stats")})
     record = distill(
