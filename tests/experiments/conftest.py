@@ -10,7 +10,7 @@ from experiments.common import cli
 
 @pytest.fixture(autouse=True)
 def exits(monkeypatch):
-    """A command that would end its process at once leaves as others do: it is the tests' process."""
+    """A command that would end its process at once leaves as others do."""
     monkeypatch.setattr(cli.os, "_exit", sys.exit)
 
 
