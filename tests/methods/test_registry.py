@@ -71,7 +71,12 @@ def test_transfer_loss_falls(pair, name):
 
 @pytest.mark.parametrize(
     "name",
-    [n for n in METHODS if any(t.relates == "batch" for _, t in METHODS[n]()[-1].terms)],
+    [
+        # One that relates logits, one features and one taps; the others take longer together.
+        name if name in ("dist", "cc", "ofd") else pytest.param(name, marks=pytest.mark.slow)
+        for name in METHODS
+        if any(term.relates == "batch" for _, term in METHODS[name]()[-1].terms)
+    ],
 )
 def test_the_whole_batch_on_one_device_and_on_eight(name, x64):
     """Two examples a device; each term sees the sixteen, and gradients are those of one device."""

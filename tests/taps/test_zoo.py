@@ -113,6 +113,7 @@ def test_nnx_taps_equal_the_network_cut_by_hand():
     assert found == {"layer1": "blocks/0/pre", "layer2": "blocks/1/pre"}
 
 
+@pytest.mark.slow
 def test_a_transformer_is_tapped_at_its_tokens():
     model = Vit({"hidden": 12})
     variables = model.init(jax.random.key(0), IMAGES)
