@@ -140,8 +140,9 @@ class RunConfig:
           (('margin', 2.0),)
         """
         fields = {field.name for field in dataclasses.fields(cls)} - {"options"}
-        own = {name: value for name, value in settings.items() if name in fields}
-        options = {name: _plain(value) for name, value in settings.items() if name not in fields}
+        plain = {name: _plain(value) for name, value in settings.items()}
+        own = {name: value for name, value in plain.items() if name in fields}
+        options = {name: value for name, value in plain.items() if name not in fields}
         if type(own.get("seeds")) is int:
             own["seeds"] = Seeds.all(own["seeds"])
         return cls(**own, options=tuple(sorted(options.items())))

@@ -1,10 +1,14 @@
 """A result is never another experiment's, and a damaged one is never returned."""
 
+import dataclasses
 import json
 
+import numpy as np
 import pytest
 import safetensors.numpy
 from flax.traverse_util import flatten_dict, unflatten_dict
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
 
 from abflax import InputError, Network, distill
 from abflax.models import model_name
@@ -12,7 +16,18 @@ from abflax.training import fingerprint
 from abflax.training.record import read_record
 from abflax.weights import read_state_dict
 from tests import identity
-from tests.identity import MIXED, NAMED, REFUSED, base, experiments, flip, outcome
+from tests.identity import (
+    MIXED,
+    NAMED,
+    REFUSED,
+    base,
+    experiments,
+    flip,
+    make_net,
+    make_teacher,
+    outcome,
+    tapped,
+)
 
 
 @pytest.fixture(scope="module")
@@ -133,6 +148,70 @@ def test_another_version_is_said(workdir, directory, monkeypatch):
     )
     with pytest.raises(InputError, match="another training images"):
         distill(**changed, workdir=workdir)
+
+
+EDITS = st.fixed_dictionaries(
+    {
+        "seeds": st.sampled_from([0, np.int64(0), 1]),
+        "margin": st.sampled_from([1, 1.0, np.float32(1), 2.0]),
+        "temperature": st.sampled_from([3, 3.0, 4.0]),
+        "epochs": st.sampled_from([(1, 1), (1, 2)]),
+        "test label": st.sampled_from([0, 0, 1]),  # training labels enter no number of this method
+        "pixel": st.sampled_from([0, 0, 1]),
+        "test pixel": st.sampled_from([0, 0, 1]),
+        "teacher's bias": st.sampled_from([0, 0, 1]),
+        "initializer": st.sampled_from([0.1, 0.1, 0.2]),
+        "copied": st.booleans(),
+    }
+)
+"""Random edits, of which some say the same in another way. A data set's name stays the same."""
+
+
+def _edited(edit):
+    """The settings of the base experiment under an edit."""
+    edit = dict(edit)
+    start, scale = base(), edit.pop("initializer")
+    pixel, test_pixel, label = (edit.pop(each) for each in ("pixel", "test pixel", "test label"))
+
+    def data(role, pixel, label):
+        found = start[role]
+        images, labels = found.images.copy(), found.labels.copy()
+        images[3, 4, 4] += pixel
+        labels[5] = (labels[5] + label) % 10
+        if not edit["copied"] and not pixel and not label:
+            return found
+        return dataclasses.replace(found, images=images, labels=labels)
+
+    def nudged(variables):
+        variables["params"]["Dense_0"]["bias"][0] += edit.pop("teacher's bias")
+        return variables
+
+    changed = {
+        "data": data("data", pixel, 0),
+        "test": data("test", test_pixel, label),
+        "teacher": make_teacher(change=nudged),
+        "student": tapped(make_net(scale)(2)),
+    }
+    del edit["copied"]
+    return start | changed | edit
+
+
+SEEN = {}  # what the examples so far have found, both ways
+
+
+@pytest.mark.slow
+@settings(max_examples=30, phases=[Phase.generate])
+@given(edit=EDITS)
+def test_equal_fingerprints_and_equal_numbers(edit, tmp_path_factory):
+    """Over all examples: one fingerprint (and name) has one result, and one result one of them."""
+    folder = tmp_path_factory.mktemp("edited")
+    result = distill(**_edited(edit), workdir=folder)
+    stamp = json.loads((result.directory / fingerprint.FILE).read_text())
+    identity = json.dumps([result.record["hash"], stamp["inputs"], stamp["surroundings"]])
+    history = [{**entry, "seconds": 0} for entry in result.record["history"]]
+    numbers = json.dumps([result.record["weights"], history])
+    assert SEEN.setdefault(("numbers of", identity), numbers) == numbers
+    assert SEEN.setdefault(("identity of", numbers), identity) == identity
 
 
 def test_the_page_says_what_was_measured():
