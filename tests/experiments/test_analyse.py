@@ -89,6 +89,7 @@ def test_two_seeds_and_their_teacher(command, workdir):
             assert picture.size[0] == 1440 and len(np.unique(picture)) > 20
 
 
+@pytest.mark.slow
 def test_a_network_alone(command, workdir):
     network = f"wrn10-1={workdir / 'teacher.safetensors'}"
     code, out, err = command(network, *COMMON, "--distance-images", "0", "--json")

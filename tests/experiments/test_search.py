@@ -29,7 +29,7 @@ def test_best():
         search.best([_point(1.0, [], "diverged")])
 
 
-@pytest.mark.parametrize("group", [pytest.param(1, marks=pytest.mark.slow), 2])
+@pytest.mark.parametrize("group", [pytest.param(group, marks=pytest.mark.slow) for group in (1, 2)])
 def test_search(call_command, monkeypatch, tmp_path, group):
     calls = []
     distill_group = search.distill_group
