@@ -7,19 +7,24 @@ import hashlib
 import itertools
 import json
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import jax
 import numpy as np
 
 from abflax.errors import InputError, require_field_types, unknown
 from abflax.methods import METHODS, Phase
+from abflax.methods.phase import RecordedPhase
 
 PRECISIONS = ("float32", "bfloat16", "float64")
 """What a run's networks may compute in."""
 
 NO_TEST = "none"
 """The value of `RunConfig.test` for a run without held-out data."""
+
+
+OWN = "own"
+"""The value of `RunConfig.method` for phases that were given themselves, not by a name."""
 
 
 MOST = 1_000_000
@@ -64,11 +69,13 @@ class RunConfig:
       dataset: name of the training data.
       student: name of the student's architecture, with its tap paths where they were given.
       teacher: name of the teacher, which identifies its weights; None: there is none.
-      method: a name in `abflax.methods.METHODS`, or several joined by "+".
+      method: a name in `abflax.methods.METHODS`, or several joined by "+"; `create`, `replace` and
+        `abflax.distill` take a list of `abflax.methods.Phase` too.
       protocol: a name in `abflax.methods.PROTOCOLS`: the choices that papers leave open.
       setting: of the protocol: "cifar", or "transfer" for a teacher of other classes.
       options: the method's options, fields of its terms, sorted by name.
-      epochs: of the initialise and the classify phase; a joint phase has their sum.
+      epochs: of the initialise and the classify phase; a single phase has their sum. As many
+        numbers as there are phases where these were given themselves.
       batch_size: examples a step, over all devices.
       fraction: share of the training data used, class-balanced, in (0, 1].
       evaluate_every: epochs between evaluations; the ends of phases are always evaluated.
@@ -78,6 +85,7 @@ class RunConfig:
       test: name of the held-out data; None: the test split of `dataset`; `NO_TEST`: none.
       views: how many of an image's crops and flips are ever shown; None: all, as in the paper.
       per_class: examples of each class used, all of it where a class has fewer; None: all.
+      own_phases: the phases that were given as the method; None: it has a name.
 
     Raises:
       ValueError: for a value that cannot be right.
@@ -90,7 +98,7 @@ class RunConfig:
     protocol: str = "paper"
     setting: str = "cifar"
     options: tuple[tuple[str, Any], ...] = ()
-    epochs: tuple[int, int] = (20, 100)
+    epochs: tuple[int, ...] = (20, 100)
     batch_size: int = 128
     fraction: float = 1.0
     evaluate_every: int = 1
@@ -99,14 +107,18 @@ class RunConfig:
     test: str | None = None
     views: int | None = None
     per_class: int | None = None
+    own_phases: tuple[Phase | RecordedPhase, ...] | None = None
 
     def __post_init__(self) -> None:
         require_field_types(self)
-        if min(self.epochs) < 0 or sum(self.epochs) < 1:
-            raise InputError(
-                f"epochs must be two numbers >= 0, initialise + classify, and not both 0; "
-                f"not {self.epochs}"
-            )
+        if self.own_phases is None:
+            if len(self.epochs) != 2 or min(self.epochs) < 0 or sum(self.epochs) < 1:
+                raise InputError(
+                    f"epochs must be two numbers >= 0, initialise + classify, and not both 0; "
+                    f"not {self.epochs}"
+                )
+        else:
+            self._require_own_phases(self.own_phases)
         if sum(self.epochs) > MOST:
             raise InputError(f"there can be {MOST:,} epochs at most, not {sum(self.epochs):,}")
         for name in ("batch_size", "evaluate_every"):
@@ -123,6 +135,22 @@ class RunConfig:
             raise unknown("precision", self.precision, PRECISIONS)
         self.phases()
 
+    def _require_own_phases(self, phases: tuple[Phase | RecordedPhase, ...]) -> None:
+        """Raises `InputError` where phases that were given do not go with the other settings."""
+        names = [phase.name for phase in phases]
+        if not names or len(set(names)) < len(names):
+            raise InputError(f"a method needs one phase or more, each with its name; not {names}")
+        if self.options:
+            raise InputError(
+                f"the method's phases were given, so {self.options[0][0]} is said in their terms"
+            )
+        counts = len(names) in (1, len(self.epochs))
+        if not counts or min(self.epochs, default=0) < 0 or sum(self.epochs) < 1:
+            raise InputError(
+                f"epochs must be a number >= 0 for each of the phases {', '.join(names)}, and not "
+                f"all 0; not {self.epochs}"
+            )
+
     @classmethod
     def create(cls, **settings: Any) -> RunConfig:
         """A configuration whose settings may be fields or options of the method.
@@ -130,7 +158,7 @@ class RunConfig:
         Args:
           **settings: fields of `RunConfig`, and fields of the method's terms (`margin`, `layers`,
             `temperature`, …) or `transfer_weight`, which become its `options`. An integer for
-            `seeds` stands for all four.
+            `seeds` stands for all four. A list of phases as `method` becomes `own_phases`.
 
         Raises:
           ValueError: for a name that is neither, with the near matches; or a wrong value.
@@ -145,6 +173,10 @@ class RunConfig:
         options = {name: value for name, value in plain.items() if name not in fields}
         if type(own.get("seeds")) is int:
             own["seeds"] = Seeds.all(own["seeds"])
+        if isinstance(own.get("method"), list | tuple):
+            own["own_phases"], own["method"] = tuple(own["method"]), OWN
+        elif own.get("method", OWN) != OWN:
+            own["own_phases"] = None
         return cls(**own, options=tuple(sorted(options.items())))
 
     def replace(self, **settings: Any) -> RunConfig:
@@ -160,6 +192,8 @@ class RunConfig:
 
     def phases(self) -> tuple[Phase, ...]:
         """The method's phases. Raises `ValueError` for an unknown method, protocol or option."""
+        if self.own_phases is not None:
+            return cast("tuple[Phase, ...]", self.own_phases)  # recorded ones are never trained
         make = METHODS[self.method]
         return make(protocol=self.protocol, setting=self.setting, **dict(self.options))
 
@@ -171,6 +205,10 @@ class RunConfig:
     @property
     def phase_epochs(self) -> Mapping[str, int]:
         """Phase name -> its epochs."""
+        if self.own_phases is not None:
+            names = [phase.name for phase in self.own_phases]
+            lengths = self.epochs if len(names) > 1 else (sum(self.epochs),)
+            return dict(zip(names, lengths, strict=True))
         initialise, classify = self.epochs
         return {"initialise": initialise, "classify": classify, "joint": initialise + classify}
 
@@ -205,13 +243,20 @@ class RunConfig:
 
     def as_json(self) -> dict[str, Any]:
         """The configuration as plain JSON values."""
-        return json.loads(json.dumps(dataclasses.asdict(self)))
+        plain = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        plain["seeds"] = dataclasses.asdict(self.seeds)
+        if self.own_phases is not None:
+            plain["own_phases"] = [phase.as_json() for phase in self.own_phases]
+        return json.loads(json.dumps(plain))
 
     @classmethod
     def from_json(cls, given: dict[str, Any]) -> RunConfig:
         """The inverse of `as_json`: the configuration in a record's `config`."""
-        tuples = {name: _as_tuples(given[name]) for name in ("options", "epochs")}
-        return cls(**{**given, **tuples, "seeds": Seeds(**given["seeds"])})
+        read = {name: _as_tuples(given[name]) for name in ("options", "epochs")}
+        read["seeds"] = Seeds(**given["seeds"])
+        if (phases := given.get("own_phases")) is not None:
+            read["own_phases"] = tuple(RecordedPhase(json.dumps(each)) for each in phases)
+        return cls(**{**given, **read})
 
     @property
     def hash(self) -> str:
@@ -227,11 +272,15 @@ class RunConfig:
         plain = self.as_json()
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            in_phases = field.name in ("method", "protocol", "setting", "options")
+            in_phases = field.name in _IN_PHASES
             if not in_phases and (field.default is dataclasses.MISSING or value != field.default):
                 given[field.name] = plain[field.name]
         text = json.dumps(given, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+_IN_PHASES = ("method", "protocol", "setting", "options", "own_phases")
+"""The fields that a run's hash has as the phases that they stand for."""
 
 
 def _require_count(name: str, value: int) -> None:

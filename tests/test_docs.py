@@ -24,6 +24,7 @@ from flax import linen as nn
 
 import abflax
 from abflax import Dataset, Network, load
+from tests.conftest import Small
 
 ROOT = Path(__file__).parent.parent
 _CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text()
@@ -83,6 +84,15 @@ def test_get_starteds_python_runs(monkeypatch, tmp_path):
     names = {}
     exec(SHIPPED.replace('"workdir"', repr(str(tmp_path))), names)
     assert 0 <= names["result"].record["result"]["test_error"] <= 1
+
+
+NAMES = {
+    "dataclasses": dataclasses,
+    "distill": abflax.distill,
+    "Small": Small,
+    **{name: getattr(abflax.methods, name) for name in ("Phase", "Ramp")},
+    **{name: getattr(abflax.methods.terms, name) for name in ("Term", "CrossEntropy")},
+}
 
 
 class Block(nn.Module):
@@ -151,6 +161,19 @@ def test_the_pages_links_lead_to_files_and_their_commands_to_modules():
             assert target.exists(), f"{page.name}: {target}"
         for name in re.findall(r"python -m (experiments[.\w]*\w)", text):
             assert (ROOT / f"{name.replace('.', '/')}.py").is_file(), f"{page.name}: {name}"
+
+
+def test_the_own_method_of_the_page_trains():
+    """Three steps: an epoch is one batch."""
+    (block,) = _blocks(ROOT / "docs/extend.md", "python")
+    student = NAMES["Small"]()
+    data = load("digits", "train").take(np.arange(128))
+    variables = student.init(jax.random.key(1), data.images, train=False)
+    teacher = Network(student, {"params": variables["params"]}, "teacher")
+    names = NAMES | {"student": student, "teacher": teacher, "data": data, "__name__": "notebook"}
+    exec(block, names)
+    losses = [entry["loss"] for entry in names["result"].record["history"]]
+    assert len(losses) == 3 and np.isfinite(losses).all()
 
 
 @pytest.mark.slow

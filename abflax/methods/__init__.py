@@ -5,9 +5,9 @@
 
 from abflax.methods.objective import Objective, bind
 from abflax.methods.optimizer import Optimizer, PhaseSchedule
-from abflax.methods.phase import Phase
+from abflax.methods.phase import Phase, Ramp
 from abflax.methods.protocols import PROTOCOLS, Protocol, find_protocol
-from abflax.methods.registry import METHODS, Method
+from abflax.methods.registry import METHODS, Method, register_method
 
 __all__ = [
     "METHODS",
@@ -18,6 +18,8 @@ __all__ = [
     "Phase",
     "PhaseSchedule",
     "Protocol",
+    "Ramp",
     "bind",
     "find_protocol",
+    "register_method",
 ]

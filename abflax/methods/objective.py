@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
+from fractions import Fraction
 from typing import Any
 
 import jax
@@ -22,7 +23,7 @@ from abflax.methods.connectors import (
     require_same_positions,
     require_same_taps,
 )
-from abflax.methods.phase import Phase
+from abflax.methods.phase import Phase, Ramp
 from abflax.methods.terms import LayerTerm, Term
 from abflax.models.variables import abstract_variables
 from abflax.taps import Forward, Model, abstract_forward, run_model, side_of
@@ -41,6 +42,7 @@ class Objective:
       measured: the layers whose agreement can be measured: both networks have the same neurons
         there (after the connectors, if there are any).
       axis_name: the mapped axis over which gradients and metrics are averaged.
+      steps_per_epoch: by which weights that are ramps count epochs.
     """
 
     student: Model
@@ -50,6 +52,7 @@ class Objective:
     pooled: tuple[tuple[tuple[str, tuple[int, int]], ...], ...]
     measured: tuple[str, ...]
     axis_name: str | None = None
+    steps_per_epoch: Fraction = Fraction(1)
 
     @property
     def runs_teacher(self) -> bool:
@@ -69,6 +72,7 @@ def bind(
     image_shape: tuple[int, ...],
     *,
     axis_name: str | None = None,
+    steps_per_epoch: Fraction = Fraction(1),
 ) -> Objective:
     """Binds a phase to two networks, and checks that its terms can compare them.
 
@@ -80,6 +84,7 @@ def bind(
       phase: its terms with their weights.
       image_shape: (height, width, channels).
       axis_name: the mapped axis over which gradients and metrics are averaged; None: there is none.
+      steps_per_epoch: examples / batch size; only a weight that is a `Ramp` needs it.
 
     Raises:
       ValueError: if a layer is missing in one of them, or their positions differ.
@@ -110,7 +115,10 @@ def bind(
         if shape == teacher_taps.get(name)
         or (name in connected and shape[:-1] == teacher_taps[name][:-1])
     )
-    return Objective(student, teacher, phase, tuple(connectors), tuple(pooled), measured, axis_name)
+    return Objective(
+        student, teacher, phase, tuple(connectors), tuple(pooled), measured, axis_name,
+        steps_per_epoch,
+    )  # fmt: skip
 
 
 def _require_comparable(
@@ -196,6 +204,7 @@ def student_loss(
     images: jax.Array,
     labels: jax.Array,
     dropout_key: jax.Array | None = None,
+    step: jax.Array | int = 0,
 ) -> tuple[jax.Array, tuple[Any, dict[str, Any]]]:
     """The phase's objective on one device's share: Σ weight · mean over the batch.
 
@@ -209,6 +218,7 @@ def student_loss(
       images: normalized, `[share, height, width, channels]`.
       labels: integers `[share]`.
       dropout_key: for a student with dropout.
+      step: of the phase, from 0, for weights that are ramps.
 
     Returns:
       The loss, and (new running statistics, what the terms measure).
@@ -234,7 +244,8 @@ def student_loss(
         compared = forward, target, labels
         if term.relates == "batch" and objective.axis_name is not None:
             compared = _of_whole_batch(term, *compared, objective.axis_name)
-        total += weight * jnp.mean(term.loss(*compared))
+        scale = weight(step, objective.steps_per_epoch) if isinstance(weight, Ramp) else weight
+        total += scale * jnp.mean(term.loss(*compared))
     if student.losses is not None:
         total += student.losses
         measures["sown_losses"] = student.losses

@@ -3,10 +3,64 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+import json
+import math
+import numbers
+import reprlib
+from fractions import Fraction
+from typing import Any, ClassVar
 
+import jax
+import jax.numpy as jnp
+
+from abflax.errors import InputError, require_field_types
 from abflax.methods.optimizer import Optimizer
 from abflax.methods.terms import Term
+
+
+@dataclasses.dataclass(frozen=True)
+class Ramp:
+    """A term's weight that moves from `start` to `end` over the first epochs of a phase.
+
+    In the phase's e-th epoch (from 1) it is start + (end − start)·min(e / epochs, 1): constant
+    within an epoch, as in the published code of decoupled distillation and of knowledge review,
+    whose min(epoch / 20, 1) is `Ramp(0.0, 1.0, 20)`.
+
+    Attributes:
+      start: the weight before the first epoch, so it is never quite used.
+      end: the weight from the epoch with that number on.
+      epochs: how many epochs the ramp takes, at least 1.
+
+    Raises:
+      ValueError: for a value that is no finite number, or no whole number of epochs.
+
+    Examples:
+      >>> [float(Ramp(0.0, 2.0, 4)(step, Fraction(3, 2))) for step in (0, 1, 2, 3, 40)]
+      [0.5, 0.5, 1.0, 1.5, 2.0]
+    """
+
+    start: float
+    end: float
+    epochs: int
+
+    def __post_init__(self) -> None:
+        require_field_types(self)
+        if self.epochs < 1:
+            raise InputError(f"a ramp takes at least 1 epoch, not {self.epochs}")
+        for name in ("start", "end"):  # 1 and 1.0 are the same run
+            object.__setattr__(self, name, float(getattr(self, name)))
+
+    def __call__(self, step: Any, steps_per_epoch: Fraction) -> jax.Array:
+        """Computes the weight at a step of the phase (from 0), which may be traced."""
+        numerator, denominator = steps_per_epoch.numerator, steps_per_epoch.denominator
+        over = math.ceil(self.epochs * steps_per_epoch)
+        epoch = 1 + jnp.minimum(step, over) * denominator // numerator
+        share = jnp.minimum(epoch, self.epochs) / self.epochs
+        return self.start + (self.end - self.start) * share.astype(jnp.result_type(float))
+
+
+Weight = float | Ramp
+"""What a term is multiplied by: a number, or one that changes with the epochs."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -14,17 +68,37 @@ class Phase:
     """One stretch of training with one objective and one optimizer.
 
     Attributes:
-      name: "initialise", "classify", or "joint" where one objective fills the whole run.
-      terms: (weight, term); the objective is their weighted sum, each a mean over the batch.
+      name: "initialise", "classify", or "joint" where one objective fills the whole run; any name
+        for a phase of one's own.
+      terms: (weight, term); the objective is their weighted sum, each a mean over the batch. A
+        weight is a number or a `Ramp`.
       optimizer: rebuilt at the start of the phase.
       teacher_batch_statistics: whether the teacher's batch norms use the batch's statistics, and
         its running ones drift.
+
+    Raises:
+      ValueError: if the terms are no pairs of a weight and a term, or a term has a field that
+        cannot be written as JSON.
     """
 
     name: str
-    terms: tuple[tuple[float, Term], ...]
-    optimizer: Optimizer
+    terms: tuple[tuple[Weight, Term], ...]
+    optimizer: Optimizer = Optimizer()
     teacher_batch_statistics: bool = False
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.name, str) or not self.name:
+            raise InputError(f"a phase's name must be a word, not {reprlib.repr(self.name)}")
+        if not isinstance(self.optimizer, Optimizer):
+            kind = type(self.optimizer).__name__
+            raise InputError(f"a phase's optimizer must be an abflax.methods.Optimizer, not {kind}")
+        terms = tuple(map(_checked, self.terms)) if isinstance(self.terms, tuple | list) else ()
+        if not terms:
+            raise InputError(
+                f"the terms of phase {self.name} must be pairs of a weight and a term, such as "
+                "[(1.0, CrossEntropy())]"
+            )
+        object.__setattr__(self, "terms", terms)
 
     @property
     def needs_teacher(self) -> bool:
@@ -38,10 +112,66 @@ class Phase:
         """
         return {
             "name": self.name,
-            "terms": [[weight, type(t).__name__, _given(t)] for weight, t in self.terms],
+            "terms": [
+                [
+                    dataclasses.asdict(weight) if isinstance(weight, Ramp) else weight,
+                    type(term).__name__,
+                    _given(term),
+                ]
+                for weight, term in self.terms
+            ],
             "optimiser": _given(self.optimizer),
             "teacher_batch_statistics": self.teacher_batch_statistics,
         }
+
+
+@dataclasses.dataclass(frozen=True)
+class RecordedPhase:
+    """A phase as a record has it: it can be read and named, but not trained.
+
+    The classes of its terms need not be at hand.
+
+    Attributes:
+      text: what `Phase.as_json` gives, as JSON.
+    """
+
+    text: str
+    needs_teacher: ClassVar[bool] = False
+    teacher_batch_statistics: ClassVar[bool] = False
+
+    @property
+    def name(self) -> str:
+        """The phase's name."""
+        return str(self.as_json()["name"])
+
+    def as_json(self) -> dict[str, Any]:
+        """All that the phase optimizes; see `Phase.as_json`."""
+        found: dict[str, Any] = json.loads(self.text)
+        return found
+
+
+def _checked(pair: Any) -> tuple[Weight, Term]:
+    """A weight and a term, the weight a float or a ramp."""
+    if not isinstance(pair, tuple | list) or len(pair) != 2 or not isinstance(pair[1], Term):
+        raise InputError(
+            f"a phase's term must be a pair of a weight and a Term, not {reprlib.repr(pair)}"
+        )
+    weight, term = pair
+    if not isinstance(weight, Ramp):
+        if not isinstance(weight, numbers.Real) or not math.isfinite(weight):
+            raise InputError(
+                f"the weight of {type(term).__name__} must be a finite number or a Ramp, not "
+                f"{reprlib.repr(weight)}"
+            )
+        weight = float(weight)
+    try:
+        hash(term), json.dumps(_given(term), allow_nan=False)
+    except (TypeError, ValueError):
+        raise InputError(
+            f"the fields of {type(term).__name__} must be numbers, words or tuples of them: they "
+            "are written into the run's record, and name it"
+        ) from None
+    return weight, term
 
 
 def _given(settings: Any) -> dict[str, Any]:

@@ -78,7 +78,7 @@ def _power(power: float) -> Method:
     )
 
 
-_METHODS: Mapping[str, Method] = {
+_METHODS: dict[str, Method] = {
     "cross-entropy": Method("labels alone, no teacher", "-", **_alone(CrossEntropy())),
     "kd": Method(
         "softened logits", "Hinton, Vinyals, Dean 2015", **_alone(KnowledgeDistillation())
@@ -234,6 +234,34 @@ METHODS = Methods()
 """All methods by name; see `Methods`."""
 
 
+def register_method(name: str, method: Method) -> None:
+    """Adds a method to `METHODS`, for this process.
+
+    Its transfer loss has the scale 1 (`transfer_weight` changes it). Every process that trains with
+    it, or reads its records, registers it first.
+
+    Args:
+      name: not taken, without "+".
+      method: its terms; subclasses of `Term` from anywhere.
+
+    Raises:
+      ValueError: if the name is taken, or cannot be one.
+
+    Example:
+      `register_method("mine", Method("…", "…", initialise=(term,), classify=(term,)))`
+    """
+    if not isinstance(method, Method):
+        raise InputError(f"a method must be an abflax.methods.Method, not {type(method).__name__}")
+    if not isinstance(name, str) or not re.fullmatch(r"[\w.-]+", name) or name == "own":
+        raise InputError(f"{name!r} cannot name a method: letters, digits, '-' and '.' can")
+    if name in METHODS:
+        raise InputError(f"there is a method {name} already: give this one another name")
+    terms = (*method.initialise, *method.classify)
+    if not terms or not all(isinstance(term, Term) for term in terms):
+        raise InputError(f"method {name} needs terms, instances of abflax.methods.terms.Term")
+    _METHODS[name] = method
+
+
 def _phases(
     name: str, parts: Mapping[str, Method], protocol: Protocol, options: dict[str, Any]
 ) -> tuple[Phase, ...]:
@@ -313,8 +341,12 @@ def _for_other_classes(
 
 
 def _scale(method: str, protocol: Protocol) -> float:
-    """The factor on a method's transfer loss; a power that is not listed has that of l2."""
-    return protocol.transfer_scale.get(_canonical(method), protocol.transfer_scale["l2"])
+    """The factor on a method's transfer loss.
+
+    A power that is not listed has that of l2; a method that was registered has 1.
+    """
+    other = protocol.transfer_scale["l2"] if _POWER.fullmatch(method) else 1.0
+    return protocol.transfer_scale.get(_canonical(method), other)
 
 
 def _canonical(method: str) -> str:

@@ -84,7 +84,9 @@ def find_nonfinite(
             sources += weights("the connectors'", params["connectors"][f"term{index}"])
             taps += passed("what the connector makes of the student's", behind)
     (loss, _), gradients = jax.value_and_grad(
-        lambda params: student_loss(objective, params, stats, targets, images, labels, dropout_key),
+        lambda params: student_loss(
+            objective, params, stats, targets, images, labels, dropout_key, state.step
+        ),
         has_aux=True,
     )(params)
     results = [bad("the loss", loss), *weights("the gradient of the", gradients)]

@@ -3,7 +3,8 @@
 A run's name is the hash of its configuration, in which data, networks and code are only names. So
 every run's folder holds the digests of what stands behind the names, `fingerprint.json`:
 
-- `inputs`: contents of the data, weights, and what the networks compute (their lowered programs);
+- `inputs`: contents of the data, weights, and what the networks compute, and terms that were made
+  outside abflax (their lowered programs);
 - `surroundings`: JAX's flags that change numbers;
 - `versions`: of the packages, and a digest of abflax's own source;
 - `record`: of a finished run's `record.json`, which holds that of the weights;
@@ -27,16 +28,20 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from abflax.config import RunConfig
 from abflax.data import Dataset, ImageFiles
 from abflax.errors import InputError
+from abflax.methods import Phase, bind
+from abflax.methods.objective import make_targets, student_loss
 from abflax.models.network import Network, configure_model, digest
 from abflax.models.variables import abstract_variables, init_variables
 from abflax.runtime.distributed import on_process_zero
 from abflax.storage.files import as_json, read_json, write_whole
 from abflax.taps import Model, run_model, side_of
 from abflax.taps.linen import Linen
+from abflax.training.step import create_train_state
 
 FILE = "fingerprint.json"
 
@@ -82,6 +87,12 @@ def fingerprints(
             own["student's first weights"] = digest(student.variables)
             student = student.model
         own[f"student's {_PROGRAM}"] = _program_digest(student, precision, shape, True)
+        for phase in config.phases():
+            if any(not type(term).__module__.startswith("abflax.") for _, term in phase.terms):
+                model = None if teacher is None else teacher.model
+                own[f"phase {phase.name}'s {_PROGRAM}"] = _objective_digest(
+                    student, model, phase, precision, shape
+                )
         inputs = shared | own
         found[config.hash] = {"inputs": inputs, "surroundings": flags, "versions": _versions()}
     return found
@@ -214,6 +225,37 @@ def _lowered_digest(model: Model, precision: str, shape: tuple[int, ...], studen
     texts = [_lowered(forward, abstract_variables(model, shape), images)]
     if student:
         texts.append(_lowered(lambda key: init_variables(model, key, shape), key))
+    return hashlib.sha256("".join(texts).encode()).hexdigest()[:16]
+
+
+def _objective_digest(
+    student: Model, teacher: Model | None, phase: Phase, precision: str, shape: tuple[int, ...]
+) -> str:
+    """Digests what a phase computes: its modules' first weights, targets, loss and gradients."""
+    student = configure_model(student, precision, None)
+    teacher = None if teacher is None else configure_model(teacher, precision, None)
+    objective = bind(student, teacher, phase, shape)
+    images = jax.ShapeDtypeStruct((2, *shape), jnp.result_type(float))
+    labels, key = jax.ShapeDtypeStruct((2,), jnp.int32), jax.random.key(0)
+    theirs = {} if teacher is None else dict(abstract_variables(teacher, shape))
+    params = theirs.pop("params", {})
+
+    def begin(student: Any, stats: Any, key: jax.Array) -> Any:
+        return create_train_state(objective, optax.identity(), student, stats, key, shape)
+
+    def compute(state: Any, teacher_params: Any, images: Any, labels: Any, key: Any) -> Any:
+        stats = state.batch_stats
+        targets, _ = make_targets(objective, teacher_params, stats["teacher"], images)
+
+        def loss(params: Any) -> Any:
+            arguments = (params, stats, targets, images, labels, key, state.step)
+            return student_loss(objective, *arguments)
+
+        return jax.value_and_grad(loss, has_aux=True)(state.params), targets
+
+    first = (abstract_variables(student, shape), theirs, key)
+    state = jax.eval_shape(begin, *first)
+    texts = _lowered(begin, *first), _lowered(compute, state, params, images, labels, key)
     return hashlib.sha256("".join(texts).encode()).hexdigest()[:16]
 
 

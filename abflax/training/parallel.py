@@ -120,7 +120,9 @@ def compile_phase(
       ValueError: if the phase cannot compare the two networks (see `abflax.methods.bind`).
     """
     shape = spec.image_shape
-    objective = bind(student, teacher, phase, shape, axis_name=AXIS)
+    objective = bind(
+        student, teacher, phase, shape, axis_name=AXIS, steps_per_epoch=schedule.steps_per_epoch
+    )
     optimizer = phase.optimizer.transformation(schedule, trainable_mask(objective, shape))
 
     def begin(variables: Any, teacher_stats: Any, key: jax.Array) -> TrainState:

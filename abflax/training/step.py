@@ -119,7 +119,7 @@ def train_step(
     targets, teacher_stats = precomputed_targets
     (loss, (stats, measures)), gradients = jax.value_and_grad(
         lambda params: student_loss(
-            objective, params, state.batch_stats, targets, images, labels, dropout_key
+            objective, params, state.batch_stats, targets, images, labels, dropout_key, state.step
         ),
         has_aux=True,
     )(state.params)

@@ -121,7 +121,7 @@ SeedList = Annotated[
 Names = Annotated[tuple[str, ...], text(read_names, "NAMES", _joined)]
 Numbers = Annotated[tuple[float, ...], text(read_numbers, "X,X,…", _joined)]
 
-_OWN_FORMS = {tuple[int, int]: Epochs, tuple[str, ...]: Names}
+_OWN_FORMS = {tuple[int, ...]: Epochs, tuple[str, ...]: Names}
 """Types of `RunConfig` and of the terms' fields that are written in one word."""
 
 
@@ -205,7 +205,7 @@ def _run_config_flags(info: StructTypeInfo, hidden: Sequence[str]) -> StructCons
     kind: Any
     flags = {}
     for name, (kind, text) in _documented(RunConfig).items():
-        if name not in {"options", "seeds", "setting", "test", *hidden}:
+        if name not in {"options", "seeds", "setting", "test", "own_phases", *hidden}:
             kind = _OWN_FORMS.get(kind, kind)
             flags[name] = StructFieldSpec(name, kind, getattr(info.default, name), text)
     options = {}
