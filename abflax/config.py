@@ -14,6 +14,7 @@ import numpy as np
 
 from abflax.errors import InputError, require_field_types, unknown
 from abflax.methods import METHODS, Phase
+from abflax.methods.optimizer import OwnOptimizer
 from abflax.methods.phase import RecordedPhase
 
 PRECISIONS = ("float32", "bfloat16", "float64")
@@ -86,6 +87,14 @@ class RunConfig:
       views: how many of an image's crops and flips are ever shown; None: all, as in the paper.
       per_class: examples of each class used, all of it where a class has fewer; None: all.
       own_phases: the phases that were given as the method; None: it has a name.
+      learning_rate: where every phase begins; None: the protocol's.
+      weight_decay: of every phase; None: the protocol's.
+      momentum: of every phase, Nesterov's; None: the protocol's.
+      schedule: of the learning rate, a name in `abflax.methods.SCHEDULES`: "constant", or "cosine"
+        down to 0; None: the protocol's.
+      ema: the decay of an exponential moving average of the student's weights, such as 0.999, which
+        is evaluated and saved beside them; None: there is none.
+      optimizer: an optax transformation in place of the protocol's SGD; None: it stays.
 
     Raises:
       ValueError: for a value that cannot be right.
@@ -108,6 +117,12 @@ class RunConfig:
     views: int | None = None
     per_class: int | None = None
     own_phases: tuple[Phase | RecordedPhase, ...] | None = None
+    learning_rate: float | None = None
+    weight_decay: float | None = None
+    momentum: float | None = None
+    schedule: str | None = None
+    ema: float | None = None
+    optimizer: OwnOptimizer | None = None
 
     def __post_init__(self) -> None:
         require_field_types(self)
@@ -138,6 +153,11 @@ class RunConfig:
     def _require_own_phases(self, phases: tuple[Phase | RecordedPhase, ...]) -> None:
         """Raises `InputError` where phases that were given do not go with the other settings."""
         names = [phase.name for phase in phases]
+        if given := self._optimizer_settings():
+            raise InputError(
+                f"the method's phases were given, so {given[0]} is said in them: Phase(…, "
+                "optimizer=…, ema=…)"
+            )
         if not names or len(set(names)) < len(names):
             raise InputError(f"a method needs one phase or more, each with its name; not {names}")
         if self.options:
@@ -151,6 +171,9 @@ class RunConfig:
                 f"all 0; not {self.epochs}"
             )
 
+    def _optimizer_settings(self) -> list[str]:
+        return [name for name in _OF_OPTIMIZER if getattr(self, name) is not None]
+
     @classmethod
     def create(cls, **settings: Any) -> RunConfig:
         """A configuration whose settings may be fields or options of the method.
@@ -158,7 +181,8 @@ class RunConfig:
         Args:
           **settings: fields of `RunConfig`, and fields of the method's terms (`margin`, `layers`,
             `temperature`, …) or `transfer_weight`, which become its `options`. An integer for
-            `seeds` stands for all four. A list of phases as `method` becomes `own_phases`.
+            `seeds` stands for all four. A list of phases as `method` becomes `own_phases`. An
+            `optimizer` may be an `optax.GradientTransformation`.
 
         Raises:
           ValueError: for a name that is neither, with the near matches; or a wrong value.
@@ -177,6 +201,8 @@ class RunConfig:
             own["own_phases"], own["method"] = tuple(own["method"]), OWN
         elif own.get("method", OWN) != OWN:
             own["own_phases"] = None
+        if not isinstance(own.get("optimizer"), OwnOptimizer | None):
+            own["optimizer"] = OwnOptimizer.of(own["optimizer"])
         return cls(**own, options=tuple(sorted(options.items())))
 
     def replace(self, **settings: Any) -> RunConfig:
@@ -195,7 +221,26 @@ class RunConfig:
         if self.own_phases is not None:
             return cast("tuple[Phase, ...]", self.own_phases)  # recorded ones are never trained
         make = METHODS[self.method]
-        return make(protocol=self.protocol, setting=self.setting, **dict(self.options))
+        phases = make(protocol=self.protocol, setting=self.setting, **dict(self.options))
+        return tuple(self._with_own_optimizer(phase) for phase in phases)
+
+    def _with_own_optimizer(self, phase: Phase) -> Phase:
+        """A phase of the protocol with the optimizer's settings that were given."""
+        optimizer: Any = phase.optimizer
+        given = {name: getattr(self, name) for name in self._optimizer_settings()}
+        ema, own = given.pop("ema", None), given.pop("optimizer", None)
+        if own is not None and given:
+            raise InputError(
+                f"{next(iter(given))} is a setting of the protocol's SGD, which the optimizer that "
+                "was given replaces: say it there"
+            )
+        if "schedule" in given:
+            given["decay"] = given.pop("schedule")
+            given |= {} if given["decay"] == "steps" else {"drops": ()}
+        numbers = {name: float(x) if name != "decay" else x for name, x in given.items()
+                   if name != "drops"}  # fmt: skip
+        optimizer = own or dataclasses.replace(optimizer, **given | numbers)
+        return dataclasses.replace(phase, optimizer=optimizer, ema=ema)
 
     @property
     def needs_teacher(self) -> bool:
@@ -247,6 +292,8 @@ class RunConfig:
         plain["seeds"] = dataclasses.asdict(self.seeds)
         if self.own_phases is not None:
             plain["own_phases"] = [phase.as_json() for phase in self.own_phases]
+        if self.optimizer is not None:
+            plain["optimizer"] = self.optimizer.label
         return json.loads(json.dumps(plain))
 
     @classmethod
@@ -256,6 +303,8 @@ class RunConfig:
         read["seeds"] = Seeds(**given["seeds"])
         if (phases := given.get("own_phases")) is not None:
             read["own_phases"] = tuple(RecordedPhase(json.dumps(each)) for each in phases)
+        if (label := given.get("optimizer")) is not None:
+            read["optimizer"] = OwnOptimizer(label)
         return cls(**{**given, **read})
 
     @property
@@ -279,7 +328,8 @@ class RunConfig:
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-_IN_PHASES = ("method", "protocol", "setting", "options", "own_phases")
+_OF_OPTIMIZER = ("learning_rate", "weight_decay", "momentum", "schedule", "ema", "optimizer")
+_IN_PHASES = ("method", "protocol", "setting", "options", "own_phases", *_OF_OPTIMIZER)
 """The fields that a run's hash has as the phases that they stand for."""
 
 

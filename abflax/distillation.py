@@ -72,8 +72,9 @@ def distill(  # noqa: PLR0913 - the front door
       reporter: shows progress; None: none is shown, and the logger `abflax` tells of a run that was
         finished before.
       **settings: what changes the run's numbers: fields of `abflax.RunConfig` (`method`, `epochs`,
-        `seeds`, …), and fields of the method's terms (`margin`, `layers`, …); see
-        `RunConfig.create`.
+        `seeds`, `learning_rate`, `optimizer`, `ema`, …; a method is a name or a list of
+        `abflax.methods.Phase`, an optimizer an `optax.GradientTransformation`), and
+        fields of the method's terms (`margin`, `layers`, …); see `RunConfig.create`.
 
     Returns:
       The record, the trained variables, and where they are saved.

@@ -4,7 +4,7 @@
 """
 
 from abflax.methods.objective import Objective, bind
-from abflax.methods.optimizer import Optimizer, PhaseSchedule
+from abflax.methods.optimizer import SCHEDULES, Optimizer, PhaseSchedule
 from abflax.methods.phase import Phase, Ramp
 from abflax.methods.protocols import PROTOCOLS, Protocol, find_protocol
 from abflax.methods.registry import METHODS, Method, register_method
@@ -12,6 +12,7 @@ from abflax.methods.registry import METHODS, Method, register_method
 __all__ = [
     "METHODS",
     "PROTOCOLS",
+    "SCHEDULES",
     "Method",
     "Objective",
     "Optimizer",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import math
 from collections.abc import Callable
 from fractions import Fraction
@@ -11,6 +12,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+
+from abflax.errors import InputError, require_field_types, unknown
+
+SCHEDULES = ("steps", "constant", "cosine")
+"""How a learning rate may fall: by a factor at shares of the epochs, not at all, or to zero."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +65,12 @@ class Optimizer:
       momentum: Nesterov's.
       weight_decay: added to the gradient, times the weight, of every parameter that the phase
         trains.
+      decay: in `SCHEDULES`. "steps": at the `drops`; "constant": the rate stays; "cosine": in the
+        step t of T (those of the run where `of_run`, else of the phase) the rate is
+        learning_rate · (1 + cos(π·t/T)) / 2 (Loshchilov, Hutter, ICLR 2017, without restarts).
+
+    Raises:
+      ValueError: for a value that cannot be right.
     """
 
     learning_rate: float = 0.1
@@ -69,6 +81,18 @@ class Optimizer:
     whole_epochs: bool = False
     momentum: float = 0.9
     weight_decay: float = 5e-4
+    decay: str = "steps"
+
+    def __post_init__(self) -> None:
+        require_field_types(self)
+        if not self.learning_rate > 0:
+            raise InputError(f"learning_rate must be above 0, not {self.learning_rate}")
+        if not 0 <= self.momentum < 1:
+            raise InputError(f"momentum must be in [0, 1), not {self.momentum}")
+        if self.weight_decay < 0:
+            raise InputError(f"weight_decay must be at least 0, not {self.weight_decay}")
+        if self.decay not in SCHEDULES:
+            raise unknown("schedule", self.decay, SCHEDULES)
 
     def boundaries(self, shares: tuple[float, ...], phase: PhaseSchedule) -> tuple[int, ...]:
         """The phase's own step before which each share of the epochs is over.
@@ -87,6 +111,15 @@ class Optimizer:
 
     def schedule(self, phase: PhaseSchedule) -> Callable[[Any], jax.Array]:
         """The phase's own step (from 0) -> learning rate."""
+        if self.decay == "constant":
+            return lambda step: jnp.asarray(self.learning_rate, jnp.result_type(float))
+        if self.decay == "cosine":
+            before = phase.start if self.of_run else 0
+            total = math.floor(phase.run_epochs * phase.steps_per_epoch)
+            cosine = optax.cosine_decay_schedule(
+                self.learning_rate, total if self.of_run else phase.steps
+            )
+            return lambda step: cosine(step + before)
         drops = self.boundaries(self.drops, phase)
 
         def rate(step: Any) -> jax.Array:
@@ -117,6 +150,102 @@ class Optimizer:
             optax.scale_by_learning_rate(self.schedule(phase)),
         )
         return sgd if trainable is None else optax.masked(sgd, trainable)
+
+
+@dataclasses.dataclass(frozen=True)
+class OwnOptimizer:
+    """An optax transformation in place of the protocol's SGD.
+
+    It sees the parameters {"student": …, "connectors": …}, and only those that the phase trains.
+
+    Attributes:
+      label: its name in records: "custom:" and a digest of its updates in a hundred steps of a tiny
+        problem, to four digits.
+      made: the transformation; None where it was read from a record.
+    """
+
+    label: str
+    made: Any = dataclasses.field(default=None, repr=False)
+
+    @classmethod
+    def of(cls, transformation: Any) -> OwnOptimizer:
+        """Labels a transformation. Raises `InputError` where it is none."""
+        if not isinstance(transformation, optax.GradientTransformation):
+            kind = type(transformation).__name__
+            raise InputError(
+                f"optimizer must be an optax.GradientTransformation, such as optax.adamw(1e-3), "
+                f"not {kind}"
+            )
+        return cls(f"custom:{_digest_updates(transformation)}", transformation)
+
+    def schedule(self, phase: PhaseSchedule) -> Callable[[Any], jax.Array]:
+        """Its learning rate is not known from outside: NaN."""
+        del phase
+        return lambda step: jnp.asarray(jnp.nan)
+
+    def transformation(
+        self, phase: PhaseSchedule, trainable: Any | None = None
+    ) -> optax.GradientTransformation:
+        """The transformation of one phase; see `Optimizer.transformation`."""
+        del phase
+        made: optax.GradientTransformation = self.made
+        return made if trainable is None else optax.masked(made, trainable)
+
+
+def _digest_updates(transformation: optax.GradientTransformation) -> str:
+    """Eight digits that tell two transformations apart by what they do to a tiny dense layer."""
+    with jax.enable_x64(False):
+        start = {"kernel": jnp.cos(jnp.arange(12.0)).reshape(4, 3), "bias": jnp.ones(3)}
+        params = {"student": {"Dense_0": start}, "connectors": {}}
+
+        def step(carry: Any, index: jax.Array) -> Any:
+            params, state = carry
+            gradients = jax.tree.map(
+                lambda leaf: jnp.sin(index + jnp.arange(1.0, leaf.size + 1)).reshape(leaf.shape),
+                params,
+            )
+            updates, state = transformation.update(gradients, state, params)
+            sums = [jnp.abs(leaf).sum() for leaf in jax.tree.leaves(updates)]
+            return (optax.apply_updates(params, updates), state), jnp.stack(sums)
+
+        try:
+            _, sums = jax.lax.scan(step, (params, transformation.init(params)), jnp.arange(100.0))
+        except Exception:  # it wants other parameters, so it cannot be told from others of its kind
+            return "other"
+        digits = [f"{float(each):.3e}" for row in (0, 9, 99) for each in sums[row]]
+    return hashlib.sha256(" ".join(digits).encode()).hexdigest()[:8]
+
+
+class AverageState(NamedTuple):
+    """The state of `track_average`: the average of the student's parameters."""
+
+    average: Any
+
+
+def track_average(decay: float) -> optax.GradientTransformation:
+    """Follows the exponential moving average of the student's parameters, behind an optimizer.
+
+    It begins with the phase's first parameters p₀: a₀ = p₀, aₜ = decay·aₜ₋₁ + (1 − decay)·pₜ. The
+    updates pass unchanged.
+
+    Args:
+      decay: in (0, 1).
+    """
+
+    def init(params: Any) -> AverageState:
+        return AverageState(jax.tree.map(jnp.array, params["student"]))
+
+    def update(updates: Any, state: AverageState, params: Any = None) -> tuple[Any, AverageState]:
+        new = optax.apply_updates(params["student"], updates["student"])
+        return updates, AverageState(optax.incremental_update(new, state.average, 1 - decay))
+
+    return optax.GradientTransformation(init, update)
+
+
+def average_in(opt_state: Any) -> Any | None:
+    """The average that `track_average` keeps in an optimizer's state; None: it keeps none."""
+    is_chain = isinstance(opt_state, tuple) and opt_state
+    return opt_state[-1].average if is_chain and isinstance(opt_state[-1], AverageState) else None
 
 
 class _ResetState(NamedTuple):

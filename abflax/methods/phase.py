@@ -12,9 +12,15 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from abflax.errors import InputError, require_field_types
-from abflax.methods.optimizer import Optimizer
+from abflax.methods.optimizer import (
+    Optimizer,
+    OwnOptimizer,
+    PhaseSchedule,
+    track_average,
+)
 from abflax.methods.terms import Term
 
 
@@ -72,9 +78,11 @@ class Phase:
         for a phase of one's own.
       terms: (weight, term); the objective is their weighted sum, each a mean over the batch. A
         weight is a number or a `Ramp`.
-      optimizer: rebuilt at the start of the phase.
+      optimizer: rebuilt at the start of the phase; an `optax.GradientTransformation` will do.
       teacher_batch_statistics: whether the teacher's batch norms use the batch's statistics, and
         its running ones drift.
+      ema: the decay of an exponential moving average of the student's weights, in (0, 1), which is
+        evaluated and saved beside them; None: there is none.
 
     Raises:
       ValueError: if the terms are no pairs of a weight and a term, or a term has a field that
@@ -83,15 +91,17 @@ class Phase:
 
     name: str
     terms: tuple[tuple[Weight, Term], ...]
-    optimizer: Optimizer = Optimizer()
+    optimizer: Optimizer | OwnOptimizer = Optimizer()
     teacher_batch_statistics: bool = False
+    ema: float | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not self.name:
             raise InputError(f"a phase's name must be a word, not {reprlib.repr(self.name)}")
-        if not isinstance(self.optimizer, Optimizer):
-            kind = type(self.optimizer).__name__
-            raise InputError(f"a phase's optimizer must be an abflax.methods.Optimizer, not {kind}")
+        if not isinstance(self.optimizer, Optimizer | OwnOptimizer):
+            object.__setattr__(self, "optimizer", OwnOptimizer.of(self.optimizer))
+        if self.ema is not None and not 0 < self.ema < 1:
+            raise InputError(f"ema is a decay between 0 and 1, such as 0.999, not {self.ema}")
         terms = tuple(map(_checked, self.terms)) if isinstance(self.terms, tuple | list) else ()
         if not terms:
             raise InputError(
@@ -105,12 +115,23 @@ class Phase:
         """Whether a term does."""
         return any(term.needs_teacher for _, term in self.terms)
 
+    def transformation(
+        self, schedule: PhaseSchedule, trainable: Any | None = None
+    ) -> optax.GradientTransformation:
+        """The optimizer's transformation, and the average behind it; see `Optimizer`."""
+        optimizer = self.optimizer.transformation(schedule, trainable)
+        return optimizer if self.ema is None else optax.chain(optimizer, track_average(self.ema))
+
     def as_json(self) -> dict[str, Any]:
         """All that the phase optimizes, as plain JSON values: what a run's hash and record hold.
 
         Fields at their defaults are left out, so that one that is added later changes no hash.
         """
-        return {
+        optimizer = self.optimizer
+        settings = _given(optimizer)
+        if isinstance(optimizer, OwnOptimizer):
+            settings = {"optax": optimizer.label}
+        found = {
             "name": self.name,
             "terms": [
                 [
@@ -120,9 +141,10 @@ class Phase:
                 ]
                 for weight, term in self.terms
             ],
-            "optimiser": _given(self.optimizer),
+            "optimiser": settings,
             "teacher_batch_statistics": self.teacher_batch_statistics,
         }
+        return found if self.ema is None else found | {"ema": self.ema}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -141,6 +141,8 @@ class Trend:
         return (
             f"training diverged: {' and '.join(grown)} grew, at a learning rate of "
             f"{learning_rate:g}"
+            if math.isfinite(learning_rate)
+            else f"training diverged: {' and '.join(grown)} grew, with the optimizer that was given"
         )
 
 

@@ -3,8 +3,8 @@
 A run's name is the hash of its configuration, in which data, networks and code are only names. So
 every run's folder holds the digests of what stands behind the names, `fingerprint.json`:
 
-- `inputs`: contents of the data, weights, and what the networks compute, and terms that were made
-  outside abflax (their lowered programs);
+- `inputs`: contents of the data, weights, and what networks compute, and terms and
+  optimizers that were made outside abflax (their lowered programs);
 - `surroundings`: JAX's flags that change numbers;
 - `versions`: of the packages, and a digest of abflax's own source;
 - `record`: of a finished run's `record.json`, which holds that of the weights;
@@ -33,8 +33,9 @@ import optax
 from abflax.config import RunConfig
 from abflax.data import Dataset, ImageFiles
 from abflax.errors import InputError
-from abflax.methods import Phase, bind
+from abflax.methods import Phase, PhaseSchedule, bind
 from abflax.methods.objective import make_targets, student_loss
+from abflax.methods.optimizer import OwnOptimizer
 from abflax.models.network import Network, configure_model, digest
 from abflax.models.variables import abstract_variables, init_variables
 from abflax.runtime.distributed import on_process_zero
@@ -88,6 +89,10 @@ def fingerprints(
             student = student.model
         own[f"student's {_PROGRAM}"] = _program_digest(student, precision, shape, True)
         for phase in config.phases():
+            if isinstance(phase.optimizer, OwnOptimizer):
+                own[f"{phase.name} optimizer's {_PROGRAM}"] = _optimizer_digest(
+                    phase.optimizer, configure_model(student, precision, None), shape
+                )
             if any(not type(term).__module__.startswith("abflax.") for _, term in phase.terms):
                 model = None if teacher is None else teacher.model
                 own[f"phase {phase.name}'s {_PROGRAM}"] = _objective_digest(
@@ -225,6 +230,21 @@ def _lowered_digest(model: Model, precision: str, shape: tuple[int, ...], studen
     texts = [_lowered(forward, abstract_variables(model, shape), images)]
     if student:
         texts.append(_lowered(lambda key: init_variables(model, key, shape), key))
+    return hashlib.sha256("".join(texts).encode()).hexdigest()[:16]
+
+
+def _optimizer_digest(optimizer: OwnOptimizer, student: Model, shape: tuple[int, ...]) -> str:
+    """Digests what a transformation does to the parameters of a student."""
+    made = optimizer.transformation(PhaseSchedule.single_step())
+    params = {"student": abstract_variables(student, shape)["params"], "connectors": {}}
+    try:
+        state = jax.eval_shape(made.init, params)
+        texts = _lowered(made.init, params), _lowered(made.update, params, state, params)
+    except (TypeError, ValueError, KeyError) as error:
+        raise InputError(
+            "the optimizer that was given does not fit the parameters {'student': …, "
+            f"'connectors': …}}: {str(error).splitlines()[0][:200]}"
+        ) from error
     return hashlib.sha256("".join(texts).encode()).hexdigest()[:16]
 
 

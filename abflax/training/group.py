@@ -118,9 +118,20 @@ class TrainingGroup:
         return tuple(zip(*trained, strict=True))
 
     def evaluate(self, runs: Sequence[Run]) -> Sequence[dict[str, Any]]:
-        """Measures runs on the held-out data; nothing is measured without any."""
+        """Measures runs on the held-out data; nothing is measured without any.
+
+        Returns:
+          What `Evaluation` measures of each run; "ema" likewise, of averaged weights.
+        """
         if self.evaluation is None or not runs:
             return [{} for _ in runs]
-        programs = tuple(run.program for run in runs)
-        students = tuple((run.state.params, run.state.batch_stats) for run in runs)
-        return self.evaluation(programs, students, self.teacher_params)
+        averaged = [run for run in runs if run.state.average is not None]
+        programs = tuple(run.program for run in (*runs, *averaged))
+        students = [(run.state.params, run.state.batch_stats) for run in runs]
+        for run in averaged:
+            params = run.state.params | {"student": run.state.average["params"]}
+            students.append((params, run.state.batch_stats))
+        measured = self.evaluation(programs, tuple(students), self.teacher_params)
+        for run, of_average in zip(averaged, measured[len(runs) :], strict=True):
+            measured[runs.index(run)]["ema"] = of_average
+        return measured[: len(runs)]

@@ -123,7 +123,7 @@ def compile_phase(
     objective = bind(
         student, teacher, phase, shape, axis_name=AXIS, steps_per_epoch=schedule.steps_per_epoch
     )
-    optimizer = phase.optimizer.transformation(schedule, trainable_mask(objective, shape))
+    optimizer = phase.transformation(schedule, trainable_mask(objective, shape))
 
     def begin(variables: Any, teacher_stats: Any, key: jax.Array) -> TrainState:
         return create_train_state(objective, optimizer, variables, teacher_stats, key, shape)

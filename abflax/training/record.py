@@ -7,17 +7,21 @@ Schema 1. A record is an object with
 - `phases`: a list of {`name`, `steps`, `epochs`, `seconds`, `objective`: its terms with their
   weights and its optimizer, fields at their defaults left out};
 - `history`: one entry an evaluation: {`epoch` and `step` (of the run), `phase`,
-  `epoch_of_phase`, `learning_rate`, `loss`, `gradient_norm` (means since the entry before),
+  `epoch_of_phase`, `learning_rate` (not known of an optimizer that was given), `loss`,
+  `gradient_norm` (means since the entry before),
   `training` (what the terms measure, e.g. `agreement` of each layer as training saw it; means),
   and where there is held-out data `test_error` (a share), `test_cross_entropy` (nats),
   `agreement` (layer -> share of held-out neurons on whose indicator student and teacher agree;
   only where both have the same neurons), `silent` (layer -> share of the student's neurons, each
   a channel at a position and before any connector, that fire on no held-out image; not in
-  records made before it was measured)};
+  records made before it was measured); `ema`: the same four of averaged weights, where there are
+  some};
 - `result`: `test_error` and `agreement` of the last entry, `best_test_error`, `best_epoch`, and
   `initialise_agreement`: agreement at the end of the initialise phase, if there was one;
+  `ema_test_error` of the last entry, where there are averaged weights;
 - `weights`: the digest of the student's weights, as `abflax.Network` has it in its name (not in
   records made before it was written);
+- `ema_weights`: likewise of the averaged weights, where there are some;
 - `warning`: only where the loss of a phase has grown a thousandfold: one sentence;
 - `seconds`: training and evaluation, compilation included, over all sittings;
 - `environment`: `abflax`, `python`, `jax`, `jaxlib`, `flax`, `optax`, `device`, `devices` (of all
@@ -103,6 +107,8 @@ def make_record(
             "best_epoch": best["epoch"],
             "agreement": last["agreement"],
         }
+        if "test_error" in last.get("ema", {}):
+            result["ema_test_error"] = last["ema"]["test_error"]
         initialised = [entry for entry in history if entry["phase"] == "initialise"]
         if initialised:
             result["initialise_agreement"] = initialised[-1]["agreement"]

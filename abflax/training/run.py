@@ -244,14 +244,16 @@ class Run:
             self._begin_phase(self.history.phase + 1, self.state)
             self._enter_phase()
         else:
-            variables = self.snapshot[1].student
+            variables, average = self.snapshot[1].student, self.snapshot[1].average
             record = self._make_record(digest(variables))
             if warning := self.history.describe_growth():
                 record["warning"] = warning
                 self.group.reporter.finished(f"{self.config.hash}: {warning}")
                 if isinstance(self.group.reporter, NullReporter):
                     warnings.warn(f"{self.config.hash}: {warning}", RuntimeWarning, stacklevel=1)
-            self.result = self.directory.finish(record, variables)
+            if average is not None:
+                record["ema_weights"] = digest(average)
+            self.result = self.directory.finish(record, variables, average)
 
     def _restore_checkpoint(self, description: dict[str, Any]) -> None:
         """Sets history and state to those of the newest checkpoint."""
@@ -350,7 +352,7 @@ class Run:
             "epoch_of_phase": epoch - schedule.epochs_before,
             "step": self.step,
             "phase": phase.name,
-            "learning_rate": rate,
+            **({} if np.isnan(rate) else {"learning_rate": rate}),
             **self.history.take_means(),
         }
         if not measured:
@@ -365,7 +367,11 @@ class Run:
                 f"run; {diverged + '; ' if diverged else ''}{self._last_checkpoint()}"
             )
         names = ("test_error", "test_cross_entropy", "agreement", "silent")
-        return entry | {name: measured[name] for name in names}
+        entry |= {name: measured[name] for name in names}
+        if "ema" in measured:
+            finite = np.isfinite(measured["ema"]["test_cross_entropy"])
+            entry["ema"] = {name: measured["ema"][name] for name in names} if finite else {}
+        return entry
 
     def _make_record(self, weights: str) -> dict[str, Any]:
         """The record of the finished run, whose weights have that digest."""

@@ -41,12 +41,15 @@ class Result:
         and its directory was read instead (`directory / "student.safetensors"` has them).
       directory: where record and weights are; None without a workdir.
       model: the student without its weights.
+      average: as `variables`, with the averaged weights, where `ema` was given
+        (`directory / "student-ema.safetensors"` has them).
     """
 
     record: dict[str, Any]
     variables: Any | None
     directory: Path | None
     model: Any = None
+    average: Any | None = None
 
     @property
     def student(self) -> Any:
@@ -73,10 +76,11 @@ def finished_record(directory: Path) -> dict[str, Any] | None:
 
 def _read_finished(directory: Path) -> dict[str, Any] | None:
     record = read_record(directory / "record.json", directory.name)
-    if record is not None and "weights" in record:
-        weights = directory / "student.safetensors"
-        if digest(unflatten_dict(read_state_dict(weights), sep="/")) != record["weights"]:
-            raise InputError(f"{weights} is damaged: its weights are not those of the record")
+    for key, name in (("weights", "student"), ("ema_weights", "student-ema")):
+        if record is not None and key in record:
+            weights = directory / f"{name}.safetensors"
+            if digest(unflatten_dict(read_state_dict(weights), sep="/")) != record[key]:
+                raise InputError(f"{weights} is damaged: its weights are not those of the record")
     return record
 
 
@@ -164,17 +168,17 @@ class RunDirectory:
         self._checkpoints.wait()
         return self._checkpoints.latest_step()
 
-    def finish(self, record: dict[str, Any], variables: Any) -> Result:
-        """Replaces the checkpoints by the record and the student's weights."""
+    def finish(self, record: dict[str, Any], variables: Any, average: Any | None = None) -> Result:
+        """Replaces the checkpoints by the record and the student's weights, averaged ones too."""
         self.wait()
         self._writers.close()
         if self.path is not None:
-            _finish(self.path, record, variables)
+            _finish(self.path, record, variables, average)
             if self._fingerprint:
                 write_fingerprint(self.path, self._fingerprint)
             on_process_zero(shutil.rmtree)(self.path / "checkpoints", ignore_errors=True)
         self.close()
-        return Result(record, variables, self.path)
+        return Result(record, variables, self.path, average=average)
 
     def diverge(self, record: dict[str, Any]) -> None:
         """Writes how a run ended whose numbers went wrong, so that tables count it."""
@@ -205,6 +209,8 @@ def _tidy(directory: Path, config: RunConfig, force: bool) -> dict[str, Any] | N
 
 
 @on_process_zero
-def _finish(directory: Path, record: dict[str, Any], variables: Any) -> None:
+def _finish(directory: Path, record: dict[str, Any], variables: Any, average: Any) -> None:
+    if average is not None:
+        save_variables(directory / "student-ema.safetensors", average)
     save_variables(directory / "student.safetensors", variables)
     write_record(directory / "record.json", record)

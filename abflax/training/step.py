@@ -26,6 +26,7 @@ from abflax.methods.objective import (
     make_targets,
     student_loss,
 )
+from abflax.methods.optimizer import average_in
 from abflax.metrics import activation_agreement, misclassified
 from abflax.models.variables import abstract_variables, floats_in
 from abflax.taps import Forward, run_model
@@ -52,6 +53,15 @@ class TrainState:
     def student(self) -> dict[str, Any]:
         """The student's variables: `params`, `batch_stats` and other collections."""
         return {"params": self.params["student"], **self.batch_stats["student"]}
+
+    @property
+    def average(self) -> dict[str, Any] | None:
+        """The student's variables with the averaged weights; None where none are kept.
+
+        Everything but `params` is that of the last step.
+        """
+        params = average_in(self.opt_state)
+        return None if params is None else self.student | {"params": params}
 
 
 def create_train_state(
