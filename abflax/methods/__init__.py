@@ -8,10 +8,12 @@ from abflax.methods.optimizer import Optimizer, PhaseSchedule
 from abflax.methods.phase import Phase
 from abflax.methods.protocols import PROTOCOLS, Protocol, find_protocol
 from abflax.methods.registry import METHODS, Method
+from abflax.methods.views import VIEWS, boundary_samples
 
 __all__ = [
     "METHODS",
     "PROTOCOLS",
+    "VIEWS",
     "Method",
     "Objective",
     "Optimizer",
@@ -19,5 +21,6 @@ __all__ = [
     "PhaseSchedule",
     "Protocol",
     "bind",
+    "boundary_samples",
     "find_protocol",
 ]

@@ -31,6 +31,11 @@ class Phase:
         """Whether a term does."""
         return any(term.needs_teacher for _, term in self.terms)
 
+    @property
+    def views(self) -> tuple[str, ...]:
+        """The views that its terms read."""
+        return tuple(dict.fromkeys(term.view for _, term in self.terms if term.view is not None))
+
     def as_json(self) -> dict[str, Any]:
         """All that the phase optimizes, as plain JSON values: what a run's hash and record hold.
 

@@ -13,6 +13,7 @@ from abflax.methods.protocols import Protocol, find_protocol
 from abflax.methods.terms import (
     ActivationBoundary,
     AttentionTransfer,
+    BoundarySupport,
     CorrelationCongruence,
     CorrelationDistillation,
     CrossEntropy,
@@ -136,6 +137,12 @@ _METHODS: Mapping[str, Method] = {
         "correlations of probabilities over the classes and over the batch, and labels",
         "Huang et al., NeurIPS 2022",
         **_alone(CrossEntropy(), CorrelationDistillation()),
+        classifies=True,
+    ),
+    "bss": Method(
+        "softened logits, on images and on what the teacher's gradients make of them; and labels",
+        "Heo et al., AAAI 2019 (boundary-supporting samples)",
+        **_alone(CrossEntropy(), BoundarySupport()),
         classifies=True,
     ),
     "sp": Method(

@@ -12,7 +12,7 @@ from flax import linen as nn
 
 from abflax import Network, Resources, distill, load
 from abflax.methods import METHODS
-from abflax.methods.objective import bind
+from abflax.methods.objective import bind, make_targets
 from abflax.models.network import configure_model
 from abflax.models.variables import init_variables
 from abflax.taps import sow_features, sow_tap
@@ -53,7 +53,11 @@ def pair():
     return teacher, load("digits", "train").take(np.arange(16))
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize(
+    "name",
+    # Boundary samples are ten gradients of the teacher, which take long to compile.
+    [pytest.param(name, marks=pytest.mark.slow) if name == "bss" else name for name in METHODS],
+)
 def test_transfer_loss_falls(pair, name):
     teacher, data = pair
     phases = METHODS[name](protocol="paper")
@@ -83,23 +87,33 @@ def test_the_whole_batch_on_one_device_and_on_eight(name, x64):
     student, teacher = (configure_model(Tiny(width), "float64", AXIS) for width in (6, 12))
     phase, shape, keys = METHODS[name]()[-1], (8, 8, 1), jax.random.split(jax.random.key(0), 4)
     variables = init_variables(teacher, keys[0], shape)
+    stats = {"batch_stats": variables["batch_stats"]}
     objective, optimizer = bind(student, teacher, phase, shape, axis_name=AXIS), optax.sgd(1.0)
     state = create_train_state(
         objective, optimizer, init_variables(student, keys[1], shape),
-        {"batch_stats": variables["batch_stats"]},
+        stats,
         keys[2], shape,
     )  # fmt: skip
     images, labels = jax.random.normal(keys[3], (16, *shape)), jnp.arange(16) % 10
 
     def trained(count):
         step = jax.pmap(
-            lambda images, labels: train_step(
-                objective, optimizer, state, variables["params"], images, labels
+            lambda images, labels, keys: train_step(
+                objective,
+                optimizer,
+                state,
+                variables["params"],
+                images,
+                labels,
+                precomputed_targets=make_targets(
+                    objective, variables["params"], stats, images, labels, keys
+                ),
             ),
             axis_name=AXIS,
             out_axes=None,
             devices=jax.devices()[:count],
         )
-        return step(images.reshape(count, -1, *shape), labels.reshape(count, -1))
+        batch = images, labels, jax.random.split(keys[3], 16)
+        return step(*(each.reshape(count, -1, *each.shape[1:]) for each in batch))
 
     chex.assert_trees_all_close(trained(8), trained(1), rtol=1e-9, atol=1e-11)
