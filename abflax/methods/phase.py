@@ -19,12 +19,14 @@ class Phase:
       optimizer: rebuilt at the start of the phase.
       teacher_batch_statistics: whether the teacher's batch norms use the batch's statistics, and
         its running ones drift.
+      teacher: which of the run's teachers, from 0 (see `RunConfig.anchors`).
     """
 
     name: str
     terms: tuple[tuple[float, Term], ...]
     optimizer: Optimizer
     teacher_batch_statistics: bool = False
+    teacher: int = 0
 
     @property
     def needs_teacher(self) -> bool:
@@ -41,7 +43,8 @@ class Phase:
 
         Fields at their defaults are left out, so that one that is added later changes no hash.
         """
-        return {
+        which = {"teacher": self.teacher} if self.teacher else {}
+        return which | {
             "name": self.name,
             "terms": [[weight, type(t).__name__, _given(t)] for weight, t in self.terms],
             "optimiser": _given(self.optimizer),

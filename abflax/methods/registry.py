@@ -84,6 +84,11 @@ _METHODS: Mapping[str, Method] = {
     "kd": Method(
         "softened logits", "Hinton, Vinyals, Dean 2015", **_alone(KnowledgeDistillation())
     ),
+    "rco": Method(
+        "softened logits, of a list of teachers one after the other",
+        "Jin et al., ICCV 2019",
+        **_alone(KnowledgeDistillation()),
+    ),
     "fitnet": Method(
         "the last layer's activations, then softened logits",
         "Romero et al., ICLR 2015",

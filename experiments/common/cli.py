@@ -205,7 +205,7 @@ def _run_config_flags(info: StructTypeInfo, hidden: Sequence[str]) -> StructCons
     kind: Any
     flags = {}
     for name, (kind, text) in _documented(RunConfig).items():
-        if name not in {"options", "seeds", "setting", "test", *hidden}:
+        if name not in {"options", "seeds", "setting", "test", "anchors", *hidden}:
             kind = _OWN_FORMS.get(kind, kind)
             flags[name] = StructFieldSpec(name, kind, getattr(info.default, name), text)
     options = {}
