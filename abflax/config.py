@@ -95,6 +95,8 @@ class RunConfig:
       ema: the decay of an exponential moving average of the student's weights, such as 0.999, which
         is evaluated and saved beside them; None: there is none.
       optimizer: an optax transformation in place of the protocol's SGD; None: it stays.
+      anchors: names of the teachers before `teacher`, checkpoints of its own training, each
+        followed for an equal share of the epochs (Jin et al., ICCV 2019); None: there are none.
 
     Raises:
       ValueError: for a value that cannot be right.
@@ -123,6 +125,7 @@ class RunConfig:
     schedule: str | None = None
     ema: float | None = None
     optimizer: OwnOptimizer | None = None
+    anchors: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         require_field_types(self)
@@ -217,12 +220,22 @@ class RunConfig:
         return self.create(**given | options | settings)
 
     def phases(self) -> tuple[Phase, ...]:
-        """The method's phases. Raises `ValueError` for an unknown method, protocol or option."""
+        """The method's phases, for each of its teachers.
+
+        Raises `ValueError` for an unknown method, protocol or option.
+        """
         if self.own_phases is not None:
             return cast("tuple[Phase, ...]", self.own_phases)  # recorded ones are never trained
         make = METHODS[self.method]
-        phases = make(protocol=self.protocol, setting=self.setting, **dict(self.options))
-        return tuple(self._with_own_optimizer(phase) for phase in phases)
+        made = make(protocol=self.protocol, setting=self.setting, **dict(self.options))
+        phases = tuple(self._with_own_optimizer(phase) for phase in made)
+        if self.anchors is None:
+            return phases
+        return tuple(
+            dataclasses.replace(phase, name=f"{phase.name} {index + 1}", teacher=index)
+            for index in range(len(self.anchors) + 1)
+            for phase in phases
+        )
 
     def _with_own_optimizer(self, phase: Phase) -> Phase:
         """A phase of the protocol with the optimizer's settings that were given."""
@@ -255,7 +268,15 @@ class RunConfig:
             lengths = self.epochs if len(names) > 1 else (sum(self.epochs),)
             return dict(zip(names, lengths, strict=True))
         initialise, classify = self.epochs
-        return {"initialise": initialise, "classify": classify, "joint": initialise + classify}
+        whole = {"initialise": initialise, "classify": classify, "joint": initialise + classify}
+        if self.anchors is None:
+            return whole
+        count = len(self.anchors) + 1
+        return {
+            f"{name} {index + 1}": epochs * (index + 1) // count - epochs * index // count
+            for name, epochs in whole.items()
+            for index in range(count)
+        }
 
     @property
     def group_key(self) -> dict[str, Any]:
@@ -276,13 +297,18 @@ class RunConfig:
             for phase, length, end in zip(phases, lengths, ends, strict=True)
             if phase.teacher_batch_statistics and length
         )
+        if self.anchors is not None:
+            key["the anchors, and the epochs with each"] = (
+                self.anchors,
+                tuple((phase.teacher, n) for phase, n in zip(phases, lengths, strict=True)),
+            )
         return key
 
     @property
     def settings(self) -> dict[str, Any]:
         """The settings with which `abflax.distill` trains this run, given its networks and data."""
         given = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        for name in ("dataset", "student", "teacher", "test", "options"):
+        for name in ("dataset", "student", "teacher", "test", "options", "anchors"):
             del given[name]
         return given | dict(self.options)
 
@@ -299,7 +325,8 @@ class RunConfig:
     @classmethod
     def from_json(cls, given: dict[str, Any]) -> RunConfig:
         """The inverse of `as_json`: the configuration in a record's `config`."""
-        read = {name: _as_tuples(given[name]) for name in ("options", "epochs")}
+        names = {"options", "epochs", "anchors"} & given.keys()
+        read = {name: _as_tuples(given[name]) for name in names}
         read["seeds"] = Seeds(**given["seeds"])
         if (phases := given.get("own_phases")) is not None:
             read["own_phases"] = tuple(RecordedPhase(json.dumps(each)) for each in phases)
@@ -364,6 +391,8 @@ class Resources:
       cache_targets: compute the teacher's targets once for each of the `views`, and keep them.
       tensorboard: write the history as TensorBoard events too, beside the record.
       workers: processes that decode images; None: one a core, 16 at most.
+      keep_anchors: how many students of the run are kept as `anchors/EPOCH.safetensors`, at equal
+        distances of epochs (as far as these are evaluated), for a route of teachers later.
     """
 
     devices: int | None = None
@@ -372,9 +401,12 @@ class Resources:
     cache_targets: bool = False
     tensorboard: bool = False
     workers: int | None = None
+    keep_anchors: int = 0
 
     def __post_init__(self) -> None:
         require_field_types(self)
+        if self.keep_anchors < 0:
+            raise InputError(f"keep_anchors must be at least 0, not {self.keep_anchors}")
         for name in ("workers", "steps_per_dispatch"):
             if getattr(self, name) is not None:
                 _require_count(name, getattr(self, name))

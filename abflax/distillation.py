@@ -37,7 +37,7 @@ from abflax.training.run_directory import Result, RunDirectory, finished_record
 
 def distill(  # noqa: PLR0913 - the front door
     student: Model | Network,
-    teacher: Network | Model | None,
+    teacher: Network | Model | Sequence[Network | Model] | None,
     data: Dataset | ImageFiles,
     *,
     test: Dataset | ImageFiles | None = None,
@@ -59,7 +59,9 @@ def distill(  # noqa: PLR0913 - the front door
         with its weights; modules that these lack (a classifier over other classes) start fresh. An
         NNX module is copied, and starts with the weights it has.
       teacher: a `Network` or an NNX module; None only for methods that need none; given to those,
-        agreement with it is measured where both have the same neurons.
+        agreement with it is measured where both have the same neurons. A list of them is a route
+        (RCO, Jin et al., ICCV 2019): checkpoints of one teacher's training, its *anchors*, each of
+        which is followed for an equal share of the epochs, with all phases of the method.
       data: the training data, as `abflax.load` or `abflax.data.read_folder` gives it, or
         `Dataset(images, labels)`.
       test: held-out data for error and agreement; None: neither is measured.
@@ -120,7 +122,7 @@ def distill(  # noqa: PLR0913 - the front door
 def distill_group(  # noqa: PLR0913 - the front door
     runs: Sequence[Mapping[str, Any]],
     student: Model | Network,
-    teacher: Network | Model | None,
+    teacher: Network | Model | Sequence[Network | Model] | None,
     data: Dataset | ImageFiles,
     *,
     test: Dataset | ImageFiles | None = None,
@@ -161,7 +163,7 @@ def distill_group(  # noqa: PLR0913 - the front door
     Example:
       `distill_group([{"margin": 1.0}, {"margin": 2.0}], student, teacher, data, epochs=(1, 1))`
     """
-    teacher = None if teacher is None else require_network("teacher", teacher)
+    teachers = _networks(teacher)
     require_devices()
     require_instances({
         "data": (data, Dataset | ImageFiles),
@@ -173,7 +175,7 @@ def distill_group(  # noqa: PLR0913 - the front door
         "resources": (resources, Resources | None),
     })  # fmt: skip
     members = [
-        _configure(run, student, teacher, data, test, config, settings)
+        _configure(run, student, teachers, data, test, config, settings)
         for run in _checked_runs(runs)
     ]
     configs = [run_config for run_config, _ in members]
@@ -187,14 +189,18 @@ def distill_group(  # noqa: PLR0913 - the front door
         # The processes of a distributed run were started with the same arguments.
         require_same("its arguments", repr((configs, resources, force, workdir is None)))
         for run_config, run_student in members:
-            require_compatible(run_config, run_student, teacher, data, test)
-        own = fingerprints(members, teacher, data, test) if workdir is not None else {}
+            for network in teachers or (None,):
+                require_compatible(run_config, run_student, network, data, test)
+        own = {}
+        if workdir is not None:
+            last = teachers[-1] if teachers else None
+            own = fingerprints(members, last, data, test, teachers[:-1])
         require_same("the data, the networks or the versions", repr(own))
         results = {} if force else _finished(paths, own, reporter)
         left = [member for member in members if member[0].hash not in results]
         if left:
             group = TrainingGroup(
-                configs[0], teacher, data, test, resources, size=len(left),
+                configs[0], teachers, data, test, resources, size=len(left),
                 keep_going=workdir is not None, reporter=reporter or NullReporter(),
             )  # fmt: skip
             with contextlib.closing(group):
@@ -210,6 +216,17 @@ def distill_group(  # noqa: PLR0913 - the front door
         dataclasses.replace(results[each.hash], model=_model_of(student))
         for each, student in members
     ]
+
+
+def _networks(teacher: Any) -> tuple[Network, ...]:
+    """The teachers, in the order in which they are followed."""
+    if teacher is None:
+        return ()
+    if not isinstance(teacher, Sequence):
+        return (require_network("teacher", teacher),)
+    if not teacher:
+        raise InputError("a list of teachers needs at least one; without a teacher give None")
+    return tuple(require_network("teacher", each) for each in teacher)
 
 
 def _model_of(student: Model | Network) -> Model:
@@ -244,7 +261,7 @@ def _train_group(
 def _configure(
     run: Mapping[str, Any],
     student: Model | Network,
-    teacher: Network | None,
+    teachers: Sequence[Network],
     data: Dataset | ImageFiles,
     test: Dataset | ImageFiles | None,
     config: RunConfig | None,
@@ -257,10 +274,11 @@ def _configure(
     names: dict[str, Any] = {
         "dataset": data.name,
         "student": str(student.name) if isinstance(student, Network) else model_name(student),
-        "teacher": teacher.name if teacher is not None else None,
+        "teacher": teachers[-1].name if teachers else None,
+        "anchors": tuple(str(each.name) for each in teachers[:-1]) or None,
         "test": NO_TEST if test is None else test.name if test.name != data.name else None,
     }
-    for name in {*settings, *own} & {"dataset", "teacher", "test"}:
+    for name in {*settings, *own} & {"dataset", "teacher", "test", "anchors"}:
         raise InputError(f"{name} is the same for all runs, and follows from the arguments")
     if config is None:
         config = RunConfig(dataset=names["dataset"], student=names["student"])

@@ -23,10 +23,20 @@ import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import numpy as np
 import tyro
 from rich.console import Console
 
-from abflax import Network, Resources, RunConfig, Seeds, distill_group, evaluate, load
+from abflax import (
+    Dataset,
+    Network,
+    Resources,
+    RunConfig,
+    Seeds,
+    distill_group,
+    evaluate,
+    load,
+)
 from abflax.errors import InputError
 from abflax.methods import METHODS, PROTOCOLS
 from abflax.models import MODELS
@@ -34,7 +44,12 @@ from abflax.runtime.distributed import is_first
 from abflax.storage.files import as_json, read_json
 from abflax.training.record import read_config, read_record, skip_damaged
 from experiments.common import cli
-from experiments.common.networks import architecture, find_teacher
+from experiments.common.networks import (
+    architecture,
+    find_anchors,
+    find_teacher,
+    greedy_anchors,
+)
 from experiments.common.stats import mean_and_std, percent
 
 TEACHER = "wrn16-2"
@@ -50,6 +65,9 @@ class Arguments(cli.Arguments):
         where --teacher is left out.
       resources: what changes its speed.
       teacher_weights: file or run; left out: what the repository ships.
+      anchors: follow so many of the anchors that the teacher's run has kept (--keep-anchors), one
+        after the other, instead of its end alone; with --method rco or another.
+      greedy: choose those by how far their answers are apart, more than so many nats.
       data_dir: folder of TensorFlow Datasets; left out: TFDS_DATA_DIR.
       seeds: how many, or a list such as 0,3.
       same_batches: train all seeds in one program, on the batches of the first, which changes their
@@ -64,6 +82,8 @@ class Arguments(cli.Arguments):
     config: RunConfig = RunConfig(dataset="cifar10", student="wrn16-1")
     resources: Resources = Resources()
     teacher_weights: str | None = None
+    anchors: int | None = None
+    greedy: float | None = None
     data_dir: str | None = None
     seeds: cli.SeedList = (0,)
     same_batches: bool = False
@@ -101,13 +121,16 @@ def train(arguments: Arguments, console: Console) -> None:
     named = config.teacher is not None or arguments.teacher_weights is not None
     teacher = _teacher(arguments) if config.needs_teacher or named else None
     data, test = (load(config.dataset, split, arguments.data_dir) for split in ("train", "test"))
+    route: Network | list[Network] | None = teacher
+    if arguments.anchors is not None:
+        route = _route(arguments, data)
     reporter = cli.progress(arguments, console)
     first = arguments.seeds[0]
     groups = [[Seeds.all(seed)] for seed in arguments.seeds]
     if arguments.same_batches:
         groups = [[Seeds(seed, first, first, first) for seed in arguments.seeds]]
     run_group = functools.partial(
-        distill_group, student=make_student(num_classes=data.num_classes), teacher=teacher,
+        distill_group, student=make_student(num_classes=data.num_classes), teacher=route,
         data=data, test=test, config=config, workdir=arguments.workdir, force=arguments.force,
         resources=arguments.resources, reporter=reporter,
     )  # fmt: skip
@@ -187,6 +210,17 @@ def _row(path: Path) -> dict[str, Any]:
         "state": "finished" if record else "diverged" if diverged else reached,
         "test error": f"{percent(error)} %" if error is not None else "-",
     }
+
+
+def _route(arguments: Arguments, data: Dataset) -> list[Network]:
+    """The anchors to follow."""
+    name, run, count = arguments.config.teacher, arguments.teacher_weights, arguments.anchors
+    if name is None or run is None or count is None:
+        raise InputError("--anchors are a run's: name it, --teacher wrn16-2 --teacher-weights RUN")
+    networks = find_anchors(name, run, arguments.workdir, count)
+    if arguments.greedy is None:
+        return networks
+    return greedy_anchors(networks, data.take(np.arange(min(len(data), 500))), arguments.greedy)
 
 
 def _teacher(arguments: Arguments) -> Network:

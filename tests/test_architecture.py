@@ -19,6 +19,8 @@ MAY_IMPORT = {
     ("training",): {"config", "data", "losses", "methods", "metrics", "models", "runtime",
                     "storage", "taps", "weights"},
     ("analysis",): {"data", "losses", "metrics", "models", "runtime", "taps", "training"},
+    ("synthesis",): {"config", "data", "losses", "models", "runtime", "storage", "taps",
+                     "training"},
     ("distillation",): {"config", "data", "models", "runtime", "taps", "training"},
 }  # fmt: skip
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 
 from abflax.data import digits, tfds
 from abflax.data.dataset import Dataset
+from abflax.data.dreamed import PREFIX, load_dreamed, read_story
 
 DATASETS: Mapping[str, Callable[[str, str | None], Dataset]] = {
     "cifar10": tfds.load_cifar10,
@@ -22,7 +23,8 @@ def load(name: str, split: str, data_dir: str | None = None) -> Dataset:
     """Loads the data set of that name, once per process.
 
     Args:
-      name: a name in `abflax.data.DATASETS`.
+      name: a name in `abflax.data.DATASETS`; or "dreamed:DIR", what `abflax.synthesis.dream` has
+        made there, whose test split is that of the data set that it stands for.
       split: "train" or "test".
       data_dir: the data directory of TensorFlow Datasets; None: `TFDS_DATA_DIR`, else
         `~/tensorflow_datasets`. "digits" does not use it.
@@ -30,5 +32,10 @@ def load(name: str, split: str, data_dir: str | None = None) -> Dataset:
     Raises:
       ValueError: if the name or split is unknown, or the data is not prepared and cannot be.
     """
+    if name.startswith(PREFIX):
+        directory = name.removeprefix(PREFIX)
+        if split == "train":
+            return load_dreamed(directory, split)
+        name = str(read_story(directory)["stands_for"])
     tfds.require_known("dataset", name, split, DATASETS)
     return DATASETS[name](split, data_dir)

@@ -18,6 +18,11 @@ from abflax.losses.discrepancy import maximum_mean_discrepancy
 from abflax.losses.factors import factor_transfer
 from abflax.losses.features import feature_difference, positions_pooled
 from abflax.losses.gram import fsp, gram_between
+from abflax.losses.images import (
+    agreement_of_logits,
+    batch_norm_statistics_loss,
+    total_variation,
+)
 from abflax.losses.jacobian import (
     attention_pixel_cotangent,
     jacobian_difference,
@@ -41,9 +46,11 @@ __all__ = [
     "activation_indicator",
     "activation_transfer_hinge",
     "activation_transfer_loss",
+    "agreement_of_logits",
     "attention_map",
     "attention_pixel_cotangent",
     "attention_transfer",
+    "batch_norm_statistics_loss",
     "centred_logits_difference",
     "channel_patterns",
     "correlation_congruence",
@@ -68,5 +75,6 @@ __all__ = [
     "relational_distance",
     "similarity_preserving",
     "standardized_logits",
+    "total_variation",
     "variational_information",
 ]

@@ -8,11 +8,13 @@ from abflax.methods.optimizer import SCHEDULES, Optimizer, PhaseSchedule
 from abflax.methods.phase import Phase, Ramp
 from abflax.methods.protocols import PROTOCOLS, Protocol, find_protocol
 from abflax.methods.registry import METHODS, Method, register_method
+from abflax.methods.views import VIEWS, boundary_samples
 
 __all__ = [
     "METHODS",
     "PROTOCOLS",
     "SCHEDULES",
+    "VIEWS",
     "Method",
     "Objective",
     "Optimizer",
@@ -21,6 +23,7 @@ __all__ = [
     "Protocol",
     "Ramp",
     "bind",
+    "boundary_samples",
     "find_protocol",
     "register_method",
 ]

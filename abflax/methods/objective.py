@@ -25,6 +25,7 @@ from abflax.methods.connectors import (
 )
 from abflax.methods.phase import Phase, Ramp
 from abflax.methods.terms import LayerTerm, Term
+from abflax.methods.views import VIEWS
 from abflax.models.variables import abstract_variables
 from abflax.taps import Forward, Model, abstract_forward, run_model, side_of
 
@@ -141,42 +142,76 @@ def _require_comparable(
 
 
 def make_targets(
-    objective: Objective, teacher_params: Any, teacher_stats: Any, images: jax.Array
+    objective: Objective,
+    teacher_params: Any,
+    teacher_stats: Any,
+    images: jax.Array,
+    labels: jax.Array | None = None,
+    keys: jax.Array | None = None,
 ) -> tuple[tuple[Any, ...], Any]:
     """Computes what a batch needs of the teacher.
 
+    Args:
+      objective: the phase, bound to student and teacher.
+      teacher_params: the teacher's weights.
+      teacher_stats: its other variables.
+      images: normalized, `[share, height, width, channels]`.
+      labels: integers `[share]`; only views need them.
+      keys: one for each example, likewise.
+
     Returns:
-      The targets, term by term (and a last entry, see `_targets`), and the teacher's state after
-      the pass.
+      The targets, term by term (and two last entries, see `_targets`), and the teacher's state
+      after the pass.
     """
-    (targets,), stats = make_all_targets((objective,), teacher_params, teacher_stats, images)
+    (targets,), stats = make_all_targets(
+        (objective,), teacher_params, teacher_stats, images, labels, keys
+    )
     return targets, stats
 
 
 def make_all_targets(
-    objectives: Sequence[Objective], teacher_params: Any, teacher_stats: Any, images: jax.Array
+    objectives: Sequence[Objective],
+    teacher_params: Any,
+    teacher_stats: Any,
+    images: jax.Array,
+    labels: jax.Array | None = None,
+    keys: jax.Array | None = None,
 ) -> tuple[tuple[tuple[Any, ...], ...], Any]:
     """`make_targets` for several objectives with one teacher in one mode: one forward pass."""
     teacher = next((each.teacher for each in objectives if each.runs_teacher), None)
     if teacher is None:
-        none = tuple((*(None for _ in each.phase.terms), None) for each in objectives)
+        none: Any = tuple((*(None for _ in each.phase.terms), {}, None) for each in objectives)
         return none, teacher_stats
+    variables = {"params": teacher_params, **teacher_stats}
     forward = run_model(
         teacher,
-        {"params": teacher_params, **teacher_stats},
+        variables,
         images,
         train=any(each.phase.teacher_batch_statistics for each in objectives),
         pullback=any(each.needs_pullback for each in objectives),
     )
-    computed = {each: _targets(each, forward) for each in dict.fromkeys(objectives)}
+    evaluated = functools.partial(run_model, teacher, variables, train=False)
+    views = {name for each in objectives for name in each.phase.views}
+    made = {}
+    for name in sorted(views):
+        if labels is None or keys is None:
+            raise InputError(f"the view {name} needs labels and keys, one for each example")
+        apply = lambda images: evaluated(images).logits  # noqa: E731
+        made[name] = jax.lax.stop_gradient(VIEWS[name](apply, images, labels, keys))
+    passes = {name: evaluated(own) for name, own in made.items()}
+    forward = dataclasses.replace(forward, views=passes)
+    computed = {each: _targets(each, forward, made) for each in dict.fromkeys(objectives)}
     targets = tuple(computed[each] for each in objectives)
     return jax.lax.stop_gradient((targets, forward.state))
 
 
-def _targets(objective: Objective, teacher: Forward) -> tuple[Any, ...]:
-    """The targets of each term; and whether the taps behind booleans are finite, `[batch]`.
+def _targets(
+    objective: Objective, teacher: Forward, views: Mapping[str, jax.Array]
+) -> tuple[Any, ...]:
+    """The targets of each term; the images of its views; and whether all is finite.
 
-    NaN in a float stays one in the loss, but a boolean hides it.
+    The last is of the taps behind booleans, `[batch]`. NaN in a float stays one in the loss, but a
+    boolean hides it.
     """
     terms = [term for _, term in objective.phase.terms]
     targets = tuple(
@@ -193,7 +228,8 @@ def _targets(objective: Objective, teacher: Forward) -> tuple[Any, ...]:
         jnp.isfinite(teacher.taps[name]).reshape(len(teacher.logits), -1).all(axis=1)
         for name in sorted(hidden)
     ]
-    return (*targets, functools.reduce(jnp.logical_and, finite) if finite else None)
+    own = {name: views[name] for name in objective.phase.views}
+    return (*targets, own, functools.reduce(jnp.logical_and, finite) if finite else None)
 
 
 def student_loss(
@@ -231,7 +267,15 @@ def student_loss(
         pullback=objective.needs_pullback,
         dropout_key=dropout_key,
     )
-    stats = {"student": student.state, "connectors": {}}
+    state, views = student.state, {}
+    for name, made in targets[-2].items():  # a pass of its own, also for its batch norms
+        variables = {"params": params["student"], **state}
+        views[name] = run_model(
+            objective.student, variables, made, train=True, dropout_key=dropout_key
+        )
+        state = views[name].state
+    student = dataclasses.replace(student, views=views)
+    stats = {"student": state, "connectors": {}}
     total = jnp.zeros((), jnp.result_type(float))
     measures: dict[str, Any] = {}
     for index, (weight, term) in enumerate(objective.phase.terms):
@@ -262,10 +306,16 @@ def _of_whole_batch(
     exactly that of the whole batch.
     """
     taps = {name: student.taps[name] for name in term.chosen(student.taps)}
-    share = taps, student.logits, student.features, targets, labels
-    taps, logits, features, targets, labels = jax.lax.all_gather(share, axis_name, tiled=True)
+    of_views = {name: forward.logits for name, forward in student.views.items()}
+    share = taps, student.logits, student.features, of_views, targets, labels
+    taps, logits, features, of_views, targets, labels = jax.lax.all_gather(
+        share, axis_name, tiled=True
+    )
+    views = {
+        name: dataclasses.replace(student.views[name], logits=own) for name, own in of_views.items()
+    }
     forward = dataclasses.replace(
-        student, taps=student.taps | taps, logits=logits, features=features
+        student, taps=student.taps | taps, logits=logits, features=features, views=views
     )
     return forward, targets, labels
 

@@ -83,6 +83,7 @@ class Phase:
         its running ones drift.
       ema: the decay of an exponential moving average of the student's weights, in (0, 1), which is
         evaluated and saved beside them; None: there is none.
+      teacher: which of the run's teachers, from 0 (see `RunConfig.anchors`).
 
     Raises:
       ValueError: if the terms are no pairs of a weight and a term, or a term has a field that
@@ -94,6 +95,7 @@ class Phase:
     optimizer: Optimizer | OwnOptimizer = Optimizer()
     teacher_batch_statistics: bool = False
     ema: float | None = None
+    teacher: int = 0
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not self.name:
@@ -122,6 +124,11 @@ class Phase:
         optimizer = self.optimizer.transformation(schedule, trainable)
         return optimizer if self.ema is None else optax.chain(optimizer, track_average(self.ema))
 
+    @property
+    def views(self) -> tuple[str, ...]:
+        """The views that its terms read."""
+        return tuple(dict.fromkeys(term.view for _, term in self.terms if term.view is not None))
+
     def as_json(self) -> dict[str, Any]:
         """All that the phase optimizes, as plain JSON values: what a run's hash and record hold.
 
@@ -132,6 +139,7 @@ class Phase:
         if isinstance(optimizer, OwnOptimizer):
             settings = {"optax": optimizer.label}
         found = {
+            **({"teacher": self.teacher} if self.teacher else {}),
             "name": self.name,
             "terms": [
                 [

@@ -13,6 +13,7 @@ from abflax.methods.protocols import Protocol, find_protocol
 from abflax.methods.terms import (
     ActivationBoundary,
     AttentionTransfer,
+    BoundarySupport,
     CorrelationCongruence,
     CorrelationDistillation,
     CrossEntropy,
@@ -83,6 +84,11 @@ _METHODS: dict[str, Method] = {
     "kd": Method(
         "softened logits", "Hinton, Vinyals, Dean 2015", **_alone(KnowledgeDistillation())
     ),
+    "rco": Method(
+        "softened logits, of a list of teachers one after the other",
+        "Jin et al., ICCV 2019",
+        **_alone(KnowledgeDistillation()),
+    ),
     "fitnet": Method(
         "the last layer's activations, then softened logits",
         "Romero et al., ICLR 2015",
@@ -136,6 +142,12 @@ _METHODS: dict[str, Method] = {
         "correlations of probabilities over the classes and over the batch, and labels",
         "Huang et al., NeurIPS 2022",
         **_alone(CrossEntropy(), CorrelationDistillation()),
+        classifies=True,
+    ),
+    "bss": Method(
+        "softened logits, on images and on what the teacher's gradients make of them; and labels",
+        "Heo et al., AAAI 2019 (boundary-supporting samples)",
+        **_alone(CrossEntropy(), BoundarySupport()),
         classifies=True,
     ),
     "sp": Method(

@@ -1,6 +1,7 @@
 """Runs networks for their taps, the named pre-activations, and finds what can be tapped."""
 
 from abflax.taps.nnx import Nnx
+from abflax.taps.norms import run_with_norms
 from abflax.taps.running import (
     Forward,
     Model,
@@ -33,6 +34,7 @@ __all__ = [
     "number_of_logits",
     "rectified_taps",
     "run_model",
+    "run_with_norms",
     "side_of",
     "sow_features",
     "sow_tap",

@@ -17,6 +17,8 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from abflax.taps.sides import (
     LOSSES,
+    NORM_INPUT,
+    RECORD_NORMS,
     SWITCHES,
     Pass,
     Path,
@@ -241,6 +243,14 @@ def _recording(kind: type[nnx.Module]) -> type[nnx.Module]:
     """The class of modules of that kind that sow and record what they return."""
 
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if (
+            RECORD_NORMS.get()
+            and args
+            and all(
+                isinstance(getattr(self, name, None), nnx.BatchStat) for name in ("mean", "var")
+            )
+        ):
+            self.sow(nnx.Intermediate, NORM_INPUT, args[0])
         outputs = kind.__call__(self, *args, **kwargs)
         self.sow(nnx.Intermediate, _OUTPUT, outputs)
         leaves = jax.tree.leaves(outputs)

@@ -46,6 +46,7 @@ class Forward:
       state: collection -> variables after the pass, of all collections but `params`. A pass in
         evaluation mode does not change them.
       losses: the sum of the losses that modules sowed into `losses`; None: there are none.
+      views: name -> the pass on images that were made from these (`abflax.methods.views`).
       pullback: {tap: cotangent} -> the gradient of these taps with respect to the images, through
         the same pass; None unless `run_model` was called with `pullback=True`.
     """
@@ -55,6 +56,7 @@ class Forward:
     features: jax.Array | None
     state: Any
     losses: jax.Array | None = None
+    views: dict[str, Forward] = struct.field(default_factory=dict)
     pullback: Callable[[dict[str, jax.Array]], jax.Array] | None = struct.field(
         pytree_node=False, default=None
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import contextvars
 import dataclasses
 import inspect
 from collections.abc import Iterable, Mapping
@@ -15,6 +16,8 @@ from abflax.errors import InputError
 Path = tuple[str, ...]
 
 COLLECTION = "intermediates"  # a collection that Flax's `init` does not return
+NORM_INPUT = "batch_norm_input"  # what a batch norm gets, sown where `RECORD_NORMS` is set
+RECORD_NORMS: contextvars.ContextVar[bool] = contextvars.ContextVar("norms", default=False)
 LOSSES = "losses"  # Flax's usual collection for losses that modules sow
 _PASSING = (COLLECTION, LOSSES, "perturbations")  # of one pass, not of the model
 

@@ -99,6 +99,11 @@ def require_cacheable(phases: Sequence[Phase], views: int | None) -> None:
                 f"in phase {phase.name} of this protocol the teacher's batch norms use the batch's "
                 "statistics, so its targets depend on the batch and cannot be cached"
             )
+        if phase.views:
+            raise InputError(
+                f"phase {phase.name} makes images from random keys at every step (the view "
+                f"{phase.views[0]}), so its targets cannot be cached"
+            )
 
 
 def require_synchronized(student: Model, teacher: Model | None, spec: InputSpec) -> None:

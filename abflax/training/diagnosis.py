@@ -33,6 +33,7 @@ def find_nonfinite(
     images: jax.Array,
     labels: jax.Array,
     dropout_key: jax.Array | None = None,
+    view_keys: jax.Array | None = None,
 ) -> dict[str, list[dict[str, jax.Array]]]:
     """Finds the arrays of a step that are not finite, on any device.
 
@@ -43,6 +44,7 @@ def find_nonfinite(
       images: this device's share, normalized.
       labels: of the images.
       dropout_key: as `train_step` takes it.
+      view_keys: as `make_targets` takes them.
 
     Returns:
       "sources" (images and weights), "taps" (pre-activations and logits; the teacher's, the
@@ -74,7 +76,9 @@ def find_nonfinite(
     student = run_model(objective.student, variables, images, train=True, dropout_key=dropout_key)
     sources += weights("the student's", {"params": params["student"]})
     taps += passed("the student's", student.taps) + [bad("the student's logits", student.logits)]
-    targets, _ = make_targets(objective, teacher_params, stats["teacher"], images)
+    targets, _ = make_targets(
+        objective, teacher_params, stats["teacher"], images, labels, view_keys
+    )
     for index, connectors in enumerate(objective.connectors):
         if connectors is not None:
             view, _, _ = apply_connectors(

@@ -64,6 +64,7 @@ def fingerprints(
     teacher: Network | None,
     data: Dataset | ImageFiles,
     test: Dataset | ImageFiles | None,
+    anchors: Sequence[Network] = (),
 ) -> dict[str, Fingerprint]:
     """Computes the fingerprints of the runs of a group, by their hashes.
 
@@ -72,6 +73,7 @@ def fingerprints(
       teacher: as `abflax.distill` takes it.
       data: the training data, of which the runs may use a share.
       test: held-out data.
+      anchors: the teachers before it.
     """
     precision, shape = members[0][0].precision, data.image_shape
     shared = {f"training {name}": value for name, value in _data_digests(data).items()}
@@ -80,6 +82,11 @@ def fingerprints(
     if teacher is not None:
         shared["teacher's weights"] = digest(teacher.variables)
         shared[f"teacher's {_PROGRAM}"] = _program_digest(teacher.model, precision, shape, False)
+    for index, anchor in enumerate(anchors, 1):
+        shared[f"anchor {index}'s weights"] = digest(anchor.variables)
+        shared[f"anchor {index}'s {_PROGRAM}"] = _program_digest(
+            anchor.model, precision, shape, False
+        )
     flags = {name: str(getattr(jax.config, name, None)) for name in _FLAGS}
     found = {}
     for config, student in members:

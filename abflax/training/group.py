@@ -33,12 +33,29 @@ if TYPE_CHECKING:
     from abflax.training.run import Run
 
 
+@dataclasses.dataclass(frozen=True)
+class Teacher:
+    """A teacher on the devices, or the place of none.
+
+    Attributes:
+      model: as it computes; None: there is none.
+      params: its weights.
+      stats: its other variables.
+      is_finite: whether all of them are.
+    """
+
+    model: Model | None = None
+    params: Any = dataclasses.field(default_factory=dict)
+    stats: Any = dataclasses.field(default_factory=dict)
+    is_finite: bool = True
+
+
 class TrainingGroup:
     """The teacher, data, devices and compiled programs that runs share.
 
     Args:
       config: of any of the runs: they have its `group_key` in common.
-      teacher: None where there is none.
+      teachers: the anchors in their order, and the teacher; empty where there is none.
       data: the training data, of which the configuration's share is used.
       test: the held-out data; None: nothing is measured.
       resources: see `abflax.Resources`.
@@ -50,7 +67,7 @@ class TrainingGroup:
     def __init__(
         self,
         config: RunConfig,
-        teacher: Network | None,
+        teachers: Sequence[Network],
         data: Dataset | ImageFiles,
         test: Dataset | ImageFiles | None,
         resources: Resources,
@@ -74,20 +91,8 @@ class TrainingGroup:
             dataclasses.replace(data.preprocessing, views=config.views), data.image_shape, devices,
             streamed, self.steps_per_dispatch,
         )  # fmt: skip
-        self.teacher: Model | None = None
-        self.teacher_params: Any = {}
-        self.teacher_stats: Any = {}
-        self.teacher_is_finite = True
-        if teacher is not None:
-            self.teacher = configure_model(teacher.model, config.precision, AXIS)
-            # Copies: what is not trained is donated with the state.
-            variables = jax.tree.map(np.array, dict(teacher.variables))
-            variables = {"batch_stats": {}, **floats_in(jnp.result_type(float), variables)}
-            self.teacher_is_finite = all(
-                bool(np.isfinite(leaf).all()) for leaf in jax.tree.leaves(variables)
-            )
-            self.teacher_params = replicate(variables.pop("params"), devices)
-            self.teacher_stats = variables
+        self.teachers = [_placed(each, config.precision, devices) for each in teachers]
+        self.teachers = self.teachers or [Teacher()]
         self.key = jax.random.key(config.seeds.augmentation)
         stream = Stream(len(self.data), config.batch_size, config.seeds.order)
         seed = config.seeds.augmentation
@@ -114,7 +119,7 @@ class TrainingGroup:
         steps = compile_steps(programs, self.spec)
         inputs = self.inputs(runs[0].step, count)
         targets = cached if self.resources.cache_targets else None
-        trained = steps(states, self.teacher_params, inputs, self.key, count, targets)
+        trained = steps(states, runs[0].teacher.params, inputs, self.key, count, targets)
         return tuple(zip(*trained, strict=True))
 
     def evaluate(self, runs: Sequence[Run]) -> Sequence[dict[str, Any]]:
@@ -131,7 +136,16 @@ class TrainingGroup:
         for run in averaged:
             params = run.state.params | {"student": run.state.average["params"]}
             students.append((params, run.state.batch_stats))
-        measured = self.evaluation(programs, tuple(students), self.teacher_params)
+        measured = self.evaluation(programs, tuple(students), runs[0].teacher.params)
         for run, of_average in zip(averaged, measured[len(runs) :], strict=True):
             measured[runs.index(run)]["ema"] = of_average
         return measured[: len(runs)]
+
+
+def _placed(network: Network, precision: str, devices: Sequence[jax.Device]) -> Teacher:
+    # Copies: what is not trained is donated with the state.
+    variables = jax.tree.map(np.array, dict(network.variables))
+    variables = {"batch_stats": {}, **floats_in(jnp.result_type(float), variables)}
+    finite = all(bool(np.isfinite(leaf).all()) for leaf in jax.tree.leaves(variables))
+    params = replicate(variables.pop("params"), devices)
+    return Teacher(configure_model(network.model, precision, AXIS), params, variables, finite)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from collections.abc import Iterable
 from fractions import Fraction
 from typing import Any
 
@@ -106,6 +107,13 @@ def phases_and_schedules(
             )
         before = after
     return phases, schedules
+
+
+def anchor_epochs(epochs: Iterable[int], count: int) -> set[int]:
+    """The epochs among those that are nearest to `count` equal parts of the last."""
+    epochs = sorted(epochs)
+    wanted = [Fraction(epochs[-1] * part, count) for part in range(1, count + 1)]
+    return {min(epochs, key=lambda epoch: abs(epoch - each)) for each in wanted}
 
 
 def evaluation_steps(

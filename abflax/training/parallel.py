@@ -35,6 +35,7 @@ from abflax.training.step import (
     trainable_mask,
 )
 
+_VIEW = 2  # likewise, for views
 _DROPOUT = 1  # folded into an example's key; the augmentation has the key before this fold
 
 
@@ -210,7 +211,8 @@ def _train_steps(
         dropout_key = _dropout_key(examples, epochs, key)
         # The teacher's statistics are the same in all states: it saw the same batches.
         targets, stats = _targets_of_all(
-            programs, teacher_params, states[0].batch_stats["teacher"], images,
+            programs, teacher_params, states[0].batch_stats["teacher"], images, labels,
+            _view_keys(examples, epochs, key),
             _cached_rows(cached, examples, epochs, key, spec.preprocessing),
         )  # fmt: skip
         trained = (
@@ -242,13 +244,15 @@ def _targets_of_all(
     teacher_params: Any,
     teacher_stats: Any,
     images: jax.Array,
+    labels: jax.Array,
+    keys: jax.Array | None,
     packed: Any | None,
 ) -> tuple[tuple[Any, ...], Any]:
     """The targets for each student, from the cache or from one pass of the teacher."""
     objectives = tuple(program.objective for program in programs)
     compute = functools.partial(make_all_targets, objectives, teacher_params, teacher_stats)
     if packed is None:
-        return compute(images)
+        return compute(images, labels, keys)
     return _unpack(packed, jax.eval_shape(compute, images)[0]), teacher_stats
 
 
@@ -320,6 +324,16 @@ def _dropout_key(examples: jax.Array, epochs: jax.Array, key: jax.Array) -> jax.
     return jax.random.fold_in(example_key, _DROPOUT)
 
 
+def _view_keys(examples: jax.Array, epochs: jax.Array, key: jax.Array) -> jax.Array:
+    """A key for each example in its epoch, whichever device has it."""
+
+    def of_example(example: jax.Array, epoch: jax.Array) -> jax.Array:
+        own = jax.random.fold_in(jax.random.fold_in(key, epoch), example)
+        return jax.random.fold_in(own, _VIEW)
+
+    return jax.vmap(of_example)(examples, epochs)
+
+
 def _find_nonfinite(
     objective: Objective,
     preprocessing: Preprocessing,
@@ -331,7 +345,8 @@ def _find_nonfinite(
     """`find_nonfinite` for the first of the inputs' steps."""
     images, labels = _training_batch(inputs, 0, key, preprocessing)
     dropout_key = _dropout_key(inputs.examples[0], inputs.epochs[0], key)
-    return find_nonfinite(objective, state, teacher_params, images, labels, dropout_key)
+    view_keys = _view_keys(inputs.examples[0], inputs.epochs[0], key)
+    return find_nonfinite(objective, state, teacher_params, images, labels, dropout_key, view_keys)
 
 
 def _evaluate(

@@ -21,8 +21,13 @@ from abflax.taps import Model
 from abflax.training.compatibility import require_cacheable, require_synchronized
 from abflax.training.devices import AXIS, replicate
 from abflax.training.diagnosis import Trend, describe_nonfinite, norm_of
-from abflax.training.group import TrainingGroup
-from abflax.training.history import TrainHistory, evaluation_steps, phases_and_schedules
+from abflax.training.group import Teacher, TrainingGroup
+from abflax.training.history import (
+    TrainHistory,
+    anchor_epochs,
+    evaluation_steps,
+    phases_and_schedules,
+)
 from abflax.training.parallel import compile_phase
 from abflax.training.record import make_diverged, make_record
 from abflax.training.run_directory import Result, RunDirectory
@@ -69,12 +74,18 @@ class Run:
         if group.resources.cache_targets:
             require_cacheable(self.phases, config.views)
         self.evaluations = evaluation_steps(config, self.schedules, examples)
+        self._anchor_epochs: set[int] = set()
+        if keep := group.resources.keep_anchors:
+            if directory.path is None:
+                raise InputError("anchors are kept in a run's folder: give a workdir")
+            self._anchor_epochs = anchor_epochs(self.evaluations.values(), keep)
         model = configure_model(student, config.precision, AXIS)
         self._programs = [
-            compile_phase(model, group.teacher, phase, schedule, group.spec)
+            compile_phase(model, group.teachers[phase.teacher].model, phase, schedule, group.spec)
             for phase, schedule in zip(self.phases, self.schedules, strict=True)
         ]
-        require_synchronized(student, group.teacher, group.spec)
+        for teacher in group.teachers:
+            require_synchronized(student, teacher.model, group.spec)
         self.history = TrainHistory()
         self.program = self._programs[0]
         self.state: Any = None
@@ -95,6 +106,11 @@ class Run:
     def step(self) -> int:
         """Steps that have been made."""
         return self.history.step
+
+    @property
+    def teacher(self) -> Teacher:
+        """The teacher of the current phase."""
+        return self.group.teachers[self.phases[self.history.phase].teacher]
 
     @property
     def next_evaluation(self) -> int:
@@ -163,6 +179,8 @@ class Run:
         self.directory.log(entry)
         self.reporter.evaluated(entry)
         self.save()
+        if entry["epoch"] in self._anchor_epochs:
+            self.directory.keep_anchor(entry["epoch"], self.snapshot[1].student)
         if self.step == self.schedules[self.history.phase].end:
             self.reporter.finished()
             self._next_phase()
@@ -211,9 +229,11 @@ class Run:
         if before is None:
             student = program.init(jax.random.fold_in(key, 0))
             student = _with_given_variables(student, self._given_variables)
-            teacher_stats = self.group.teacher_stats
         else:
             student, teacher_stats = before.student, before.batch_stats["teacher"]
+        teacher = self.phases[index].teacher
+        if before is None or teacher != self.phases[index - 1].teacher:
+            teacher_stats = self.group.teachers[teacher].stats
         state = program.begin(student, teacher_stats, jax.random.fold_in(key, 1 + index))
         self.state = replicate(jax.tree.map(np.array, state), self.group.spec.devices)
         self.history.phase = index
@@ -230,7 +250,7 @@ class Run:
         self.cached_targets = None  # frees those of the phase before
         if self.group.resources.cache_targets:
             self.cached_targets = cached_targets(
-                self.program, self.group.spec, self.group.teacher_params,
+                self.program, self.group.spec, self.teacher.params,
                 self.state.batch_stats["teacher"], self.group.inputs.resident["images"],
                 self.config.batch_size,
             )  # fmt: skip
@@ -278,7 +298,8 @@ class Run:
 
     def _abstract_state(self, index: int) -> TrainState:
         key, program = jax.random.key(0), self._programs[index]
-        return program.begin(program.init(key), self.group.teacher_stats, key)
+        stats = self.group.teachers[self.phases[index].teacher].stats
+        return program.begin(program.init(key), stats, key)
 
     def _take_snapshot(self) -> None:
         """Copies the state to the host."""
@@ -289,7 +310,7 @@ class Run:
 
         Returns the newest loss among them. Raises `NonFiniteError`.
         """
-        loss, teacher_is_finite = None, self.group.teacher_is_finite
+        loss, teacher_is_finite = None, self.teacher.is_finite
         while len(self._pending) > leave:
             start, metrics, count = self._pending.pop(0)
             flat = {k: np.asarray(v) for k, v in flatten_dict(metrics, sep="/").items()}
@@ -327,7 +348,7 @@ class Run:
             ((self.state, _),) = group.train_steps([self], count)
             self.history.step += count
         inputs = group.inputs(step, 1)
-        nonfinite = program.find_nonfinite(self.state, group.teacher_params, inputs, group.key)
+        nonfinite = program.find_nonfinite(self.state, self.teacher.params, inputs, group.key)
         norm = norm_of(jax.tree.map(np.asarray, self.state.params["student"]))
         rate = float(program.schedule(step - self.schedules[self.history.phase].start))
         parts = [describe_nonfinite(nonfinite), self._trend.divergence(norm, rate)]

@@ -30,6 +30,9 @@ from abflax.training.fingerprint import (
 from abflax.training.record import read_record, require_writable, write_record
 from abflax.weights import read_state_dict, save_variables
 
+ANCHORS = "anchors"
+"""The folder of a run for the students that were kept along it."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Result:
@@ -180,6 +183,11 @@ class RunDirectory:
         self.close()
         return Result(record, variables, self.path, average=average)
 
+    def keep_anchor(self, epoch: int, variables: Any) -> None:
+        """Writes the student after an epoch, which stays beside that of the end."""
+        if self.path is not None:
+            on_process_zero(_keep)(self.path / ANCHORS / f"{epoch:06}.safetensors", variables)
+
     def diverge(self, record: dict[str, Any]) -> None:
         """Writes how a run ended whose numbers went wrong, so that tables count it."""
         if self.path is not None:
@@ -189,6 +197,11 @@ class RunDirectory:
         """Waits for what is written in the background, and releases the lock."""
         with self._lock, self._writers:
             pass
+
+
+def _keep(path: Path, variables: Any) -> None:
+    path.parent.mkdir(exist_ok=True)
+    save_variables(path, variables)
 
 
 @on_process_zero

@@ -117,7 +117,8 @@ def train_step(
       images: normalized, `[share, height, width, channels]`.
       labels: integers `[share]`.
       dropout_key: for a student with dropout.
-      precomputed_targets: the result of `make_targets` for these images; None: it is computed here.
+      precomputed_targets: the result of `make_targets` for these images; None: it is computed here,
+        which is not possible for terms that read a view.
 
     Returns:
       The new state, and metrics averaged over the devices: "loss", "gradient_norm" and what the
@@ -249,8 +250,9 @@ def trainable_mask(objective: Objective, image_shape: tuple[int, ...]) -> Any:
 
     def loss(params: Any, teacher_params: Any, images: jax.Array, labels: jax.Array) -> jax.Array:
         zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), state.batch_stats)
-        targets, _ = make_targets(objective, teacher_params, zeros["teacher"], images)
         key = jax.random.key(0)
+        keys = jax.random.split(key, len(images))
+        targets, _ = make_targets(objective, teacher_params, zeros["teacher"], images, labels, keys)
         return student_loss(objective, params, zeros, targets, images, labels, key)[0]
 
     axes = [(objective.axis_name, 1)] if objective.axis_name else None

@@ -205,7 +205,8 @@ def _run_config_flags(info: StructTypeInfo, hidden: Sequence[str]) -> StructCons
     kind: Any
     flags = {}
     for name, (kind, text) in _documented(RunConfig).items():
-        if name not in {"options", "seeds", "setting", "test", "own_phases", "optimizer", *hidden}:
+        if name not in {"options", "seeds", "setting", "test", "own_phases", "optimizer", "anchors",
+                        *hidden}:  # fmt: skip
             kind = _OWN_FORMS.get(kind, kind)
             flags[name] = StructFieldSpec(name, kind, getattr(info.default, name), text)
     options = {}

@@ -2,14 +2,22 @@
 
 import dataclasses
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
+
 from abflax.data import DATASETS, IMAGE_DATASETS, Dataset, ImageFiles, load, load_image_files
+from abflax.data.augmentation import normalize
+from abflax.data.dreamed import PREFIX, read_story
 from abflax.errors import InputError, unknown
+from abflax.losses import knowledge_distillation
 from abflax.models import MODELS
 from abflax.models.network import Network, digest
+from abflax.taps import run_model
 from abflax.training.record import read_record
+from abflax.training.run_directory import ANCHORS
 from abflax.weights import load_network
 
 SHIPPED = Path(__file__).parent.parent / "teachers"
@@ -40,6 +48,8 @@ def find_teacher(name: str, dataset: str, weights: str | None, workdir: Path) ->
     package has (`PACKAGED`), or the repository ships, trained on the data set.
     """
     MODELS[name]  # an unknown name is reported first
+    if dataset.startswith(PREFIX):
+        dataset = str(read_story(dataset.removeprefix(PREFIX))["stands_for"])
     if weights is None:
         if name in PACKAGED:
             return _load_file(name, _packaged_file(name))
@@ -68,6 +78,45 @@ def find_teacher(name: str, dataset: str, weights: str | None, workdir: Path) ->
 def is_packaged(name: str) -> bool:
     """Whether a package with the published weights of that architecture is installed."""
     return name in PACKAGED and _packaged(name) is not None
+
+
+def find_anchors(name: str, run: str, workdir: Path, count: int) -> list[Network]:
+    """Loads anchors of a teacher's run at equal distances, the last of them its final weights.
+
+    The run was trained with --keep-anchors.
+    """
+    folder = workdir / "runs" / run / ANCHORS
+    paths = sorted(folder.glob("*.safetensors"))
+    if not 1 <= count <= len(paths):
+        raise InputError(
+            f"{folder} holds {len(paths)} anchors, not {count}; --keep-anchors N keeps some"
+        )
+    chosen = [paths[len(paths) * part // count - 1] for part in range(1, count + 1)]
+    return [_load_file(name, path) for path in chosen]
+
+
+def greedy_anchors(networks: Sequence[Network], data: Dataset, threshold: float) -> list[Network]:
+    """Chooses anchors from all checkpoints of a run, so that each step is about as hard.
+
+    The first is an anchor. The next is always the first on which the mean KL(p ‖ q) of its answers
+    p and the last anchor's q exceeds the threshold, in nats; and the last one is an anchor. So the
+    student is taken to answer as the anchor that it has followed.
+    """
+    if not threshold > 0:
+        raise InputError(f"the threshold of anchors must be above 0, not {threshold}")
+
+    def answers(network: Network) -> jax.Array:
+        images = normalize(jnp.asarray(data.images), data.preprocessing)
+        return run_model(network.model, network.variables, images, train=False).logits
+
+    chosen, before = [networks[0]], answers(networks[0])
+    for network in networks[1:]:
+        now = answers(network)
+        hard = float(knowledge_distillation(before, now).mean()) > threshold
+        if hard or network is networks[-1]:
+            chosen.append(network)
+            before = now
+    return chosen
 
 
 def _packaged_file(name: str) -> Path:

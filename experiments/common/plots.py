@@ -62,6 +62,27 @@ def curves(records: Records, path: Path, title: str) -> None:
         _save(figure, path, 150)
 
 
+def contact_sheet(
+    images: np.ndarray, labels: np.ndarray, pixels: tuple[float, float], path: Path
+) -> None:
+    """Draws images as a table of one row a class, at most twenty of each, as PNG."""
+    rows = [np.flatnonzero(labels == label)[:20] for label in np.unique(labels)]
+    height, width, channels = images.shape[1:]
+    gap, scale = 1, max(1, 48 // height)
+    sheet = np.full(
+        (len(rows) * (height + gap), max(map(len, rows)) * (width + gap), channels), pixels[1]
+    )
+    for row, chosen in enumerate(rows):
+        for column, index in enumerate(chosen):
+            top, left = row * (height + gap), column * (width + gap)
+            sheet[top : top + height, left : left + width] = images[index]
+    sheet = np.clip((sheet - pixels[0]) / (pixels[1] - pixels[0]), 0, 1)
+    sheet = sheet.repeat(scale, axis=0).repeat(scale, axis=1)
+    buffer = io.BytesIO()
+    plt.imsave(buffer, sheet if channels == 3 else sheet[..., 0], cmap="gray", format="png")
+    write_whole(path, buffer.getvalue())
+
+
 def _agreement(layer: str) -> Callable[[Mapping[str, Any]], float | None]:
     return lambda entry: entry["agreement"].get(layer)
 

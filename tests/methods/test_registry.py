@@ -14,7 +14,7 @@ from flax import linen as nn
 from abflax import load
 from abflax.data import normalize
 from abflax.methods import METHODS
-from abflax.methods.objective import bind
+from abflax.methods.objective import bind, make_targets
 from abflax.methods.optimizer import PhaseSchedule
 from abflax.models.network import configure_model
 from abflax.models.variables import init_variables
@@ -77,19 +77,20 @@ def test_transfer_loss_falls(pair, name):
         dataclasses.replace(schedule, steps=STEPS, epochs=STEPS, run_epochs=STEPS)
     )
     stats = {"batch_stats": variables["batch_stats"]}
-    key = jax.random.key(0)
+    key, weights = jax.random.key(0), (variables["params"],)
+    drawn = labels, jax.random.split(key, len(images))  # for boundary-supporting samples
 
     @jax.jit
     def losses(first, images, labels):
         state = create_train_state(objective, optimizer, first, stats, key, shape)
 
         def step(state, _):
-            state, metrics = train_step(
-                objective, optimizer, state, variables["params"], images, labels
+            made = make_targets(objective, *weights, state.batch_stats["teacher"], images, *drawn)
+            return train_step(
+                objective, optimizer, state, *weights, images, labels, precomputed_targets=made
             )
-            return state, metrics["loss"]
 
-        return jax.lax.scan(step, state, length=STEPS)[1]
+        return jax.lax.scan(step, state, length=STEPS)[1]["loss"]
 
     found = losses(first, images, labels)
     assert found[-3:].mean() < 0.9 * found[:3].mean(), found
@@ -108,23 +109,33 @@ def test_the_whole_batch_on_one_device_and_on_eight(name, x64):
     student, teacher = (configure_model(Tiny(width), "float64", AXIS) for width in (6, 12))
     phase, shape, keys = METHODS[name]()[-1], (8, 8, 1), jax.random.split(jax.random.key(0), 4)
     variables = init_variables(teacher, keys[0], shape)
+    stats = {"batch_stats": variables["batch_stats"]}
     objective, optimizer = bind(student, teacher, phase, shape, axis_name=AXIS), optax.sgd(1.0)
     state = create_train_state(
         objective, optimizer, init_variables(student, keys[1], shape),
-        {"batch_stats": variables["batch_stats"]},
+        stats,
         keys[2], shape,
     )  # fmt: skip
     images, labels = jax.random.normal(keys[3], (16, *shape)), jnp.arange(16) % 10
 
     def trained(count):
         step = jax.pmap(
-            lambda images, labels: train_step(
-                objective, optimizer, state, variables["params"], images, labels
+            lambda images, labels, keys: train_step(
+                objective,
+                optimizer,
+                state,
+                variables["params"],
+                images,
+                labels,
+                precomputed_targets=make_targets(
+                    objective, variables["params"], stats, images, labels, keys
+                ),
             ),
             axis_name=AXIS,
             out_axes=None,
             devices=jax.devices()[:count],
         )
-        return step(images.reshape(count, -1, *shape), labels.reshape(count, -1))
+        batch = images, labels, jax.random.split(keys[3], 16)
+        return step(*(each.reshape(count, -1, *each.shape[1:]) for each in batch))
 
     chex.assert_trees_all_close(trained(8), trained(1), rtol=1e-9, atol=1e-11)

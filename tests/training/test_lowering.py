@@ -34,12 +34,12 @@ def lowered(program, platform, precision="float32", networks=("wrn10-1", "wrn10-
     data = load("digits", "test").take(np.arange(40))
     config = RunConfig("digits", networks[0], "teacher", epochs=(1, 1), batch_size=16,
                        precision=precision)  # fmt: skip
-    group = TrainingGroup(config, teacher, data, data, Resources(1, steps_per_dispatch=2))
+    group = TrainingGroup(config, [teacher], data, data, Resources(1, steps_per_dispatch=2))
     run = Run(config, student, group, RunDirectory(None, config), NullReporter())
     phase = run._programs[program == "classify"]
     key = jax.random.key(0)
-    state = jax.eval_shape(lambda: phase.begin(phase.init(key), group.teacher_stats, key))
-    params = group.teacher_params
+    state = jax.eval_shape(lambda: phase.begin(phase.init(key), group.teachers[0].stats, key))
+    params = group.teachers[0].params
     if program == "evaluate":
         function = compile_evaluation((phase,), group.spec)
         (inputs,) = group.evaluation._inputs
@@ -47,7 +47,7 @@ def lowered(program, platform, precision="float32", networks=("wrn10-1", "wrn10-
     elif program == "targets":
         index = np.zeros((1, 16), np.int32)
         images = group.inputs.resident["images"]
-        function, arguments = phase.targets, (params, group.teacher_stats, images, index, index)
+        function, arguments = phase.targets, (params, group.teachers[0].stats, images, index, index)
     else:
         function = compile_steps((phase,), group.spec)
         arguments = ((state,), params, group.inputs(0, 2), key, 2, None)

@@ -2,6 +2,7 @@
 
 from abflax.methods.terms.activation_boundary import ActivationBoundary
 from abflax.methods.terms.base import LayerTerm, Term
+from abflax.methods.terms.boundary import BoundarySupport
 from abflax.methods.terms.features import FeatureDifference
 from abflax.methods.terms.jacobian import JacobianMatching
 from abflax.methods.terms.logits import (
@@ -27,6 +28,7 @@ from abflax.methods.terms.relations import AttentionTransfer, FlowOfSolution, Ne
 __all__ = [
     "ActivationBoundary",
     "AttentionTransfer",
+    "BoundarySupport",
     "CorrelationCongruence",
     "CorrelationDistillation",
     "CrossEntropy",

@@ -33,6 +33,8 @@ class Term:
       relates: "batch" for a term that compares examples with each other: `loss` gets the student's
         values, targets and labels of the whole batch, gathered over the devices; None: those of a
         device's share.
+      view: the view that the term reads besides the images, a name in `abflax.methods.VIEWS`; its
+        passes are in `Forward.views`.
       same_classes: True for a term that compares logits over classes that both networks tell apart.
     """
 
@@ -41,6 +43,7 @@ class Term:
     needs_pullback: ClassVar[bool] = False
     positions: ClassVar[Literal["same", "pooled", "free"]] = "same"
     relates: ClassVar[Literal["batch"] | None] = None
+    view: ClassVar[str | None] = None
     same_classes: ClassVar[bool] = False
 
     def chosen(self, taps: Iterable[str]) -> tuple[str, ...]:
