@@ -14,7 +14,8 @@ import dataclasses
 import jax
 import numpy as np
 from rich.console import Console
-from sklearn.linear_model import LogisticRegressionCV
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import GridSearchCV
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
@@ -86,9 +87,10 @@ def probe(
     chosen = {count: few_shot_subset(train, count, 0) for count in per_class}
     held_out, errors = _features(teacher, test), {}
     for count, data in chosen.items():
-        fitted = make_pipeline(
-            StandardScaler(),
-            LogisticRegressionCV(Cs=_STRENGTHS, cv=min(5, count), max_iter=1000, n_jobs=1),
+        fitted = GridSearchCV(
+            make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000)),
+            {"logisticregression__C": _STRENGTHS},
+            cv=min(5, count),
         ).fit(_features(teacher, data), data.labels)
         errors[str(count)] = 1 - float(fitted.score(held_out, test.labels))
     return errors

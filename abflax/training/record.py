@@ -211,8 +211,8 @@ def read_config(path: Path, config: Any) -> RunConfig:
     """The configuration in a file's JSON. Raises `InputError` where it is none."""
     try:
         return RunConfig.from_json(config)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise InputError(f"{path} holds no configuration of a run: {error}") from None
+    except (AttributeError, KeyError, TypeError, ValueError):
+        raise InputError(f"{path} is damaged: it holds no configuration of a run") from None
 
 
 class _Part(pydantic.BaseModel):

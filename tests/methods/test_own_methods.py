@@ -14,7 +14,7 @@ import pytest
 from abflax import InputError, Network, Resources, distill, load
 from abflax.config import RunConfig
 from abflax.methods import METHODS, Method, Optimizer, Phase, Ramp, register_method, registry
-from abflax.methods.objective import bind, student_loss
+from abflax.methods.objective import bind, make_targets, student_loss
 from abflax.methods.terms import CrossEntropy, KnowledgeDistillation, Term
 from abflax.models.variables import init_variables
 from abflax.training.record import read_record
@@ -90,8 +90,10 @@ def test_the_step_of_a_ramp_is_traced(teacher):
     @jax.jit
     def loss(step):
         traces.append(step)
-        arguments = (jnp.ones((4, 8, 8, 1)), jnp.arange(4), None, step)
-        return student_loss(objective, params, stats, (None, None), *arguments)[0]
+        images = jnp.ones((4, 8, 8, 1))
+        targets, _ = make_targets(objective, {}, {}, images)
+        batch = images, jnp.arange(4)
+        return student_loss(objective, params, stats, targets, *batch, step=step)[0]
 
     losses = [float(loss(step)) for step in range(6)]
     assert len(traces) == 1
