@@ -184,6 +184,15 @@ def study(arguments: Arguments, console: Console) -> None:
     write_whole(path, as_json(summary).encode())
 
 
+def page_table(summary: dict[str, Any]) -> str:
+    """The table of docs/relatives.md, from the summary that the study writes."""
+    lines = ["| training images | method | test error % |", "| --- | --- | ---: |"]
+    for name, errors in summary["test_errors"].items():
+        source, method = name.split(", ")
+        lines.append(f"| {source} | `{method}` | {mean_and_std(errors)} |")
+    return "\n".join(lines)
+
+
 def learn(method: str, teacher: Network, data: Dataset, **settings: Any) -> Any:
     """Trains a student."""
     return distill(

@@ -1,5 +1,6 @@
 """Dreams from the command line, students of them, and routes of anchors."""
 
+import dataclasses
 import json
 
 import jax
@@ -14,7 +15,7 @@ from abflax.weights import save_variables
 from experiments import dream, run
 from experiments.common import plots
 from experiments.common.networks import find_anchors, greedy_anchors
-from tests.conftest import save_random_network
+from tests.conftest import ROOT, save_random_network
 from tests.experiments.conftest import plain
 
 TEACHER = ("--teacher", "wrn10-1", "--dataset", "digits")
@@ -29,6 +30,13 @@ def test_a_contact_sheet_has_a_row_a_class(tmp_path):
     middle = pixels[3, 0]
     assert pixels[0].tolist() == [0, 0, 255, 255, 255, 255] and 100 < middle < 150
     assert pixels[3].tolist() == [middle, middle, 255, 255, 255, 255]
+
+
+def test_the_pages_table_is_the_studys():
+    summary = json.loads((ROOT / "experiments" / "dreamed_digits.json").read_text())
+    page = (ROOT / "docs" / "relatives.md").read_text()
+    assert dream.page_table(summary) in page
+    assert summary["how"] == dataclasses.asdict(dream.DIGITS)
 
 
 @pytest.mark.slow
