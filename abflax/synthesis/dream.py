@@ -61,7 +61,9 @@ class Dreaming:
       l2: the weight of the images' mean norm.
       competition: the weight of `agreement_of_logits` with a student, at τ = 3.
       jitter: images are rolled by up to that many pixels at each step, along both sides.
-      flip: whether half of the steps see them mirrored.
+      flip: whether they are mirrored half of the time.
+      each: whether each image is rolled and mirrored on its own, so that the batch has the
+        statistics of augmented data; else the whole batch alike, as published.
 
     Raises:
       ValueError: for a value that cannot be right.
@@ -79,6 +81,7 @@ class Dreaming:
     competition: float = 0.0
     jitter: int = 2
     flip: bool = True
+    each: bool = False
 
     def __post_init__(self) -> None:
         require_field_types(self)
@@ -254,6 +257,15 @@ def _dataset(images: np.ndarray, labels: np.ndarray, _: Any, maker: _Maker) -> D
     return Dataset(images, labels, maker.num_classes, maker.preprocessing, "dreamed")
 
 
+def _rolled(images: jax.Array, shift: jax.Array, axis: int) -> jax.Array:
+    """Rolls each image by its shift, `[batch]`, or all by the one of `[1]`."""
+    side = images.shape[axis]
+    source = (jnp.arange(side) - shift[:, None]) % side
+    shape = [len(shift), 1, 1, 1]
+    shape[axis] = side
+    return jnp.take_along_axis(images, source.reshape(shape), axis)
+
+
 def _finite(measured: dict[str, jax.Array], step: int) -> dict[str, float]:
     numbers = {name: float(value) for name, value in measured.items()}
     if not np.isfinite(numbers["loss"]):
@@ -391,13 +403,17 @@ class _Maker:
         def step(index: Any, state: _State) -> tuple[_State, dict[str, jax.Array]]:
             rows, columns, mirror = jax.random.split(jax.random.fold_in(own, first + index), 3)
 
+            shape = (len(state.images),) if self.how.each else (1,)
+            limits = -self.how.jitter, self.how.jitter + 1
+            shifts = [jax.random.randint(k, shape, *limits) for k in (rows, columns)]
+            mirrored = jax.random.bernoulli(mirror, shape=shape)[:, None, None, None]
+
             def loss(images: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
                 if self.how.jitter:
-                    limits = -self.how.jitter, self.how.jitter + 1
-                    shift = [jax.random.randint(each, (), *limits) for each in (rows, columns)]
-                    images = jnp.roll(images, jnp.stack(shift), (1, 2))
+                    for axis, shift in zip((1, 2), shifts, strict=True):
+                        images = _rolled(images, shift, axis)
                 if self.how.flip:
-                    images = jnp.where(jax.random.bernoulli(mirror), images[:, :, ::-1], images)
+                    images = jnp.where(mirrored, images[:, :, ::-1], images)
                 return dream_loss(self.how, teacher, student, images, labels)
 
             value = jax.value_and_grad(loss, has_aux=True)

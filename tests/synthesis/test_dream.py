@@ -17,6 +17,7 @@ from abflax import InputError, Interrupted, Network, Resources, load
 from abflax.data import Preprocessing
 from abflax.runtime.reporter import NullReporter
 from abflax.synthesis import Dreaming, dream, dream_loss
+from abflax.synthesis.dream import _rolled
 from abflax.taps import run_with_norms
 from tests.conftest import draw_variables, under
 
@@ -168,3 +169,12 @@ def test_what_cannot_be_right(network):
             dream(network, 4, **COMMON | wrong)
     with pytest.raises(InputError, match="no finished dreams"):
         load("dreamed:nowhere", "train")
+
+
+def test_images_roll_alike_or_each_on_its_own():
+    images = np.arange(24.0).reshape(2, 3, 4, 1)
+    alike = _rolled(jnp.asarray(images), jnp.asarray([-1]), 2)
+    assert np.array_equal(alike, np.roll(images, -1, 2))
+    each = _rolled(jnp.asarray(images), jnp.asarray([1, -2]), 1)
+    assert np.array_equal(each[0], np.roll(images[0], 1, 0))
+    assert np.array_equal(each[1], np.roll(images[1], -2, 0))
