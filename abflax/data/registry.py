@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from abflax.data.dataset import Dataset
 from abflax.data.digits import load_digits
 from abflax.data.tfds import load_cifar10, load_cifar100, require_known
+from abflax.errors import require_instances
 
 DATASETS: Mapping[str, Callable[[str, str | None], Dataset]] = {
     "cifar10": load_cifar10,
@@ -17,7 +18,6 @@ DATASETS: Mapping[str, Callable[[str, str | None], Dataset]] = {
 """Name -> a function (split, data directory or None) -> `Dataset`."""
 
 
-@functools.lru_cache(maxsize=4)
 def load(name: str, split: str, data_dir: str | None = None) -> Dataset:
     """Loads the data set of that name, once per process.
 
@@ -30,5 +30,13 @@ def load(name: str, split: str, data_dir: str | None = None) -> Dataset:
     Raises:
       ValueError: if the name or split is unknown, or the data is not prepared and cannot be.
     """
+    require_instances({
+        "name": (name, str), "split": (split, str), "data_dir": (data_dir, str | None)
+    })  # fmt: skip
+    return _load(name, split, data_dir)
+
+
+@functools.lru_cache(maxsize=4)
+def _load(name: str, split: str, data_dir: str | None) -> Dataset:
     require_known("dataset", name, split, DATASETS)
     return DATASETS[name](split, data_dir)
