@@ -12,7 +12,7 @@ from typing import Any, cast
 import jax
 import numpy as np
 
-from abflax.errors import InputError, require_field_types, unknown
+from abflax.errors import InputError, require_field_types, require_instances, unknown
 from abflax.methods import METHODS, Phase
 from abflax.methods.optimizer import OwnOptimizer
 from abflax.methods.phase import RecordedPhase
@@ -214,6 +214,7 @@ class RunConfig:
         Another method starts without the options of this one.
         """
         given = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        require_instances({"method": (settings.get("method", self.method), str)})
         same_method = settings.get("method", self.method) == self.method
         options = dict(self.options) if same_method else {}
         del given["options"]

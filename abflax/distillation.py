@@ -13,7 +13,7 @@ import jax
 
 from abflax.config import NO_TEST, Resources, RunConfig
 from abflax.data import Dataset, ImageFiles
-from abflax.errors import InputError, local_path, require_instances
+from abflax.errors import InputError, brief, local_path, require_instances
 from abflax.models import model_name
 from abflax.models.network import Network, as_network, require_network
 from abflax.runtime.distributed import (
@@ -290,7 +290,7 @@ def _checked_runs(runs: Any) -> Sequence[Mapping[str, Any]]:
         raise InputError("runs must be a list of settings by name, one for each run")
     for run in runs:
         if not isinstance(run, Mapping) or not all(isinstance(name, str) for name in run):
-            raise InputError(f"runs must be a list of settings by name, not of {run!r}")
+            raise InputError(f"runs must be a list of settings by name, not of {brief(run)}")
     return runs
 
 

@@ -25,9 +25,14 @@ import jax
 import numpy as np
 import pydantic
 
+_LONGEST = 400  # characters of a message
+
 
 class InputError(ValueError):
-    """What the caller gave cannot be right. The message is one sentence that names the culprit."""
+    """What the caller gave cannot be right. The message is one sentence that names the culprit.
+
+    Of a message with more than 400 characters, the middle is left out.
+    """
 
     def __init__(self, message: str) -> None:
         super().__init__(_printable(message))
@@ -67,7 +72,24 @@ class LostError(RuntimeError):
 
 def _printable(text: str) -> str:
     """Writes out the control characters of names from files, which a terminal would obey."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    half = _LONGEST // 2 - 2
+    return text if len(text) <= _LONGEST else f"{text[:half]} … {text[-half:]}"
+
+
+class _Brief(reprlib.Repr):
+    """Short texts of values; arrays by their shapes, and objects by their classes."""
+
+    def repr_instance(self, x: Any, level: int) -> str:
+        if isinstance(x, np.ndarray | jax.Array):
+            return f"an array {list(x.shape)} of {x.dtype}"
+        if x is None or isinstance(x, bool | float | complex | bytes | Path | type | np.generic):
+            return super().repr_instance(x, level)
+        return f"a {type(x).__name__}"
+
+
+brief = _Brief().repr
+"""What a message says of a value: its text, but arrays by shape and objects by class."""
 
 
 def unknown(kind: str, name: object, known: Iterable[str]) -> UnknownNameError:
@@ -151,7 +173,7 @@ def require_types(values: Mapping[str, Any], kinds: Mapping[str, Any]) -> None:
         name = error.errors()[0]["loc"][0]
         found = (each["msg"] for each in error.errors() if each["loc"][0] == name)
         reasons = " or ".join(dict.fromkeys(found)).replace("Input should be", "must be")
-        value = reprlib.repr(values[str(name)])
+        value = brief(values[str(name)])
         raise InputError(f"{name} {reasons.replace('or must be', 'or')}, not {value}") from None
 
 
@@ -171,7 +193,7 @@ def require_instances(values: Mapping[str, tuple[Any, Any]]) -> None:
         if not isinstance(value, kind):
             kinds = (each for each in typing.get_args(kind) or (kind,) if each is not type(None))
             names = " or ".join(each.__name__ for each in kinds)
-            raise InputError(f"{name} must be {names}, not {reprlib.repr(value)}")
+            raise InputError(f"{name} must be {names}, not {brief(value)}")
 
 
 type_hints: Callable[[Any], dict[str, Any]] = functools.cache(typing.get_type_hints)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from abflax.data import Preprocessing, normalize
-from abflax.errors import DiskError
+from abflax.errors import DiskError, InputError
 from abflax.models.network import Network, configure_model
 from abflax.taps import module_of, run_model
 from abflax.weights import from_torch, read_state_dict, to_torch
@@ -36,10 +36,21 @@ def serialize(
     Returns:
       A `jax.export` function of one argument, `[batch, *image_shape]` for any batch size, to
       float32 logits `[batch, classes]`.
+
+    Raises:
+      ValueError: if the model needs its batch size as a number.
     """
     shape = jax.export.symbolic_shape("batch, " + ", ".join(map(str, image_shape)))
     exported = jax.export.export(jax.jit(_logits_of(network, preprocessing)), platforms=PLATFORMS)
-    return bytes(exported(jax.ShapeDtypeStruct(shape, dtype)).serialize())
+    try:
+        return bytes(exported(jax.ShapeDtypeStruct(shape, dtype)).serialize())
+    except TypeError as error:
+        if "_DimExpr" not in str(error):
+            raise
+        raise InputError(
+            "the model needs its batch size as a number, so it cannot be exported for any: write "
+            "images.shape[0] in place of len(images)"
+        ) from error
 
 
 def signature_of(function: bytes) -> dict[str, Any]:

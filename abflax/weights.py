@@ -17,7 +17,7 @@ import safetensors.numpy
 from flax import linen as nn
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from abflax.errors import InputError
+from abflax.errors import InputError, brief, require_instances
 from abflax.models import MODELS
 from abflax.models.checks import require_fits
 from abflax.models.network import Network
@@ -55,7 +55,7 @@ def from_torch(name: str, state_dict: Mapping[str, Any], prefix: str = "") -> di
     arrays = {}
     for key, value in _unwrap(state_dict).items():
         if not isinstance(key, str):
-            raise InputError(f"{what}: {key!r} is no name")
+            raise InputError(f"{what}: {brief(key)} is no name")
         if not key.endswith(IGNORED):
             bare = re.sub(_WRAPPED, "", key.removeprefix(prefix))
             if bare in arrays:
@@ -105,6 +105,7 @@ def read_state_dict(path: str | Path) -> dict[str, np.ndarray]:
     Raises:
       ValueError: if the file is missing or damaged, or has another format.
     """
+    require_instances({"path": (path, str | Path)})
     path = Path(path)
     if not os.path.isfile(path):  # Path.is_file would raise if the name is too long
         raise InputError(f"there is no weights file {path}")
@@ -127,6 +128,18 @@ def save_variables(path: str | Path, variables: Any) -> None:
     leaves = flatten_dict(variables, sep="/").items()
     flat = {name: np.ascontiguousarray(leaf) for name, leaf in leaves}
     write_whole(Path(path), safetensors.numpy.save(flat))
+
+
+def read_variables(path: str | Path) -> dict[str, Any]:
+    """Reads what `save_variables` wrote, for any Flax model: {"params", "batch_stats", …}.
+
+    Raises:
+      ValueError: if the file is missing, damaged, or holds no variables of a Flax model.
+    """
+    arrays = read_state_dict(path)
+    if not any(name.startswith("params/") for name in arrays):
+        raise InputError(f"{path} holds no variables of a Flax model, named params/…")
+    return {"batch_stats": {}, **unflatten_dict(arrays, sep="/")}
 
 
 def save_state_dict(path: str | Path, model: nn.Module, variables: Any) -> None:

@@ -1,6 +1,7 @@
 r"""Export a run's student: its weights for PyTorch, and a function that runs anywhere.
 
-WORKDIR/exports/RUN/ gets ARCHITECTURE.safetensors, the weights under their published PyTorch names;
+WORKDIR/exports/RUN/ gets ARCHITECTURE.safetensors, the weights under their published PyTorch names,
+or under those of the Flax model where there are none;
 ARCHITECTURE.jaxexport, a serialized function from images to logits for CPUs, NVIDIA GPUs and TPUs
 and any batch size, with weights and normalization inside; and signature.json, which describes its
 argument and result. Both are read back and compared with the student; signature.json is written
@@ -12,6 +13,7 @@ be read here, describe its images by flags.
 Examples:
   python -m experiments.export 3fa1b2c4d5e6
   python -m experiments.export 3fa1b2c4d5e6 --data-dir ~/tensorflow_datasets
+  python -m experiments.export workdir/runs/3fa1b2c4d5e6 --model my_package.models:make_student
   python -m experiments.export 3fa1b2c4d5e6 --image-size 224 \
       --mean 123.675,116.28,103.53 --std 58.395,57.12,57.375
 
@@ -21,23 +23,27 @@ and elsewhere, with nothing but JAX (and flatbuffers):
 """
 
 import dataclasses
+import importlib
 from pathlib import Path
 from typing import Annotated, Any
 
 import jax
 import numpy as np
 import tyro
+from flax import linen as nn
+from flax import nnx
 from rich.console import Console
 
 from abflax import Network, load
 from abflax.data import DATASETS, Preprocessing
-from abflax.errors import InputError, unknown
+from abflax.errors import InputError, local_path, unknown
 from abflax.export import require_same_logits, require_same_weights, serialize, signature_of
 from abflax.models import MODELS
+from abflax.models.checks import require_fits
 from abflax.storage.files import as_json, write_whole
-from abflax.taps import module_of
+from abflax.taps import module_of, side_of
 from abflax.training.record import read_record, require_writable
-from abflax.weights import load_network, save_state_dict
+from abflax.weights import load_network, read_variables, save_state_dict, save_variables
 from experiments.common import cli
 
 
@@ -46,7 +52,9 @@ class Arguments:
     """The command line.
 
     Attributes:
-      run: hash of a finished run (python -m experiments.run list).
+      run: hash of a finished run (python -m experiments.run list), or its folder.
+      model: MODULE:FUNCTION that makes the run's student, a Linen or NNX module; left out: the
+        architecture is one of abflax.models.MODELS.
       data_dir: folder of TensorFlow Datasets; left out: TFDS_DATA_DIR.
       image_size: height and width of an image, in pixels; left out: the data set's.
       mean: of the pixels of each channel, with --image-size.
@@ -55,6 +63,7 @@ class Arguments:
     """
 
     run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
+    model: str | None = None
     data_dir: str | None = None
     image_size: int | None = None
     mean: cli.Numbers | None = None
@@ -65,16 +74,22 @@ class Arguments:
 def main(console: Console) -> None:
     """Writes both files and the signature."""
     arguments = cli.parse(Arguments, "experiments.export", __doc__)
-    config, student = _finished(arguments.workdir, arguments.run)
-    name, dataset = config["student"], config["dataset"]
+    folder = _folder(arguments)
+    config, student = _finished(folder, arguments.model)
+    dataset, published = config["dataset"], config["student"] in MODELS and arguments.model is None
+    name = config["student"] if published else side_of(student.model).name
     images, preprocessing = _images(arguments, dataset, student)
-    directory = arguments.workdir / "exports" / arguments.run
+    require_fits("the run's weights", student.model, student.variables, images.shape[1:])
+    directory = arguments.workdir / "exports" / folder.name
     require_writable(directory)
     cli.cache_compilation(arguments.workdir)
     weights, function = (directory / f"{name}.{kind}" for kind in ("safetensors", "jaxexport"))
-    save_state_dict(weights, module_of(student.model), student.variables)
-    require_same_weights(weights, name, student)
-    console.print(f"{weights}  read back: the same bits", soft_wrap=True)
+    if published:
+        save_state_dict(weights, module_of(student.model), student.variables)
+        require_same_weights(weights, name, student)
+    else:
+        save_variables(weights, student.variables)
+    console.print(f"{weights}  read back: the same bits" if published else weights, soft_wrap=True)
     write_whole(function, serialize(student, images.shape[1:], images.dtype, preprocessing))
     difference = require_same_logits(function, student, images, preprocessing)
     console.print(
@@ -82,7 +97,7 @@ def main(console: Console) -> None:
         soft_wrap=True,
     )
     signature = {
-        "run": arguments.run,
+        "run": folder.name,
         "architecture": name,
         "dataset": dataset,
         "weights": weights.name,
@@ -97,20 +112,41 @@ def main(console: Console) -> None:
     console.print(f"{path}", soft_wrap=True)
 
 
-def _finished(workdir: Path, run: str) -> tuple[dict[str, Any], Network]:
-    record = read_record(workdir / "runs" / run / "record.json")
+def _folder(arguments: Arguments) -> Path:
+    """The folder of the run, which is given by its hash or by its path."""
+    folder = local_path(arguments.run)
+    return folder if len(folder.parts) > 1 else arguments.workdir / "runs" / arguments.run
+
+
+def _finished(folder: Path, factory: str | None) -> tuple[dict[str, Any], Network]:
+    record = read_record(folder / "record.json")
     if record is None:
-        runs = [path.parent.name for path in (workdir / "runs").glob("*/record.json")]
+        runs = [path.parent.name for path in folder.parent.glob("*/record.json")]
         if not runs:
-            raise InputError(f"there is no finished run in {workdir}")
-        raise unknown("run", run, runs)
-    name = record["config"]["student"]
+            raise InputError(f"there is no finished run in {folder.parent.parent}")
+        raise unknown("run", folder.name, runs)
+    name, weights = record["config"]["student"], folder / "student.safetensors"
+    if factory is not None:
+        model = _made_by(factory)
+        return record["config"], Network(model, read_variables(weights))
     if name not in MODELS:
         raise InputError(
-            f"run {run} trained a {name}, which has no published names; only architectures that "
-            f"abflax.models.MODELS names can be exported"
+            f"run {folder.name} trained a {name.partition('(')[0]}, which abflax.models.MODELS "
+            "does not name: say what makes it with --model MODULE:FUNCTION"
         )
-    return record["config"], load_network(name, workdir / "runs" / run / "student.safetensors")
+    return record["config"], load_network(name, weights)
+
+
+def _made_by(factory: str) -> Any:
+    """The module that MODULE:FUNCTION makes."""
+    module, _, function = factory.partition(":")
+    try:
+        model = getattr(importlib.import_module(module), function)()
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
+        raise InputError(f"--model {factory} makes no model: {error}") from error
+    if not isinstance(model, nn.Module | nnx.Module):
+        raise InputError(f"--model {factory} makes a {type(model).__name__}, no Flax module")
+    return model
 
 
 def _images(
@@ -127,7 +163,8 @@ def _images(
         )
     if size < 1:
         raise InputError(f"--image-size must be at least 1, not {size}")
-    channels = np.shape(student.variables["params"]["stem"]["kernel"])[2]
+    stem = student.variables["params"].get("stem")
+    channels = len(mean) if stem is None else np.shape(stem["kernel"])[2]
     preprocessing = Preprocessing(mean, std)
     preprocessing.require_fits((size, size, channels))
     shape = (4, size, size, channels)

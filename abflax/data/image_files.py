@@ -12,7 +12,7 @@ import numpy as np
 
 from abflax.data.augmentation import Preprocessing
 from abflax.data.decoding import ImageSource
-from abflax.errors import InputError
+from abflax.errors import InputError, brief
 
 IMAGENET = Preprocessing(mean=(123.675, 116.28, 103.53), std=(58.395, 57.12, 57.375), flip=True)
 """The mean and standard deviation of ImageNet's training images, which published networks use."""
@@ -120,7 +120,7 @@ def checked_classes(labels: np.ndarray, num_classes: int | None) -> int:
         raise InputError(f"labels must be integers, not {labels.dtype}")
     classes = int(labels.max()) + 1 if num_classes is None else num_classes
     if type(classes) is not int or classes < 1:
-        raise InputError(f"num_classes must be a whole number above 0, not {classes!r}")
+        raise InputError(f"num_classes must be a whole number above 0, not {brief(classes)}")
     if labels.min() < 0 or labels.max() >= classes:
         raise InputError(
             f"labels must lie in [0, {classes}), but reach from {labels.min()} to {labels.max()}"

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from abflax.data import digits, tfds
 from abflax.data.dataset import Dataset
 from abflax.data.dreamed import PREFIX, load_dreamed, read_story
+from abflax.errors import require_instances
 
 DATASETS: Mapping[str, Callable[[str, str | None], Dataset]] = {
     "cifar10": tfds.load_cifar10,
@@ -18,7 +19,6 @@ DATASETS: Mapping[str, Callable[[str, str | None], Dataset]] = {
 """Name -> a function (split, data directory or None) -> `Dataset`."""
 
 
-@functools.lru_cache(maxsize=4)
 def load(name: str, split: str, data_dir: str | None = None) -> Dataset:
     """Loads the data set of that name, once per process.
 
@@ -32,6 +32,14 @@ def load(name: str, split: str, data_dir: str | None = None) -> Dataset:
     Raises:
       ValueError: if the name or split is unknown, or the data is not prepared and cannot be.
     """
+    require_instances({
+        "name": (name, str), "split": (split, str), "data_dir": (data_dir, str | None)
+    })  # fmt: skip
+    return _load(name, split, data_dir)
+
+
+@functools.lru_cache(maxsize=4)
+def _load(name: str, split: str, data_dir: str | None) -> Dataset:
     if name.startswith(PREFIX):
         directory = name.removeprefix(PREFIX)
         if split == "train":

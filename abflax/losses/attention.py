@@ -7,18 +7,18 @@ import jax.numpy as jnp
 
 from abflax.errors import require_same_shape
 from abflax.losses.dtypes import at_least_float32
-from abflax.losses.features import positions_pooled, require_feature_map, unit_length
+from abflax.losses.features import as_map, positions_pooled, unit_length
 
 
 def attention_map(features: jax.Array) -> jax.Array:
     """Computes a(F) = vec(mean_c F²)/‖vec(mean_c F²)‖₂ for each example.
 
     Args:
-      features: F `[batch, height, width, channels]`.
+      features: F `[batch, height, width, channels]`, or tokens `[batch, tokens, features]`.
 
     Returns:
-      `[batch, height · width]`, >= 0, at least float32. An all-zero F gives zeros, with gradient
-      zero.
+      `[batch, height · width]` or `[batch, tokens]`, >= 0, at least float32. An all-zero F gives
+      zeros, with gradient zero.
 
     Raises:
       ValueError: if F is not a feature map.
@@ -28,8 +28,7 @@ def attention_map(features: jax.Array) -> jax.Array:
       normalized as in equation (2). After normalization the mean over the channels equals the
       sum.
     """
-    features = at_least_float32(features)
-    require_feature_map("attention_map", features)
+    features = as_map("attention_map", at_least_float32(features))
     batch, height, width, _ = features.shape
     energy = jnp.mean(jnp.square(features), axis=-1)
     return unit_length(energy.reshape(batch, height * width), axis=-1)
@@ -42,9 +41,9 @@ def attention_transfer(student: jax.Array, teacher: jax.Array) -> jax.Array:
     smaller one's size before it is squared.
 
     Args:
-      student: S `[batch, height, width, channels]`.
-      teacher: T `[batch, height', width', channels']`, see `positions_pooled`; or the map a(T),
-        `[batch, height · width]`.
+      student: S `[batch, height, width, channels]` or `[batch, tokens, features]`.
+      teacher: T `[batch, height', width', channels']` or `[batch, tokens', features']`, see
+        `positions_pooled`; or the map a(T), `[batch, height · width]`.
 
     Returns:
       `[batch]`, at least float32.

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from abflax.errors import require_same_shape
 from abflax.losses.attention import attention_map
 from abflax.losses.dtypes import at_least_float32
-from abflax.losses.features import require_feature_map, unit_length
+from abflax.losses.features import as_map, unit_length
 
 
 def factor_transfer(
@@ -21,7 +21,8 @@ def factor_transfer(
     all-zero F gives v(F) = 0, with gradient 0.
 
     Args:
-      student: the student's factor S `[batch, height, width, channels]`.
+      student: the student's factor S `[batch, height, width, channels]` or `[batch, tokens,
+        features]`.
       teacher: the teacher's factor T of the same shape.
       channels_averaged: whether v(F) is the collection's.
 
@@ -37,7 +38,7 @@ def factor_transfer(
     """
     student, teacher = at_least_float32(student), at_least_float32(teacher)
     require_same_shape("factor_transfer", student, teacher)
-    require_feature_map("factor_transfer", student)
+    as_map("factor_transfer", student)  # raises
 
     def vector(factor: jax.Array) -> jax.Array:
         if channels_averaged:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import jax
 import jax.numpy as jnp
 
@@ -56,33 +58,73 @@ def positions_pooled(student: jax.Array, teacher: jax.Array) -> tuple[jax.Array,
     """Average-pools the larger of two feature maps to the height and width of the smaller.
 
     Args:
-      student: `[batch, height, width, channels]`.
-      teacher: `[batch, height', width', channels']`. The height and width of one map are whole
-        multiples of the other's.
+      student: `[batch, height, width, channels]` or `[batch, tokens, features]`.
+      teacher: likewise, with channels of its own. The sides of one are whole multiples of the
+        other's; see `common_sides`.
 
     Returns:
-      Both maps, with the smaller height and width, at least float32.
+      Both maps, with the smaller height and width, at least float32. Tokens are returned as
+      `[batch, tokens, 1, features]`, and so is a map that is compared with them.
 
     Raises:
-      ValueError: if an array is not a feature map, the batch sizes differ, or neither map's sides
-        are whole multiples of the other's.
+      ValueError: if an array is not a feature map, the batch sizes differ, or neither can be pooled
+        to the other.
     """
     student, teacher = at_least_float32(student), at_least_float32(teacher)
     for features in (student, teacher):
-        require_feature_map("positions_pooled", features)
+        as_map("positions_pooled", features)
     if student.shape[0] != teacher.shape[0]:
         raise InputError(
             f"positions_pooled: the batch sizes of {student.shape} and {teacher.shape} differ"
         )
-    ours, theirs = _sides(student), _sides(teacher)
+    sides = common_sides(student.shape[1:-1], teacher.shape[1:-1])
+    if sides is None:
+        raise InputError(
+            f"positions_pooled: of {student.shape} and {teacher.shape}, neither's height and width "
+            "are whole multiples of the other's"
+        )
+    if teacher.shape[1:-1] == sides:
+        student = pooled_to(student, sides)
+    else:
+        teacher = pooled_to(teacher, sides)
+    return as_map("positions_pooled", student), as_map("positions_pooled", teacher)
+
+
+def as_map(what: str, features: jax.Array) -> jax.Array:
+    """Returns a tap as a feature map: tokens are the positions of a map that is one wide.
+
+    All losses and terms on maps see `[batch, tokens, features]` as `[batch, tokens, 1, features]`.
+    Raises `InputError` for other shapes than these and `[batch, height, width, channels]`.
+    """
+    if features.ndim == 3 and features.shape[1] and features.shape[2]:
+        return features[:, :, None, :]
+    if features.ndim != 4 or not all(features.shape[1:]):
+        raise InputError(
+            f"{what}: a feature map is [batch, tokens, features] or [batch, height, width, "
+            f"channels], not {features.shape}{', which is empty' * (features.ndim in (3, 4))}"
+        )
+    return features
+
+
+def common_sides(ours: tuple[int, ...], theirs: tuple[int, ...]) -> tuple[int, ...] | None:
+    """Finds the positions to which the larger of two taps is pooled.
+
+    Args:
+      ours: (height, width), or (tokens,).
+      theirs: likewise.
+
+    Returns:
+      Those of the smaller one, where the other's are whole multiples of them. As many tokens as a
+      map has positions: (tokens,), because the map is then read row by row. None: neither can be
+      pooled to the other.
+    """
+    if {len(ours), len(theirs)} == {1, 2}:
+        return (math.prod(ours),) if math.prod(ours) == math.prod(theirs) else None
+    if len(ours) != len(theirs) or not ours:
+        return None
     if _divides(theirs, ours):
-        return average_pooled(student, theirs), teacher
-    if _divides(ours, theirs):
-        return student, average_pooled(teacher, ours)
-    raise InputError(
-        f"positions_pooled: of {student.shape} and {teacher.shape}, neither's height and width "
-        "are whole multiples of the other's"
-    )
+        return theirs
+    return ours if _divides(ours, theirs) else None
 
 
 def require_feature_map(what: str, features: jax.Array) -> None:
@@ -109,19 +151,25 @@ def unit_length(x: jax.Array, axis: int | tuple[int, ...]) -> jax.Array:
     return jnp.where(vanishes, 0.0, scaled / norm)
 
 
-def _sides(features: jax.Array) -> tuple[int, int]:
-    _, height, width, _ = features.shape
-    return height, width
-
-
-def _divides(small: tuple[int, int], large: tuple[int, int]) -> bool:
+def _divides(small: tuple[int, ...], large: tuple[int, ...]) -> bool:
     """Tells whether the sides of `large` are whole multiples of those of `small`."""
     return all(
         0 < ours <= theirs and theirs % ours == 0 for ours, theirs in zip(small, large, strict=True)
     )
 
 
-def average_pooled(features: jax.Array, sides: tuple[int, int]) -> jax.Array:
+def pooled_to(features: jax.Array, sides: tuple[int, ...]) -> jax.Array:
+    """Average-pools a tap to (height, width), or to (tokens,).
+
+    Neighbouring tokens are averaged. The positions of a map are tokens row by row.
+    """
+    if len(sides) == 2:
+        return average_pooled(features, sides)
+    tokens = features.reshape(len(features), -1, 1, features.shape[-1])
+    return average_pooled(tokens, (*sides, 1))[:, :, 0]
+
+
+def average_pooled(features: jax.Array, sides: tuple[int, ...]) -> jax.Array:
     """Averages non-overlapping windows down to `sides`, by a reshape, which is fast on CPUs."""
     batch, height, width, channels = features.shape
     rows, columns = sides

@@ -17,8 +17,9 @@ def gram_between(first: jax.Array, second: jax.Array) -> jax.Array:
     one's size, H×W.
 
     Args:
-      first: F₁ `[batch, height, width, C₁]`.
-      second: F₂ `[batch, height', width', C₂]` of the same network, see `positions_pooled`.
+      first: F₁ `[batch, height, width, C₁]` or `[batch, tokens, C₁]`, whose HW are the tokens.
+      second: F₂ `[batch, height', width', C₂]` or `[batch, tokens', C₂]` of the same network, see
+        `positions_pooled`.
 
     Returns:
       `[batch, C₁, C₂]`, at least float32.

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from abflax.errors import InputError, require_same_shape
 from abflax.losses.dtypes import at_least_float32, real
-from abflax.losses.features import require_feature_map, unit_length
+from abflax.losses.features import as_map, require_feature_map, unit_length
 
 
 def jacobian_difference(student: jax.Array, teacher: jax.Array) -> jax.Array:
@@ -39,16 +39,15 @@ def largest_attention_pixel(features: jax.Array) -> jax.Array:
     """Finds the first position where mean_c F² is largest, for each example.
 
     Args:
-      features: F `[batch, height, width, channels]`.
+      features: F `[batch, height, width, channels]`, or tokens `[batch, tokens, features]`.
 
     Returns:
-      Integers `[batch]`, in [0, height · width), row by row.
+      Integers `[batch]`, in [0, height · width), row by row; the number of the token.
 
     Raises:
       ValueError: if F is not a feature map.
     """
-    features = at_least_float32(features)
-    require_feature_map("largest_attention_pixel", features)
+    features = as_map("largest_attention_pixel", at_least_float32(features))
     batch, height, width, _ = features.shape
     energy = jnp.mean(jnp.square(features), axis=-1)
     return jnp.argmax(energy.reshape(batch, height * width), axis=-1)
@@ -63,7 +62,7 @@ def attention_pixel_cotangent(features: jax.Array, index: jax.Array) -> jax.Arra
     differentiated.
 
     Args:
-      features: F `[batch, height, width, channels]`.
+      features: F `[batch, height, width, channels]`, or tokens `[batch, tokens, features]`.
       index: the position for each example, integers `[batch]` in [0, height · width), for example
         the teacher's `largest_attention_pixel`. An index outside that range gives zeros.
 
@@ -74,8 +73,7 @@ def attention_pixel_cotangent(features: jax.Array, index: jax.Array) -> jax.Arra
       ValueError: if F is not a feature map, or there is not one integer index for each example.
     """
     features, index = real(features), jnp.asarray(index)
-    require_feature_map("attention_pixel_cotangent", features)
-    batch, height, width, channels = features.shape
+    batch, height, width, channels = as_map("attention_pixel_cotangent", features).shape
     if index.shape != (batch,):
         raise InputError(
             f"attention_pixel_cotangent: features {features.shape} need an index of shape "
@@ -85,5 +83,5 @@ def attention_pixel_cotangent(features: jax.Array, index: jax.Array) -> jax.Arra
         raise InputError(f"attention_pixel_cotangent: an index is an integer, not {index.dtype}")
     wide = at_least_float32(features)
     chosen = jax.nn.one_hot(index, height * width, dtype=wide.dtype)
-    cotangent = 2 / channels * wide * chosen.reshape(batch, height, width, 1)
+    cotangent = 2 / channels * wide * chosen.reshape(*features.shape[:-1], 1)
     return cotangent.astype(features.dtype)

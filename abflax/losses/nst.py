@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from abflax.errors import unknown
 from abflax.losses.dtypes import at_least_float32
-from abflax.losses.features import positions_pooled, require_feature_map, unit_length
+from abflax.losses.features import as_map, positions_pooled, unit_length
 
 # Squared distances of unit vectors lie in [0, 4] and have errors of about 1e-7 in float32. With at
 # least this bandwidth, rounding changes a kernel by at most about 1e-4, even for equal channels.
@@ -18,11 +18,11 @@ def channel_patterns(features: jax.Array) -> jax.Array:
     """Divides each channel's map, as a vector over the positions, by its ℓ2 norm.
 
     Args:
-      features: `[batch, height, width, channels]`.
+      features: `[batch, height, width, channels]`, or tokens `[batch, tokens, features]`.
 
     Returns:
-      `[batch, channels, height · width]`, at least float32. An all-zero channel gives zeros,
-      with gradient zero.
+      `[batch, channels, height · width]` (of tokens `[batch, features, tokens]`), at least float32.
+      An all-zero channel gives zeros, with gradient zero.
 
     Raises:
       ValueError: if `features` is not a feature map.
@@ -30,8 +30,7 @@ def channel_patterns(features: jax.Array) -> jax.Array:
     References:
       Huang, Wang, Like What You Like: Knowledge Distill via Neuron Selectivity Transfer, 2017.
     """
-    features = at_least_float32(features)
-    require_feature_map("channel_patterns", features)
+    features = as_map("channel_patterns", at_least_float32(features))
     batch, height, width, channels = features.shape
     patterns = features.reshape(batch, height * width, channels).swapaxes(1, 2)
     return unit_length(patterns, axis=-1)
@@ -54,9 +53,9 @@ def neuron_selectivity(
     channels]`. The linear kernel needs no Gram matrix.
 
     Args:
-      student: S `[batch, height, width, channels]`.
-      teacher: T `[batch, height', width', channels']`. The larger map is average-pooled to the
-        smaller one's height and width, see `positions_pooled`.
+      student: S `[batch, height, width, channels]` or `[batch, tokens, features]`.
+      teacher: T `[batch, height', width', channels']` or `[batch, tokens', features']`. The larger
+        map is average-pooled to the smaller one's positions, see `positions_pooled`.
       kernel: `linear`, `polynomial` or `gaussian`.
 
     Returns:

@@ -8,7 +8,7 @@ import numpy as np
 
 from abflax.errors import require_same_shape
 from abflax.losses.dtypes import at_least_float32
-from abflax.losses.features import require_feature_map
+from abflax.losses.features import as_map
 
 _SIDES = (4, 2, 1)
 
@@ -22,7 +22,8 @@ def hierarchical_context(student: jax.Array, teacher: jax.Array) -> jax.Array:
     the authors' published code.
 
     Args:
-      student: S `[batch, height, width, channels]`.
+      student: S `[batch, height, width, channels]`, or `[batch, tokens, features]`: tokens are the
+        rows of a map that is one position wide.
       teacher: T of the same shape.
 
     Returns:
@@ -36,9 +37,8 @@ def hierarchical_context(student: jax.Array, teacher: jax.Array) -> jax.Array:
     """
     student, teacher = at_least_float32(student), at_least_float32(teacher)
     require_same_shape("hierarchical_context", student, teacher)
-    require_feature_map("hierarchical_context", student)
     # Averages of the difference are the differences of the averages.
-    difference = student - teacher
+    difference = as_map("hierarchical_context", student - teacher)
     _, height, width, _ = difference.shape
     total, weight, share = _mean_square(difference), 1.0, 1.0
     for side in (side for side in _SIDES if side < height):

@@ -16,10 +16,13 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from abflax.errors import InputError
-from abflax.losses.features import average_pooled
+from abflax.losses.features import common_sides, pooled_to
 from abflax.models.batch_norm import BatchNorm
 from abflax.models.layers import CONV_INIT, DENSE_INIT, ConfiguredModule
 from abflax.taps import Forward
+
+Positions = tuple[tuple[str, tuple[int, ...]], ...]
+"""(layer, the positions it is pooled to), …"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +52,8 @@ class Connectors(ConfiguredModule):
     """Maps a network's taps to the teacher's widths, tap by tap.
 
     The 1×1 convolution is a matrix product over flattened positions. This gives the same numbers,
-    is twice as fast on CPUs, and also works for taps `[batch, features]`.
+    is twice as fast on CPUs, and is a dense layer for taps `[batch, tokens, features]` and
+    `[batch, features]`; the norm then averages over examples and tokens.
 
     Attributes:
       widths: (tap, channels of the teacher) of the taps to map; a tap that already has that many
@@ -171,36 +175,37 @@ def common_positions(
     student: Mapping[str, tuple[int, ...]],
     teacher: Mapping[str, tuple[int, ...]],
     layers: tuple[str, ...],
-) -> tuple[tuple[str, tuple[int, int]], ...]:
-    """Finds the layers whose positions differ, and the sides to which the larger map is pooled.
+) -> Positions:
+    """Finds the layers whose positions differ, and what the larger map is pooled to.
 
     Returns:
-      (layer, (height, width)) of each of these layers.
+      (layer, (height, width)) or (layer, (tokens,)) of each of these layers, see `common_sides`.
 
     Raises:
-      ValueError: if neither map's sides are whole multiples of the other's.
+      ValueError: if neither map can be pooled to the other.
     """
     common = []
     for layer in layers:
-        small, large = sorted((student[layer][1:-1], teacher[layer][1:-1]))
-        if small == large:
+        ours, theirs = student[layer][1:-1], teacher[layer][1:-1]
+        if ours == theirs:
             continue
-        if len(small) != 2 or len(large) != 2 or large[0] % small[0] or large[1] % small[1]:
+        sides = common_sides(ours, theirs)
+        if sides is None:
             raise InputError(
-                f"{layer}: of the student's positions {_by(student[layer][1:-1])} and the "
-                f"teacher's {_by(teacher[layer][1:-1])}, neither can be pooled to the other"
+                f"{layer}: of the student's positions {_by(ours)} and the teacher's {_by(theirs)}, "
+                "neither can be pooled to the other"
             )
-        common.append((layer, small))
+        common.append((layer, sides))
     return tuple(common)
 
 
-def pool_positions(forward: Forward, positions: tuple[tuple[str, tuple[int, int]], ...]) -> Forward:
+def pool_positions(forward: Forward, positions: Positions) -> Forward:
     """Average-pools the named taps of a forward pass to the given sides, pullback included."""
     sides, inner = dict(positions), forward.pullback
 
     def pool(taps: dict[str, jax.Array]) -> dict[str, jax.Array]:
         return {
-            name: average_pooled(tap, sides[name]) if name in sides else tap
+            name: pooled_to(tap, sides[name]) if name in sides else tap
             for name, tap in taps.items()
         }
 

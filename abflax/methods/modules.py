@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from abflax.losses.features import as_map
 from abflax.models.layers import CONV_INIT, ConfiguredModule, layers
 from abflax.taps import Forward
 
@@ -32,10 +33,10 @@ class Regressors(ConfiguredModule):
         first = math.log(math.expm1(_FIRST_VARIANCE - 1e-5))
         taps, described = dict(student.taps), {}
         for layer, width in self.channels:
-            x = taps[layer]
+            x = as_map("a regressor", taps[layer])
             for index in range(3):
                 x = conv(width, 1, name=f"{layer}_conv{index}")(nn.relu(x) if index else x)
-            taps[layer] = x
+            taps[layer] = x.reshape(*taps[layer].shape[:-1], width)
             log_scale = self.param(
                 f"{layer}_log_scale", nn.initializers.constant(first), (width,), self.param_dtype
             )
@@ -73,7 +74,7 @@ class Fusion(ConfiguredModule):
     From the deepest up: x is the batch norm of a 1×1 convolution of the layer. Where there is a
     deeper one, x becomes a₀·x + a₁·y, where y is the deeper one's x, enlarged by repetition, and
     a₀, a₁ are sigmoids of a 1×1 convolution of both. The layer's result is the batch norm of a 3×3
-    convolution of x to the teacher's channels.
+    convolution of x to the teacher's channels. Tokens are a map that is one position wide.
 
     Attributes:
       channels: (tap, channels of the teacher) of each layer, the shallowest first. Under
@@ -93,9 +94,8 @@ class Fusion(ConfiguredModule):
             taps["features"] = student.features[:, None, None, :]
         deeper = None
         for layer, width in reversed(self.channels):
-            x = norm(name=f"{layer}_norm1")(
-                conv(self.middle, 1, name=f"{layer}_conv1")(taps[layer])
-            )
+            tap = as_map("knowledge review", taps[layer])
+            x = norm(name=f"{layer}_norm1")(conv(self.middle, 1, name=f"{layer}_conv1")(tap))
             if deeper is not None:
                 both = jnp.concatenate([x, y := _enlarged(deeper, x.shape)], axis=-1)
                 attention = nn.sigmoid(
@@ -109,7 +109,8 @@ class Fusion(ConfiguredModule):
                     )(both)
                 )
                 x = x * attention[..., :1] + y * attention[..., 1:]
-            taps[layer] = norm(name=f"{layer}_norm2")(conv(width, 3, name=f"{layer}_conv2")(x))
+            mapped = norm(name=f"{layer}_norm2")(conv(width, 3, name=f"{layer}_conv2")(x))
+            taps[layer] = mapped.reshape(*taps[layer].shape[:-1], width)
             deeper = x
         return dataclasses.replace(student, taps=taps), targets
 

@@ -18,6 +18,7 @@ from flax import linen as nn
 from abflax.errors import InputError
 from abflax.methods.connectors import (
     Pair,
+    Positions,
     common_positions,
     pool_positions,
     require_same_positions,
@@ -50,7 +51,7 @@ class Objective:
     teacher: Model | None
     phase: Phase
     connectors: tuple[nn.Module | None, ...]
-    pooled: tuple[tuple[tuple[str, tuple[int, int]], ...], ...]
+    pooled: tuple[Positions, ...]
     measured: tuple[str, ...]
     axis_name: str | None = None
     steps_per_epoch: Fraction = Fraction(1)
@@ -101,7 +102,7 @@ def bind(
     teacher_taps = {} if theirs is None else {name: tap.shape for name, tap in theirs.taps.items()}
     fields = side_of(student).dtypes
     connectors: list[nn.Module | None] = []
-    pooled: list[tuple[tuple[str, tuple[int, int]], ...]] = []
+    pooled: list[Positions] = []
     for _, term in phase.terms:
         layers = term.chosen(student_taps)
         _require_comparable(term, layers, student_taps, teacher_taps)

@@ -31,7 +31,7 @@ def require_runs(
     it must also run in training mode, and move them; there it gets a key for dropout if `dropout`
     is true.
     """
-    name, key = model_name(model), jax.random.key(0) if dropout else None
+    name, key = _short(model), jax.random.key(0) if dropout else None
     shape = (2, *image_shape)
     try:
         variables = abstract_variables(model, image_shape)
@@ -88,7 +88,7 @@ def require_fits(what: str, model: Model, variables: Any, image_shape: tuple[int
     """Raises `InputError` if variables do not fit a model; the message begins with `what`."""
     actual = flatten_dict(dict(variables), sep="/")
     expected = flatten_dict(abstract_variables(model, image_shape), sep="/")
-    name = model_name(model)
+    name = _short(model)
     for key in sorted({*actual, *expected}):
         if key not in actual or key not in expected:
             problem = "is missing" if key not in actual else "is no weight of this architecture"
@@ -116,4 +116,9 @@ def require_classes(what: str, model: Model, image_shape: tuple[int, ...], class
     variables = abstract_variables(model, image_shape)
     logits = number_of_logits(model, variables, image_shape)
     if logits != classes:
-        raise InputError(f"{what}, {model_name(model)}, has {logits} logits for {classes} classes")
+        raise InputError(f"{what}, {_short(model)}, has {logits} logits for {classes} classes")
+
+
+def _short(model: Model) -> str:
+    """The name of a model for a message: without its fields."""
+    return model_name(model).partition("(")[0]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -12,6 +12,7 @@ import numpy as np
 from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from abflax.errors import require_instances
 from abflax.taps.dataflow import Dataflow
 from abflax.taps.nnx import Nnx
 from abflax.taps.paths import scanned
@@ -82,6 +83,7 @@ def suggest(model: Model, variables: Any = None, images: Any = None) -> tuple[Ca
       >>> marked(candidates)
       {'layer1': 'Conv_0', 'layer2': 'Conv_1'}
     """
+    require_instances({"model": (model, Model), "variables": (variables, Mapping | None)})
     module = model.model if isinstance(model, Tapped) else model
     if isinstance(module, nnx.Module):
         module, own = Nnx.split(module)

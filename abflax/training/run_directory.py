@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import os
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import safetensors.numpy
 from flax.traverse_util import unflatten_dict
 
 from abflax.config import RunConfig
-from abflax.errors import InputError
+from abflax.errors import InputError, local_path
 from abflax.models.network import Network, digest
 from abflax.runtime.distributed import is_first, on_process_zero
 from abflax.storage.checkpoint import Checkpoints
@@ -28,7 +28,7 @@ from abflax.training.fingerprint import (
     write_fingerprint,
 )
 from abflax.training.record import read_record, require_writable, write_record
-from abflax.weights import read_state_dict, save_variables
+from abflax.weights import read_state_dict, read_variables, save_variables
 
 ANCHORS = "anchors"
 """The folder of a run for the students that were kept along it."""
@@ -40,8 +40,7 @@ class Result:
 
     Attributes:
       record: see `abflax.training.record`.
-      variables: the student's `params` and `batch_stats`; None where the run was finished before
-        and its directory was read instead (`directory / "student.safetensors"` has them).
+      trained: the student's variables; None: they are read from the directory when asked for.
       directory: where record and weights are; None without a workdir.
       model: the student without its weights.
       average: as `variables`, with the averaged weights, where `ema` was given
@@ -49,21 +48,43 @@ class Result:
     """
 
     record: dict[str, Any]
-    variables: Any | None
+    trained: Any | None = dataclasses.field(repr=False)
     directory: Path | None
-    model: Any = None
-    average: Any | None = None
+    model: Any = dataclasses.field(default=None, repr=False)
+    average: Any | None = dataclasses.field(default=None, repr=False)
+
+    @functools.cached_property
+    def variables(self) -> dict[str, Any]:
+        """The student's `params`, `batch_stats` and other collections.
+
+        Raises:
+          ValueError: if they are to be read from the directory, and cannot be.
+        """
+        if self.trained is not None:
+            return dict(self.trained)
+        if self.directory is None:
+            raise InputError("the result has neither weights nor a directory to read them from")
+        return read_variables(self.directory / "student.safetensors")
 
     @property
     def student(self) -> Any:
         """The trained student: a new NNX module where one was given, else a `Network`."""
-        variables = self.variables
-        if variables is None:
-            assert self.directory is not None
-            flat = safetensors.numpy.load_file(self.directory / "student.safetensors")
-            variables = unflatten_dict(flat, sep="/")
-        network = Network(self.model, {"params": {}, "batch_stats": {}, **variables})
+        network = Network(self.model, self.variables)
         return network.module if isinstance(side_of(self.model), Nnx) else network
+
+    def save(self, path: str | Path) -> None:
+        """Writes the student's weights as `.safetensors`; `abflax.weights.read_variables` reads it.
+
+        The names are paths such as `params/Conv_0/kernel`, which other programs read as well.
+
+        Raises:
+          ValueError: if the path does not end in `.safetensors`.
+          DiskError: if the file cannot be written.
+        """
+        target = local_path(path)
+        if target.suffix != ".safetensors":
+            raise InputError(f"weights are saved as .safetensors, not as {target.name}")
+        save_variables(target, self.variables)
 
 
 @on_process_zero

@@ -10,12 +10,13 @@ import jax
 import numpy as np
 import pytest
 import safetensors
+from flax import linen as nn
 
 from abflax import Resources, RunConfig, distill, load
 from abflax.data import Preprocessing
 from abflax.models import MODELS
 from abflax.training.record import write_record
-from abflax.weights import load_network, save_variables, to_torch
+from abflax.weights import load_network, read_variables, save_variables, to_torch
 from experiments import export
 from tests.conftest import draw_variables
 from tests.experiments.conftest import plain
@@ -118,7 +119,38 @@ def test_what_cannot_be_exported(command, tmp_path):
     assert "there is no finished run in" in command(RUN, "--workdir", tmp_path)[2]
     other = _write_run(tmp_path, student="Net( width = 4 )").name
     code, _, err = command(other, "--workdir", tmp_path)
-    assert code == 2 and "trained a Net( width = 4 ), which has no published names" in err
+    assert code == 2 and "trained a Net, which abflax.models.MODELS does not name" in err
+    for factory, why in (
+        ("tests.nothing:make", "makes no model"),
+        ("tests.conftest:under", "makes no model"),
+        ("builtins:dict", "makes a dict, no Flax module"),
+    ):
+        code, _, err = command(other, "--workdir", tmp_path, "--model", factory)
+        assert code == 2 and why in plain(err)
+
+
+class Own(nn.Module):
+    """A model of one's own, without published names."""
+
+    @nn.compact
+    def __call__(self, images):
+        return nn.Dense(10)(images.reshape(images.shape[0], -1))
+
+
+def test_a_model_of_ones_own_by_its_path(command, tmp_path):
+    variables = draw_variables(Own(), (8, 8, 1))
+    folder = _write_run(tmp_path, student="Own( )")
+    save_variables(folder / "student.safetensors", variables)
+    code, out, err = command(folder, "--model", f"{__name__}:Own", "--workdir", tmp_path / "other")
+    assert (code, err) == (0, "") and out.count("read back") == 1
+    exported = tmp_path / "other" / "exports" / folder.name
+    function = jax.export.deserialize(bytearray((exported / "Own.jaxexport").read_bytes()))
+    test = load("digits", "test")
+    images = (test.images[:3] - test.preprocessing.mean) / test.preprocessing.std
+    chex.assert_trees_all_close(function.call(test.images[:3]),
+                                Own().apply(variables, images), rtol=1e-4)  # fmt: skip
+    read = read_variables(exported / "Own.safetensors")
+    chex.assert_trees_all_equal(read, {"batch_stats": {}, **variables})
 
 
 WITHOUT_ABFLAX = """

@@ -152,7 +152,7 @@ def test_a_record_written_before_the_lock_is_read(digits, tmp_path, monkeypatch)
     first = _train(digits, tmp_path)
     monkeypatch.setattr("abflax.distillation._finished", lambda *_: {})
     second = _train(digits, tmp_path, reporter=_While(lambda: pytest.fail("trained again")))
-    assert second.record == first.record and second.variables is None
+    assert second.record == first.record and second.trained is None
 
 
 def test_killed_between_record_and_tidying_up(digits, tmp_path, monkeypatch):

@@ -1,17 +1,20 @@
 """Distillation between models that do not use abflax."""
 
 import chex
+import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
+from safetensors.flax import load_file
 
 from abflax import Dataset, InputError, Network, Resources, Tapped, distill, evaluate, load
 from abflax.models import model_name
 from abflax.models.network import configure_model
 from abflax.models.variables import init_variables
 from abflax.taps import sow_tap
+from abflax.weights import read_variables
 
 ONE, SHAPE = Resources(devices=1), (8, 8, 1)
 PATHS = {"layer1": "first", "layer2": "norm"}
@@ -90,7 +93,18 @@ def test_sequential_students_are_found_again(data, teacher, tmp_path):
     first = _distill(data, student, taught, workdir=tmp_path, method="kd")
     again = _distill(data, Tapped(nn.Sequential(layers), student.tap_paths), taught,
                      workdir=tmp_path, method="kd")  # fmt: skip
-    assert again.variables is None and again.record == first.record
+    assert again.record == first.record
+    chex.assert_trees_all_equal(again.variables, first.variables)
+    again.save(tmp_path / "mine.safetensors")
+    variables = read_variables(tmp_path / "mine.safetensors")
+    flat = load_file(tmp_path / "mine.safetensors")  # plain Flax, without abflax
+    plain = flax.traverse_util.unflatten_dict(flat, sep="/")
+    images = data[1].images
+    logits = again.student.model.model.apply(first.variables, images)
+    for each in (variables, plain):
+        chex.assert_trees_all_equal(nn.Sequential(layers).apply(each, images), logits)
+    with pytest.raises(InputError, match="saved as .safetensors, not as mine.npz"):
+        again.save(tmp_path / "mine.npz")
     assert ", relu, _pooled, " in model_name(student) and " at 0x" not in model_name(student)
 
 

@@ -1,7 +1,7 @@
 """Models in the styles that people use: NNX, object outputs, unhashable fields, hard-coded axes."""
 
+import functools
 import io
-import types
 import warnings
 
 import chex
@@ -16,124 +16,201 @@ from PIL import Image
 
 from abflax import Dataset, InputError, Network, Resources, Tapped, distill, evaluate, load
 from abflax.data.decoding import centre_crop
-from abflax.taps import marked, run_model, suggest
+from abflax.methods import METHODS
+from abflax.models.variables import init_variables
+from abflax.taps import Nnx, marked, run_model, side_of, suggest
+from abflax.taps.running import logits_of
+from tests.taps.zoo import STYLES, Configured, NnxResNet, PostActivation
 
 ONE = Resources(devices=1)
-DIGITS = load("digits", "train").take(np.arange(64))
+DIGITS = load("digits", "train").take(np.arange(32))
 DATA = Dataset(DIGITS.images.astype(np.float32) / 16, DIGITS.labels, 10)
-IMAGES = jnp.asarray(DATA.images[:8])
+IMAGES = jnp.asarray(DATA.images)
+FLAT = ("configuration as field",)  # with a tap of features, which has no positions
 SETTINGS = {"epochs": (1, 1), "batch_size": 32, "resources": ONE}
 
 
-class Block(nnx.Module):
-    def __init__(self, before, after, *, rngs):
-        self.conv = nnx.Conv(before, after, (3, 3), strides=2, rngs=rngs)
-        self.norm = nnx.BatchNorm(after, rngs=rngs)
-        self.short = nnx.Conv(before, after, (1, 1), strides=2, rngs=rngs)
-
-    def __call__(self, x):
-        self.pre = nnx.Intermediate(self.norm(self.conv(x)) + self.short(x))
-        return nnx.relu(self.pre[...])
-
-
-class ResNet(nnx.Module):
-    """Blocks in `nnx.List`, `train()` and `eval()`, residual sums kept as `nnx.Intermediate`."""
-
-    def __init__(self, width, *, rngs):
-        self.blocks = nnx.List([Block(1, width, rngs=rngs), Block(width, 2 * width, rngs=rngs)])
-        self.drop = nnx.Dropout(0.2, rngs=rngs)
-        self.head = nnx.Linear(2 * width, 10, rngs=rngs)
-
-    def __call__(self, x):
-        for block in self.blocks:
-            x = block(x)
-        return self.head(self.drop(x.mean((1, 2))))
+@functools.cache
+def _network(name, width):
+    """A random network of a style."""
+    style = STYLES[name]
+    model = style.make(width)
+    if isinstance(model, nnx.Module):
+        return Network(Tapped(model, style.taps))
+    variables = jax.jit(lambda key: init_variables(model, key, (8, 8, 1)))(jax.random.key(width))
+    return Network(Tapped(model, style.taps), variables)
 
 
-class Vit(nn.Module):
-    """Tokens, and an object as the output."""
+def _native(model, variables):
+    """The model's own logits in evaluation mode."""
+    side = side_of(model)
+    if isinstance(side, Nnx):
+        module = side.merge(variables)
+        module.eval()
+        return module(IMAGES)
+    off = {"train": False} if isinstance(side.module, (Configured, PostActivation)) else {}
+    output = jax.jit(lambda v: logits_of("", side.module.apply(v, IMAGES, **off), None))
+    return output(variables)
 
-    config: dict
 
-    @nn.compact
-    def __call__(self, x):
-        x = nn.Conv(8, (2, 2), strides=2, name="patch")(x).reshape(len(x), 16, 8)
-        x = x + nn.MultiHeadDotProductAttention(num_heads=2, name="att")(x, x)
-        x = x + nn.Dense(8, name="out")(nn.gelu(nn.Dense(self.config["hidden"], name="fc")(x)))
-        return types.SimpleNamespace(logits=nn.Dense(10)(x.mean(axis=1)), tokens=x)
+@pytest.mark.parametrize("name", STYLES)
+def test_a_style(name):
+    """What `suggest` marks; the taps against the network cut by hand; the model's own logits."""
+    style, network = STYLES[name], _network(name, 4)
+    variables, side = network.variables, side_of(network.model)
+    # Scales that start at zero would leave nothing of a branch.
+    noise = jax.tree.map(lambda leaf: leaf + 0.1 * np.cos(np.arange(leaf.size)).reshape(leaf.shape),
+                         {k: v for k, v in variables.items() if k != "batch_stats"})  # fmt: skip
+    variables = variables | noise
+    if isinstance(side, Nnx):
+        module = side.merge(variables)
+        module.eval()
+        assert marked(suggest(style.make(4), images=IMAGES)) == style.suggested
+        expected = style.cut(module, IMAGES)
+    else:
+        assert marked(suggest(side.module, variables, IMAGES)) == style.suggested
+        expected = jax.jit(style.cut)(variables, IMAGES)
+    found = jax.jit(lambda v: run_model(network.model, v, IMAGES, train=False))(variables)
+    assert found.taps.keys() == expected.keys() == style.taps.keys()
+    chex.assert_trees_all_close(found.taps, expected, atol=1e-5)
+    chex.assert_trees_all_close(found.logits, _native(network.model, variables), atol=1e-6)
 
 
-class Fixed(nn.Module):
-    """A post-activation block with a zero-initialized norm and an axis name of its own."""
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow)
+        if name in ("vision transformer", "scan", "remat", "NNX ResNet")
+        else name
+        for name in STYLES
+    ],
+)
+def test_a_style_is_trained(name):
+    """Two steps of boundaries, attention and NST; the error is that of the model itself."""
+    student, teacher = (_network(name, width) for width in (4, 6))
+    train = functools.partial(
+        distill, student, teacher, DATA, test=DATA, epochs=(2, 0), batch_size=32, resources=ONE
+    )
+    if name in FLAT:  # features have no positions
+        with pytest.raises(InputError, match=r"^attention_map: a feature map is .*not \(2, 6\)"):
+            train(method="attention")
+        result = train(method="activation-boundary")
+    else:
+        result = train(method="activation-boundary+attention+nst")
+    predictions = np.asarray(_native(student.model, result.variables)).argmax(axis=-1)
+    wrong = np.mean(predictions != DATA.labels)
+    assert result.record["result"]["test_error"] == pytest.approx(wrong, abs=1e-6)
+    for collection in ("params", "batch_stats"):
+        trees = student.variables[collection], result.variables[collection]
+        for before, after in zip(*map(jax.tree.leaves, trees), strict=True):
+            assert before.shape == after.shape and np.isfinite(after).all()
+            assert collection == "params" or (before != after).any()
 
-    @nn.compact
-    def __call__(self, x, train=True):
-        norm = nn.BatchNorm(not train, axis_name="batch", scale_init=nn.initializers.zeros)
-        return nn.Dense(10)(nn.relu(norm(nn.Conv(4, (3, 3))(x)) + x).mean(axis=(1, 2)))
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["activation-boundary", "kd", "attention", "nst"])
+@pytest.mark.parametrize("name", STYLES)
+def test_a_style_learns(name, method):
+    """Twenty steps of each method lower its loss."""
+    if name in FLAT and method in ("attention", "nst"):
+        pytest.skip("features have no positions")
+    student, teacher = (_network(name, width) for width in (4, 6))
+    phases = METHODS[method](protocol="paper")
+    epochs = (20, 0) if len(phases) > 1 else (0, 20)
+    result = distill(student, teacher, DATA, method=method, epochs=epochs, batch_size=32,
+                     resources=ONE)  # fmt: skip
+    losses = [entry["loss"] for entry in result.record["history"]]
+    assert np.mean(losses[-3:]) < np.mean(losses[:3])
+    logits = run_model(student.model, result.variables, IMAGES, train=False).logits
+    chex.assert_trees_all_close(logits, _native(student.model, result.variables), atol=1e-6)
 
 
 def test_an_nnx_student_learns_from_an_nnx_teacher(tmp_path):
-    teacher, student = (ResNet(width, rngs=nnx.Rngs(width)) for width in (6, 4))
+    """In at most eight lines; the trained module has the error and the logits of the record."""
+    images, labels = jnp.asarray(DATA.images), jnp.asarray(DATA.labels)
+    teacher, student = (NnxResNet(width, rngs=nnx.Rngs(width)) for width in (6, 4))
     optimizer = nnx.Optimizer(teacher, optax.adam(1e-2), wrt=nnx.Param)
 
     @nnx.jit
-    def step(model, optimizer, images, labels):
+    def step(model, optimizer):
         loss = lambda m: optax.softmax_cross_entropy_with_integer_labels(m(images), labels).mean()
         optimizer.update(model, nnx.grad(loss)(model))
 
     teacher.train()
-    for _ in range(3):
-        step(teacher, optimizer, IMAGES, DATA.labels[:8])
-    taps = {"layer1": "blocks/0/pre", "layer2": "blocks/1/pre"}
+    for _ in range(60):
+        step(teacher, optimizer)
     before = jax.tree.map(np.array, nnx.state(student, nnx.Param))
+    taps = marked(suggest(student, images=images))
     call = lambda: distill(Tapped(student, taps), Tapped(teacher, taps), DATA, test=DATA,
                            workdir=tmp_path, **SETTINGS)  # fmt: skip
     result = call()
-    chex.assert_trees_all_equal(
-        before, nnx.state(student, nnx.Param)
-    )  # the caller's is not changed
+    chex.assert_trees_all_equal(before, nnx.state(student, nnx.Param))  # the caller's is as it was
+    teacher.eval()
+    assert float((teacher(images).argmax(-1) == labels).mean()) > 0.5
     for trained in (result.student, call().student):
         trained.eval()
-        wrong = float((trained(DATA.images).argmax(-1) != DATA.labels).mean())
+        wrong = float((trained(images).argmax(-1) != labels).mean())
         assert wrong == pytest.approx(result.record["result"]["test_error"], abs=1e-6)
+        logits = run_model(result.model, result.variables, images, train=False).logits
+        chex.assert_trees_all_close(trained(images), logits, atol=1e-6)
     assert evaluate(trained, DATA, devices=1)["test_error"] == pytest.approx(wrong, abs=1e-6)
     assert np.abs(trained.blocks[0].norm.mean[...]).max() > 0
 
 
-def test_nnx_taps_equal_the_network_cut_by_hand():
-    model = ResNet(4, rngs=nnx.Rngs(0))
-    network = Network(Tapped(model, {"norm": "blocks/0/norm", "sum": "blocks/0/pre"}))
-    taps = run_model(network.model, network.variables, IMAGES, train=False).taps
-    model.eval()
-    first = model.blocks[0]
-    norm = first.norm(first.conv(IMAGES))
-    chex.assert_trees_all_close(taps, {"norm": norm, "sum": norm + first.short(IMAGES)}, atol=1e-6)
-    assert list(taps) == ["norm", "sum"]
-    found = marked(suggest(ResNet(4, rngs=nnx.Rngs(0)), images=IMAGES))
-    assert found == {"layer1": "blocks/0/pre", "layer2": "blocks/1/pre"}
+def test_suggest_says_that_a_residual_sum_is_no_output():
+    """It marks what comes after the ReLU, and what to do about it; heads are no feature maps."""
+    model = PostActivation(4, sows=False)
+    found = suggest(model, init_variables(model, jax.random.key(0), (8, 8, 1)), IMAGES[:1])
+    assert marked(found) == {"layer1": "block0", "layer2": "block1"}
+    for tap in found:
+        assert ("is no module's output" in tap.note) == tap.marked == tap.rectified
+    transformer = _network("vision transformer", 4)
+    found = suggest(transformer.model, transformer.variables, IMAGES[:1])
+    assert not any("query" in tap.path for tap in found)
+    shared = _network("shared weights", 4)
+    with pytest.raises(InputError, match="'shared'.* 3 times"):
+        run_model(shared.model, shared.variables, IMAGES, train=False,
+                  tap_paths={"layer1": "shared"})  # fmt: skip
 
 
-@pytest.mark.slow
-def test_a_transformer_is_tapped_at_its_tokens():
-    model = Vit({"hidden": 12})
-    variables = model.init(jax.random.key(0), IMAGES)
-    found = suggest(model, variables, IMAGES)
-    assert marked(found) == {"layer1": "fc"}
-    assert not any("query" in tap.path for tap in found)  # heads are no feature maps
-    tapped = Tapped(model, marked(found))
-    result = distill(tapped, Network(tapped, variables), DATA, **SETTINGS)
+def test_nnx_with_dropout_through_flaxs_bridge():
+    class Bridged(nn.Module):
+        @nn.compact
+        def __call__(self, x, *, train):
+            return nnx.bridge.to_linen(Dropping, name="net")(x, train=train)
+
+    class Dropping(nnx.Module):
+        def __init__(self, *, rngs):
+            self.drop, self.head = nnx.Dropout(0.5, rngs=rngs), nnx.Linear(64, 10, rngs=rngs)
+
+        def __call__(self, x, *, train):
+            return self.head(self.drop(x.reshape(len(x), -1), deterministic=not train))
+
+    result = distill(Bridged(), None, DATA, method="cross-entropy", **SETTINGS)
     assert np.isfinite(result.record["history"][-1]["loss"])
 
 
-def test_suggest_says_that_a_residual_sum_is_no_output():
-    found = suggest(Fixed(), Fixed().init(jax.random.key(0), IMAGES), IMAGES)
-    assert {tap.path: tap.rectified for tap in found}["BatchNorm_0"] is False
-    assert marked(found) == {}
+def test_the_last_tap_is_the_last_given():
+    """Not the last of the alphabet."""
 
+    class Two(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            x = nn.Dense(3, name="c0")(x)
+            x = nn.Dense(4, name="c1")(nn.relu(x))
+            return nn.Dense(10)(nn.relu(x).mean(axis=(1, 2)))
 
-def test_a_hard_coded_axis_and_tuples_work():
-    assert np.isfinite(distill(Fixed(), None, DATA, method="cross-entropy", **SETTINGS)
-                       .record["history"][-1]["loss"])  # fmt: skip
+    student, teacher = (
+        Network(Tapped(Two(), {"stem": "c0", "head": "c1"}),
+                init_variables(Two(), jax.random.key(k), (8, 8, 1)))
+        for k in (0, 1)
+    )  # fmt: skip
+    ours, theirs = (nn.relu(run_model(n.model, n.variables, IMAGES, train=False).taps["head"])
+                    for n in (student, teacher))  # fmt: skip
+    record = distill(student, teacher, DATA, method="fitnet", epochs=(1, 0), batch_size=32,
+                     resources=ONE).record  # fmt: skip
+    expected = np.square(ours - theirs).sum(axis=(1, 2, 3)).mean() * 3 / 4000
+    assert record["history"][0]["loss"] == pytest.approx(float(expected), rel=1e-5)
 
 
 def test_sown_losses_are_added():

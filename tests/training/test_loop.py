@@ -103,7 +103,7 @@ def test_held_out_error_counts_every_example_once(whole, digits):
 def test_a_finished_run_is_not_run_twice(whole, digits, teacher):
     before = (whole.directory / "record.json").stat().st_mtime_ns
     again = _distill(digits, teacher, workdir=whole.directory.parents[1])
-    assert again.record == whole.record and again.variables is None
+    assert again.record == whole.record and again.trained is None
     assert (whole.directory / "record.json").stat().st_mtime_ns == before
 
 
