@@ -8,7 +8,7 @@ import pytest
 from abflax import load
 from abflax.weights import load_network
 from experiments import probe
-from tests.conftest import save_random_network
+from tests.conftest import ROOT, save_random_network
 
 
 def test_probe(call_command, tmp_path):
@@ -37,3 +37,12 @@ def test_features_are_those_of_every_example(tmp_path):
     features = probe._features(teacher, data)
     alone = probe._features(teacher, data.take(np.arange(120, 130)))
     assert len(features) == 130 and features[120:] == pytest.approx(alone, rel=1e-4, abs=1e-5)
+
+
+def test_the_page_says_what_was_measured():
+    path = ROOT / "experiments" / "records" / "probe" / "efficientnet-lite0-cifar10-64.json"
+    errors = json.loads(path.read_text())["test_error"]
+    page = (ROOT / "docs" / "reproduce.md").read_text()
+    assert f"| training images of a class | {' | '.join(errors)} |" in page
+    shown = " | ".join(f"{100 * (1 - error):.2f}" for error in errors.values())
+    assert f"| right, % | {shown} |" in page
