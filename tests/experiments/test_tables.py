@@ -263,9 +263,10 @@ def test_every_run_is_in_exactly_one_share(count):
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
 
-@pytest.mark.parametrize("scale", ["small", "paper"])
-def test_grouped_runs_have_the_same_batches_and_teacher(scale):
-    plan = jobs([each for each in TABLES[scale].values() if each.teacher_run], range(2))
+@pytest.mark.parametrize(("scale", "protocol"), [("small", "official"), ("paper", "paper")])
+def test_grouped_runs_have_the_same_batches_and_teacher(scale, protocol):
+    tables = [each for each in TABLES[scale].values() if each.teacher_run]
+    plan = jobs([each for each in tables if each.run.protocol == protocol], range(2))
     assert group_jobs(plan, 1) == tuple((job,) for job in plan)
     found = group_jobs(plan, 4)
     assert sorted(map(repr, itertools.chain(*found))) == sorted(map(repr, plan))
@@ -275,7 +276,7 @@ def test_grouped_runs_have_the_same_batches_and_teacher(scale):
     methods = {frozenset(job.run.method for job in each) for each in found}
     # KD alone has no phase in which the teacher drifts; protocol paper has none at all.
     mixed = any({"kd", "activation-boundary"} <= each for each in methods)
-    assert mixed == (scale == "paper")
+    assert mixed == (protocol == "paper")
 
 
 def _batches_and_teacher(job):
