@@ -214,7 +214,7 @@ class RunConfig:
         Another method starts without the options of this one.
         """
         given = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        require_instances({"method": (settings.get("method", self.method), str)})
+        require_instances({"method": (settings.get("method", self.method), str | list | tuple)})
         same_method = settings.get("method", self.method) == self.method
         options = dict(self.options) if same_method else {}
         del given["options"]

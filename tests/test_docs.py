@@ -54,7 +54,7 @@ def _blocks(page: Path, language: str) -> list[str]:
 
 (README,) = _blocks(ROOT / "README.md", "python")
 (SHIPPED,) = [b for b in _blocks(ROOT / "docs/get_started.md", "python") if "distill" in b]
-NNX, LINEN = _blocks(ROOT / "docs/own_models.md", "python")
+NNX, LINEN, *_ = _blocks(ROOT / "docs/own_models.md", "python")
 (LOOP,) = _blocks(ROOT / "docs/own_loop.md", "python")
 
 
