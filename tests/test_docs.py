@@ -55,7 +55,7 @@ def _blocks(page: Path, language: str) -> list[str]:
 (README,) = _blocks(ROOT / "README.md", "python")
 (SHIPPED,) = [b for b in _blocks(ROOT / "docs/get_started.md", "python") if "distill" in b]
 NNX, LINEN, *_ = _blocks(ROOT / "docs/own_models.md", "python")
-(LOOP,) = _blocks(ROOT / "docs/own_loop.md", "python")
+BOUND, LOOP = _blocks(ROOT / "docs/own_loop.md", "python")
 
 
 @pytest.mark.parametrize("block", [README, SHIPPED, LINEN], ids=["readme", "shipped", "linen"])
@@ -124,6 +124,10 @@ def test_the_readmes_own_models_run():
     steps = {phase["name"]: phase["steps"] for phase in names["result"].record["phases"]}
     assert steps == {"initialise": 2, "classify": 13}  # ⌊20·16/128⌋, and ⌊120·16/128⌋ in all
     assert "Block_2/norm" in names["result"].record["config"]["teacher"]
+
+
+def test_the_bound_loop_is_short():
+    assert len(BOUND.rstrip().splitlines()) <= 25
 
 
 @pytest.mark.slow

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import operator
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from typing import Any
@@ -14,6 +15,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.extend.core import Var
+from jax.interpreters.partial_eval import dce_jaxpr
 
 from abflax.errors import InputError
 from abflax.methods.connectors import (
@@ -27,13 +30,16 @@ from abflax.methods.connectors import (
 from abflax.methods.phase import Phase, Ramp
 from abflax.methods.terms import LayerTerm, Term
 from abflax.methods.views import VIEWS
-from abflax.models.variables import abstract_variables
+from abflax.models.network import Network, as_network
+from abflax.models.variables import abstract_variables, floats_in, init_variables
 from abflax.taps import Forward, Model, abstract_forward, run_model, side_of
 
 
 @dataclasses.dataclass(frozen=True)
 class Objective:
-    """A phase bound to two networks.
+    """A phase bound to two networks; `init`, `targets` and `loss` are what a training loop needs.
+
+    All are pure and work under `jit`, `grad`, `pmap` and `shard_map`.
 
     Attributes:
       student: a model, with its tap paths where it does not sow its taps.
@@ -45,6 +51,7 @@ class Objective:
         there (after the connectors, if there are any).
       axis_name: the mapped axis over which gradients and metrics are averaged.
       steps_per_epoch: by which weights that are ramps count epochs.
+      image_shape: (height, width, channels).
     """
 
     student: Model
@@ -55,6 +62,76 @@ class Objective:
     measured: tuple[str, ...]
     axis_name: str | None = None
     steps_per_epoch: Fraction = Fraction(1)
+    image_shape: tuple[int, ...] = ()
+
+    def init(self, key: jax.Array, student: Any = None) -> tuple[Any, Any]:
+        """Makes the parameters and the running statistics at the start of the phase.
+
+        Args:
+          key: of the student's and the connectors' first weights; `jax.random.key(seed)` gives
+            those that `abflax.distill` starts with for the seed `weights`.
+          student: variables to start with, `params` and other collections; None: new ones.
+
+        Returns:
+          Parameters {"student": …, "connectors": …}, to be trained; and what else a step changes,
+          likewise.
+        """
+        if student is None:
+            student = init_variables(self.student, jax.random.fold_in(key, 0), self.image_shape)
+        return begin(self, student, jax.random.fold_in(key, 1), self.image_shape)
+
+    def targets(
+        self,
+        teacher: Any,
+        images: jax.Array,
+        labels: jax.Array | None = None,
+        keys: jax.Array | None = None,
+    ) -> tuple[Any, ...]:
+        """Computes what a batch needs of the teacher. No gradient flows into it.
+
+        Args:
+          teacher: its variables, `params` and other collections, which stay as they are.
+          images: normalized, `[batch, height, width, channels]`.
+          labels: integers `[batch]`; only terms that read a view need them.
+          keys: one for each example, likewise.
+
+        Returns:
+          A pytree of arrays with a leading batch dimension.
+        """
+        stats = {name: tree for name, tree in teacher.items() if name != "params"}
+        return make_targets(self, teacher["params"], stats, images, labels, keys)[0]
+
+    def loss(
+        self,
+        params: Any,
+        state: Any,
+        targets: tuple[Any, ...],
+        images: jax.Array,
+        labels: jax.Array,
+        *,
+        key: jax.Array | None = None,
+        step: jax.Array | int = 0,
+    ) -> tuple[jax.Array, tuple[Any, dict[str, Any]]]:
+        """Computes the phase's objective on a batch, or on one device's share of it.
+
+        Args:
+          params: as `init` gives them.
+          state: likewise.
+          targets: as `targets` gives them for these images.
+          images: normalized, `[batch, height, width, channels]`.
+          labels: integers `[batch]`.
+          key: for a student with dropout.
+          step: of the phase, from 0, for weights that are ramps.
+
+        Returns:
+          Σ weight · mean over the batch of each term's loss; and (the state after the pass, what
+          the terms measure).
+        """
+        return student_loss(self, params, state, targets, images, labels, key, step)
+
+    def trainable(self) -> Any:
+        """Finds the parameters that get a gradient; see `trainable_mask`."""
+        return trainable_mask(self, self.image_shape)
 
     @property
     def runs_teacher(self) -> bool:
@@ -68,8 +145,8 @@ class Objective:
 
 
 def bind(
-    student: Model,
-    teacher: Model | None,
+    student: Model | Network,
+    teacher: Model | Network | None,
     phase: Phase,
     image_shape: tuple[int, ...],
     *,
@@ -81,7 +158,7 @@ def bind(
     The terms' modules compute in the student's dtypes.
 
     Args:
-      student: the model, in the precision that it trains in.
+      student: the model, in the precision that it trains in; of a `Network` its model counts.
       teacher: likewise; None if no term needs one.
       phase: its terms with their weights.
       image_shape: (height, width, channels).
@@ -91,6 +168,10 @@ def bind(
     Raises:
       ValueError: if a layer is missing in one of them, or their positions differ.
     """
+    student, teacher = (
+        each.model if isinstance(each, Network) else each
+        for each in (as_network(student), as_network(teacher))
+    )
     ours, theirs = (
         abstract_forward(model, abstract_variables(model, image_shape), (1, *image_shape))
         if model is not None
@@ -119,7 +200,7 @@ def bind(
     )
     return Objective(
         student, teacher, phase, tuple(connectors), tuple(pooled), measured, axis_name,
-        steps_per_epoch,
+        steps_per_epoch, tuple(image_shape),
     )  # fmt: skip
 
 
@@ -140,6 +221,32 @@ def _require_comparable(
             )
     if term.positions == "same":
         require_same_positions(student_taps, teacher_taps, layers)
+
+
+def begin(
+    objective: Objective, student: Any, key: jax.Array, image_shape: tuple[int, ...]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Makes parameters and running statistics of a phase: the given student, new connectors.
+
+    Args:
+      objective: of the phase.
+      student: variables by collection.
+      key: of the connectors' initial weights.
+      image_shape: (height, width, channels).
+    """
+    dtype = jnp.result_type(float)
+    images = jnp.zeros((1, *image_shape), dtype)
+    forward = run_model(objective.student, student, images, train=False)
+    params: dict[str, Any] = {"student": student["params"], "connectors": {}}
+    own = {name: tree for name, tree in student.items() if name != "params"}
+    stats: dict[str, Any] = {"student": own, "connectors": {}}
+    for index, connectors in enumerate(objective.connectors):
+        if connectors is not None:
+            variables = connectors.init(jax.random.fold_in(key, index), forward, None, train=False)
+            params["connectors"][f"term{index}"] = variables.get("params", {})
+            running = floats_in(dtype, variables.get("batch_stats", {}))
+            stats["connectors"][f"term{index}"] = running
+    return params, stats
 
 
 def make_targets(
@@ -352,3 +459,45 @@ def apply_connectors(
 def connected_taps(connectors: nn.Module | None) -> tuple[str, ...]:
     """The taps that pass through connectors."""
     return tuple(name for name, _ in getattr(connectors, "widths", ()))
+
+
+def trainable_mask(objective: Objective, image_shape: tuple[int, ...]) -> Any:
+    """Finds which parameters get a gradient from the objective.
+
+    The others get no gradient, so they get no weight decay either (the classifier in the initialise
+    phase, everything behind the one layer that a term compares, or behind a `stop_gradient`).
+
+    Returns:
+      A tree of booleans, shaped as the parameters {"student": …, "connectors": …}.
+    """
+    teacher: Any = {"params": {}, "batch_stats": {}}
+    if objective.teacher is not None:
+        teacher = abstract_variables(objective.teacher, image_shape)
+    params, stats = jax.eval_shape(
+        lambda student, key: begin(objective, student, key, image_shape),
+        abstract_variables(objective.student, image_shape),
+        jax.random.key(0),
+    )
+    stats["teacher"] = {name: tree for name, tree in teacher.items() if name != "params"}
+    images = jax.ShapeDtypeStruct((2, *image_shape), jnp.result_type(float))
+    labels = jax.ShapeDtypeStruct((2,), jnp.int32)
+
+    def loss(params: Any, teacher_params: Any, images: jax.Array, labels: jax.Array) -> jax.Array:
+        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), stats)
+        key = jax.random.key(0)
+        keys = jax.random.split(key, len(images))
+        targets, _ = make_targets(objective, teacher_params, zeros["teacher"], images, labels, keys)
+        return student_loss(objective, params, zeros, targets, images, labels, key)[0]
+
+    axes = [(objective.axis_name, 1)] if objective.axis_name else None
+    arguments = (params, teacher["params"], images, labels)
+    jaxpr = jax.make_jaxpr(loss, axis_env=axes)(*arguments).jaxpr
+    _, used = dce_jaxpr(jaxpr, [True])
+    gradients = jax.make_jaxpr(jax.grad(loss), axis_env=axes)(*arguments).jaxpr
+    computed = set(gradients.invars)  # else an output is a constant: the zero of no gradient
+    for equation in gradients.eqns:
+        if any(isinstance(each, Var) and each in computed for each in equation.invars):
+            computed.update(equation.outvars)
+    reached = [isinstance(each, Var) and each in computed for each in gradients.outvars]
+    tree = jax.tree.structure(params)
+    return jax.tree.unflatten(tree, map(operator.and_, used, reached))

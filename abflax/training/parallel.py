@@ -21,7 +21,7 @@ from flax import struct
 
 from abflax.data import Preprocessing, augment, draw_views, normalize, view
 from abflax.methods import Objective, Phase, PhaseSchedule, bind
-from abflax.methods.objective import make_all_targets, make_targets
+from abflax.methods.objective import make_all_targets, make_targets, trainable_mask
 from abflax.models.variables import init_variables
 from abflax.taps import Model
 from abflax.training.devices import AXIS, local_devices
@@ -32,7 +32,6 @@ from abflax.training.step import (
     eval_step,
     teacher_forward,
     train_step,
-    trainable_mask,
 )
 
 _VIEW = 2  # likewise, for views

@@ -1,13 +1,11 @@
 """One optimization step and one evaluation step: pure functions of one device's share of a batch.
 
-`train_step` and `eval_step` are the two to read. `trainable_mask` may be skipped: it finds the
-parameters that a phase leaves alone.
+`train_step` and `eval_step` are the two to read.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,20 +13,18 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import struct
-from jax.extend.core import Var
-from jax.interpreters.partial_eval import dce_jaxpr
 
 from abflax.losses import activation_indicator, cross_entropy
 from abflax.methods.objective import (
     Objective,
     apply_connectors,
+    begin,
     connected_taps,
     make_targets,
     student_loss,
 )
 from abflax.methods.optimizer import average_in
 from abflax.metrics import activation_agreement, misclassified
-from abflax.models.variables import abstract_variables, floats_in
 from abflax.taps import Forward, run_model
 
 
@@ -82,18 +78,8 @@ def create_train_state(
       key: of the connectors' initial weights.
       image_shape: (height, width, channels).
     """
-    dtype = jnp.result_type(float)
-    images = jnp.zeros((1, *image_shape), dtype)
-    forward = run_model(objective.student, student, images, train=False)
-    params: dict[str, Any] = {"student": student["params"], "connectors": {}}
-    own = {name: tree for name, tree in student.items() if name != "params"}
-    stats = {"student": own, "connectors": {}, "teacher": teacher_stats}
-    for index, connectors in enumerate(objective.connectors):
-        if connectors is not None:
-            variables = connectors.init(jax.random.fold_in(key, index), forward, None, train=False)
-            params["connectors"][f"term{index}"] = variables.get("params", {})
-            running = floats_in(dtype, variables.get("batch_stats", {}))
-            stats["connectors"][f"term{index}"] = running
+    params, stats = begin(objective, student, key, image_shape)
+    stats = stats | {"teacher": teacher_stats}
     return TrainState(jnp.zeros((), jnp.int32), params, stats, optimizer.init(params))
 
 
@@ -223,47 +209,3 @@ def eval_step(
         share = jnp.where(finite, share, jnp.nan)  # an indicator of NaN is 0
         sums["agreement"][layer] = jnp.where(mask, share, 0).sum()
     return sums
-
-
-def trainable_mask(objective: Objective, image_shape: tuple[int, ...]) -> Any:
-    """Finds which parameters get a gradient from the objective.
-
-    The others get no gradient, so they get no weight decay either (the classifier in the initialise
-    phase, everything behind the one layer that a term compares, or behind a `stop_gradient`).
-
-    Returns:
-      A tree of booleans, shaped as `TrainState.params`.
-    """
-    teacher: Any = {"params": {}, "batch_stats": {}}
-    if objective.teacher is not None:
-        teacher = abstract_variables(objective.teacher, image_shape)
-    state = jax.eval_shape(
-        lambda student, stats, key: create_train_state(
-            objective, optax.identity(), student, stats, key, image_shape
-        ),
-        abstract_variables(objective.student, image_shape),
-        {name: tree for name, tree in teacher.items() if name != "params"},
-        jax.random.key(0),
-    )
-    images = jax.ShapeDtypeStruct((2, *image_shape), jnp.result_type(float))
-    labels = jax.ShapeDtypeStruct((2,), jnp.int32)
-
-    def loss(params: Any, teacher_params: Any, images: jax.Array, labels: jax.Array) -> jax.Array:
-        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), state.batch_stats)
-        key = jax.random.key(0)
-        keys = jax.random.split(key, len(images))
-        targets, _ = make_targets(objective, teacher_params, zeros["teacher"], images, labels, keys)
-        return student_loss(objective, params, zeros, targets, images, labels, key)[0]
-
-    axes = [(objective.axis_name, 1)] if objective.axis_name else None
-    arguments = (state.params, teacher["params"], images, labels)
-    jaxpr = jax.make_jaxpr(loss, axis_env=axes)(*arguments).jaxpr
-    _, used = dce_jaxpr(jaxpr, [True])
-    gradients = jax.make_jaxpr(jax.grad(loss), axis_env=axes)(*arguments).jaxpr
-    computed = set(gradients.invars)  # else an output is a constant: the zero of no gradient
-    for equation in gradients.eqns:
-        if any(isinstance(each, Var) and each in computed for each in equation.invars):
-            computed.update(equation.outvars)
-    reached = [isinstance(each, Var) and each in computed for each in gradients.outvars]
-    tree = jax.tree.structure(state.params)
-    return jax.tree.unflatten(tree, map(operator.and_, used, reached))

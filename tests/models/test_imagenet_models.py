@@ -13,11 +13,10 @@ from flax import linen as nn
 from abflax import models
 from abflax.errors import InputError
 from abflax.methods import METHODS
-from abflax.methods.objective import bind
+from abflax.methods.objective import bind, trainable_mask
 from abflax.models import EfficientNetLite, MobileNetV1, MobileNetV2, ResNet
 from abflax.models.resnet import _max_pool
 from abflax.taps import run_model
-from abflax.training.step import trainable_mask
 from abflax.weights import from_torch, load_network, save_state_dict, to_torch
 from tests.conftest import draw_variables
 

@@ -159,8 +159,7 @@ class _Jitted(nn.Module):
 def test_what_a_phase_trains(model):
     """One layer alone trains nothing after it, also inside a jitted block."""
     from abflax.methods import METHODS
-    from abflax.methods.objective import bind
-    from abflax.training.step import trainable_mask
+    from abflax.methods.objective import bind, trainable_mask
 
     shape = (8, 8, 1)
     phase, _ = METHODS["activation-boundary"](layers=("layer1",))

@@ -12,10 +12,10 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 from abflax.methods import METHODS
-from abflax.methods.objective import bind
+from abflax.methods.objective import bind, trainable_mask
 from abflax.methods.optimizer import PhaseSchedule
 from abflax.models import MODELS
-from abflax.training.step import create_train_state, train_step, trainable_mask
+from abflax.training.step import create_train_state, train_step
 from abflax.weights import from_torch, to_torch
 from tests.conftest import under
 
