@@ -60,7 +60,8 @@ class _Shift:
         return x + self.by
 
 
-def make_net(scale=0.1, factor=1.0, momentum=0.9, epsilon=1e-5, rate=0.0, slope=0.0, shift=0.0):  # noqa: PLR0913
+def make_net(scale=0.1, factor=1.0, momentum=0.9, epsilon=1e-5, rate=0.0, slope=0.0, shift=0.0,
+             frozen=False):  # noqa: PLR0913  # fmt: skip
     """A small network of a local class; what the arguments change has no name of its own."""
 
     class Net(nn.Module):
@@ -78,6 +79,7 @@ def make_net(scale=0.1, factor=1.0, momentum=0.9, epsilon=1e-5, rate=0.0, slope=
                 nn.Conv(self.width, (3, 3), strides=2, kernel_init=self.kernel_init)(images)
                 * factor
             )
+            x = jax.lax.stop_gradient(x) if frozen else x
             x = nn.BatchNorm(not train, momentum=momentum, epsilon=epsilon)(x)
             x = self.activate(self.moved(x)).mean(axis=(1, 2))
             if rate:
@@ -170,7 +172,7 @@ def variants(start: Settings) -> Iterator[tuple[str, str, Settings]]:
         ("initializer", {"scale": 1.0}), ("unnamed function", {"slope": 0.1}),
         ("unnamed object", {"shift": 0.1}), ("factor in its code", {"factor": 2.0}),
         ("momentum in its code", {"momentum": 0.5}), ("epsilon in its code", {"epsilon": 1e-3}),
-        ("dropout in its code", {"rate": 0.5}),
+        ("dropout in its code", {"rate": 0.5}), ("gradient in its code", {"frozen": True}),
     ):  # fmt: skip
         yield "student", what, {"student": tapped(make_net(**arguments)(2))}
     yield "student", "width", {"student": tapped(make_net()(4))}

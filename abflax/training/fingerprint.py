@@ -213,9 +213,9 @@ def _record_digest(directory: Path) -> str | None:
 def _program_digest(model: Model, precision: str, shape: tuple[int, ...], student: bool) -> str:
     """Digests what a network computes, lowered for CPUs whatever runs it.
 
-    Of a student that is its initialization, and its forward pass in training mode; of a teacher its
-    forward pass in evaluation mode. What abflax's own networks compute follows from their fields
-    and abflax's source.
+    Of a student that is its initialization, and its passes forward and backward in training mode;
+    of a teacher those in evaluation mode. What abflax's own networks compute follows from their
+    fields and abflax's source.
     """
     model = configure_model(model, precision, None)
     side = side_of(model)
@@ -234,7 +234,17 @@ def _lowered_digest(model: Model, precision: str, shape: tuple[int, ...], studen
         run = run_model(model, variables, images, train=student, dropout_key=key)
         return run.logits, run.taps, run.features, run.state
 
-    texts = [_lowered(forward, abstract_variables(model, shape), images)]
+    def gradients(variables: Any, images: jax.Array) -> Any:
+        """What a forward pass does not tell: `stop_gradient`, a custom backward rule."""
+
+        def total(params: Any, images: jax.Array) -> jax.Array:
+            *outputs, _ = forward({**variables, "params": params}, images)
+            return jax.tree.reduce(jnp.add, jax.tree.map(jnp.sum, outputs))
+
+        return jax.grad(total, argnums=(0, 1), allow_int=True)(variables["params"], images)
+
+    variables = abstract_variables(model, shape)
+    texts = [_lowered(forward, variables, images), _lowered(gradients, variables, images)]
     if student:
         texts.append(_lowered(lambda key: init_variables(model, key, shape), key))
     return hashlib.sha256("".join(texts).encode()).hexdigest()[:16]
@@ -272,7 +282,8 @@ def _objective_digest(
 
     def compute(state: Any, teacher_params: Any, images: Any, labels: Any, key: Any) -> Any:
         stats = state.batch_stats
-        targets, _ = make_targets(objective, teacher_params, stats["teacher"], images)
+        keys = jax.random.split(key, len(images))
+        targets, _ = make_targets(objective, teacher_params, stats["teacher"], images, labels, keys)
 
         def loss(params: Any) -> Any:
             arguments = (params, stats, targets, images, labels, key, state.step)

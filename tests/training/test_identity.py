@@ -50,6 +50,7 @@ CASES = {
     ("student", "unnamed function"): REFUSED,
     ("student", "unnamed object"): REFUSED,
     ("student", "factor in its code"): REFUSED,
+    ("student", "gradient in its code"): REFUSED,
     ("student", "tap"): NAMED,
     ("teacher", "a bias"): REFUSED,
     ("teacher", "epsilon in its code"): REFUSED,
