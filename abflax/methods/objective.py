@@ -32,7 +32,7 @@ from abflax.methods.terms import LayerTerm, Term
 from abflax.methods.views import VIEWS
 from abflax.models.network import Network, as_network
 from abflax.models.variables import abstract_variables, floats_in, init_variables
-from abflax.taps import Forward, Model, abstract_forward, run_model, side_of
+from abflax.taps import Forward, Model, abstract_forward, run_model, side_of, with_side
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,26 +162,24 @@ def bind(
       teacher: likewise; None if no term needs one.
       phase: its terms with their weights.
       image_shape: (height, width, channels).
-      axis_name: the mapped axis over which gradients and metrics are averaged; None: there is none.
+      axis_name: the mapped axis over which gradients and metrics are averaged, by the loop, and the
+        statistics of batch norms, here; None: there is none.
       steps_per_epoch: examples / batch size; only a weight that is a `Ramp` needs it.
 
     Raises:
       ValueError: if a layer is missing in one of them, or their positions differ.
     """
-    student, teacher = (
-        each.model if isinstance(each, Network) else each
-        for each in (as_network(student), as_network(teacher))
-    )
+    own, its = (_model_of(each, axis_name) for each in (student, teacher))
     ours, theirs = (
         abstract_forward(model, abstract_variables(model, image_shape), (1, *image_shape))
         if model is not None
         else None
-        for model in (student, teacher)
+        for model in (own, its)
     )
     assert ours is not None
     student_taps = {name: tap.shape for name, tap in ours.taps.items()}
     teacher_taps = {} if theirs is None else {name: tap.shape for name, tap in theirs.taps.items()}
-    fields = side_of(student).dtypes
+    fields = side_of(own).dtypes
     connectors: list[nn.Module | None] = []
     pooled: list[Positions] = []
     for _, term in phase.terms:
@@ -199,9 +197,19 @@ def bind(
         or (name in connected and shape[:-1] == teacher_taps[name][:-1])
     )
     return Objective(
-        student, teacher, phase, tuple(connectors), tuple(pooled), measured, axis_name,
+        own, its, phase, tuple(connectors), tuple(pooled), measured, axis_name,
         steps_per_epoch, tuple(image_shape),
     )  # fmt: skip
+
+
+def _model_of(given: Any, axis_name: str | None) -> Any:
+    """The model of what was given, its batch norms averaging over that axis."""
+    network = as_network(given)
+    model = network.model if isinstance(network, Network) else network
+    if model is None or axis_name is None:
+        return model
+    side = side_of(model)
+    return with_side(model, side.configured(side.dtypes | {"axis_name": axis_name}))
 
 
 def _require_comparable(

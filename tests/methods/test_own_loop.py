@@ -40,7 +40,7 @@ def test_the_loop_of_the_page_makes_the_engines_steps(given):
     exec(BOUND, names)
     run = functools.partial(
         distill, Tiny(6), teacher, Dataset(images, labels, 10), batch_size=8,
-        resources=Resources(devices=1), margin=1.0,
+        resources=Resources(devices=1), margin=1.0, schedule="constant",
     )  # fmt: skip
     result = run(epochs=(1, 0))
     variables = {"params": names["params"]["student"], **names["state"]["student"]}
@@ -69,7 +69,7 @@ def test_pmap_and_shard_map_give_the_gradients_of_one_device(method, given, x64)
     variables = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), teacher.variables)
 
     def gradients(axis_name):
-        models = (Tiny(width, param_dtype=jnp.float64, axis_name=axis_name) for width in (6, 12))
+        models = (Tiny(width, param_dtype=jnp.float64) for width in (6, 12))
         objective = bind(*models, phase, SHAPE, axis_name=axis_name)
         params, state = objective.init(jax.random.key(0))
 
