@@ -79,9 +79,7 @@ def test_a_style(name):
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param(name, marks=pytest.mark.slow)
-        if name in ("vision transformer", "scan", "remat", "NNX ResNet")
-        else name
+        name if name == "object as output" else pytest.param(name, marks=pytest.mark.slow)
         for name in STYLES
     ],
 )
@@ -125,6 +123,7 @@ def test_a_style_learns(name, method):
     chex.assert_trees_all_close(logits, _native(student.model, result.variables), atol=1e-6)
 
 
+@pytest.mark.slow
 def test_an_nnx_student_learns_from_an_nnx_teacher(tmp_path):
     """In at most eight lines; the trained module has the error and the logits of the record."""
     images, labels = jnp.asarray(DATA.images), jnp.asarray(DATA.labels)
