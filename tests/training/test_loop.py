@@ -27,6 +27,7 @@ from abflax.models.variables import init_variables
 from abflax.runtime.reporter import NullReporter
 from abflax.storage.checkpoint import Checkpoints
 from abflax.training.record import read_record
+from tests.methods.test_registry import Tiny
 
 ONE = Resources(devices=1)
 SHAPE = (8, 8, 1)
@@ -47,10 +48,19 @@ def teacher():
 
 def _distill(digits, teacher, **options):
     settings = {
-        "test": digits[1], "epochs": (1, 1), "batch_size": 16, "protocol": "official",
-        "resources": ONE,
+        "student": MODELS["wrn10-1"](), "test": digits[1], "epochs": (1, 1), "batch_size": 16,
+        "protocol": "official", "resources": ONE,
     } | options  # fmt: skip
-    return distill(MODELS["wrn10-1"](), teacher, digits[0], **settings)
+    return distill(teacher=teacher, data=digits[0], **settings)
+
+
+@pytest.fixture(params=["small", pytest.param("wide ResNets", marks=pytest.mark.slow)])
+def pair(request, teacher):
+    """A student and its teacher, of batch norms that average over the devices."""
+    if request.param != "small":
+        return {"student": MODELS["wrn10-1"](), "teacher": teacher}
+    known = Network(Tiny(12), init_variables(Tiny(12), jax.random.key(7), SHAPE), "small")
+    return {"student": Tiny(6), "teacher": known}
 
 
 class _StopAt(NullReporter):
@@ -141,9 +151,9 @@ def test_steps_per_dispatch_change_no_number(digits, teacher):
     assert [h["step"] for h in three.record["history"]] == [4, 8]
 
 
-def test_one_device_and_eight_give_the_same_numbers(digits, teacher):
+def test_one_device_and_eight_give_the_same_numbers(digits, pair):
     runs = [
-        _distill(digits, teacher, precision="float64", resources=Resources(devices=count))
+        _distill(digits, **pair, precision="float64", resources=Resources(devices=count))
         for count in (1, 8)
     ]
     one, eight = (run.variables for run in runs)
@@ -158,7 +168,7 @@ def test_one_device_and_eight_give_the_same_numbers(digits, teacher):
     chex.assert_trees_all_close(*curves, rtol=1e-9, atol=1e-9)
 
 
-def test_replicas_agree_on_every_leaf(digits, teacher, monkeypatch):
+def test_replicas_agree_on_every_leaf(digits, pair, monkeypatch):
     """`out_axes=None` does not check it."""
     from abflax.training.run import Run
 
@@ -166,7 +176,7 @@ def test_replicas_agree_on_every_leaf(digits, teacher, monkeypatch):
     save = Run.save
     monkeypatch.setattr(Run, "save", lambda self: (states.append(self.state),
                                                                save(self)))  # fmt: skip
-    _distill(digits, teacher, precision="float64", resources=Resources(devices=8))  # compiled above
+    _distill(digits, **pair, precision="float64", resources=Resources(devices=8))  # compiled above
     assert len(states) == 2
     for leaf in jax.tree.leaves(states[0]):
         copies = [np.asarray(shard.data) for shard in leaf.addressable_shards]
