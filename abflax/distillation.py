@@ -25,7 +25,7 @@ from abflax.runtime.distributed import (
 from abflax.runtime.jax_checks import jax_defaults, require_devices
 from abflax.runtime.preemption import Interrupted, Preemption
 from abflax.runtime.reporter import NullReporter, Reporter
-from abflax.taps import Model
+from abflax.taps import Model, require_model
 from abflax.training.compatibility import require_compatible, require_groupable
 from abflax.training.fingerprint import Fingerprint, fingerprints, require_same_run
 from abflax.training.group import TrainingGroup
@@ -269,7 +269,8 @@ def _configure(
 ) -> tuple[RunConfig, Model | Network]:
     """The configuration and the student of one run of a group."""
     student = as_network(run.get("student", student))
-    require_instances({"student": (student, Model | Network)})
+    if not isinstance(student, Network):
+        require_model("student", student)
     own = {name: value for name, value in run.items() if name != "student"}
     names: dict[str, Any] = {
         "dataset": data.name,
