@@ -15,7 +15,7 @@ MAY_IMPORT = {
     ("weights",): {"models", "storage"},
     ("export",): {"data", "models", "taps", "weights"},
     ("methods",): {"losses", "metrics", "models", "taps"},
-    ("config",): {"methods"},
+    ("config",): {"data", "methods"},
     ("training",): {"config", "data", "losses", "methods", "metrics", "models", "runtime",
                     "storage", "taps", "weights"},
     ("analysis",): {"data", "losses", "metrics", "models", "runtime", "taps", "training"},

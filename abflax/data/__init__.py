@@ -4,7 +4,15 @@
 `IMAGE_DATASETS` maps a name to the function that prepares the data for `load_image_files`.
 """
 
-from abflax.data.augmentation import Preprocessing, augment, draw_views, normalize, view
+from abflax.data.augmentation import (
+    Augment,
+    OwnAugmentation,
+    Preprocessing,
+    augment,
+    draw_views,
+    normalize,
+    view,
+)
 from abflax.data.dataset import Dataset, few_shot_subset, holdout, subset
 from abflax.data.decoders import DecodedBatches
 from abflax.data.folder import Folder, read_folder
@@ -16,10 +24,12 @@ from abflax.data.tfds_images import IMAGE_DATASETS, load_image_files
 __all__ = [
     "DATASETS",
     "IMAGE_DATASETS",
+    "Augment",
     "DecodedBatches",
     "Dataset",
     "Folder",
     "ImageFiles",
+    "OwnAugmentation",
     "Preprocessing",
     "Stream",
     "augment",

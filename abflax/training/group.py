@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -12,6 +12,7 @@ import numpy as np
 
 from abflax.config import Resources, RunConfig
 from abflax.data import Dataset, ImageFiles, Stream, few_shot_subset, subset
+from abflax.metrics import Metric
 from abflax.models.network import Network, configure_model
 from abflax.models.variables import floats_in
 from abflax.runtime.reporter import NullReporter, Reporter
@@ -62,9 +63,10 @@ class TrainingGroup:
       size: how many runs there are.
       keep_going: whether a run that fails leaves the others running.
       reporter: told when a run fails.
+      metrics: measured besides, by name.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - all that runs share
         self,
         config: RunConfig,
         teachers: Sequence[Network],
@@ -75,6 +77,7 @@ class TrainingGroup:
         size: int = 1,
         keep_going: bool = False,
         reporter: Reporter | None = None,
+        metrics: Mapping[str, Metric] | None = None,
     ) -> None:
         self.resources, self.size, self.keep_going = resources, size, keep_going
         self.reporter = reporter or NullReporter()
@@ -90,6 +93,7 @@ class TrainingGroup:
         self.spec = InputSpec(
             dataclasses.replace(data.preprocessing, views=config.views), data.image_shape, devices,
             streamed, self.steps_per_dispatch,
+            augment=None if config.augment is None else config.augment.made,
         )  # fmt: skip
         self.teachers = [_placed(each, config.precision, devices) for each in teachers]
         self.teachers = self.teachers or [Teacher()]
@@ -97,7 +101,9 @@ class TrainingGroup:
         stream = Stream(len(self.data), config.batch_size, config.seeds.order)
         seed = config.seeds.augmentation
         self.inputs = TrainInputs(self.data, stream, self.spec, seed, resources.workers)
-        self.evaluation = None if test is None else Evaluation(test, devices, resources.workers)
+        self.evaluation = None
+        if test is not None:
+            self.evaluation = Evaluation(test, devices, resources.workers, metrics)
 
     def close(self) -> None:
         """Ends the processes that decode images."""

@@ -72,7 +72,7 @@ class Run:
         examples = len(group.data)
         self.phases, self.schedules = phases_and_schedules(config, examples)
         if group.resources.cache_targets:
-            require_cacheable(self.phases, config.views)
+            require_cacheable(self.phases, config.views, config.augment)
         self.evaluations = evaluation_steps(config, self.schedules, examples)
         self._anchor_epochs: set[int] = set()
         if keep := group.resources.keep_anchors:
@@ -380,6 +380,7 @@ class Run:
             return entry
         numbers = {"cross-entropy": measured["test_cross_entropy"]}
         numbers |= {f"agreement of {name}": each for name, each in measured["agreement"].items()}
+        numbers |= {f"metric {name}": each for name, each in measured.get("metrics", {}).items()}
         if none := [name for name, number in numbers.items() if not np.isfinite(number)]:
             norm = norm_of(jax.tree.map(np.asarray, self.state.params["student"]))
             diverged = self._trend.divergence(norm, rate)
@@ -387,7 +388,8 @@ class Run:
                 f"the {none[0]} on held-out data is not finite after step {self.step} of the "
                 f"run; {diverged + '; ' if diverged else ''}{self._last_checkpoint()}"
             )
-        names = ("test_error", "test_cross_entropy", "agreement", "silent")
+        names = ["test_error", "test_cross_entropy", "agreement", "silent"]
+        names += ["metrics"] * ("metrics" in measured)
         entry |= {name: measured[name] for name in names}
         if "ema" in measured:
             finite = np.isfinite(measured["ema"]["test_cross_entropy"])
