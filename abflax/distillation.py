@@ -12,7 +12,7 @@ from typing import Any
 import jax
 
 from abflax.config import NO_TEST, Resources, RunConfig
-from abflax.data import Dataset, ImageFiles
+from abflax.data import Batches, Dataset, ImageFiles, TrainData
 from abflax.errors import InputError, brief, local_path, require_instances
 from abflax.metrics import Metric
 from abflax.models import model_name
@@ -39,7 +39,7 @@ from abflax.training.run_directory import Result, RunDirectory, finished_record
 def distill(  # noqa: PLR0913 - the front door
     student: Model | Network,
     teacher: Network | Model | Sequence[Network | Model] | None,
-    data: Dataset | ImageFiles,
+    data: TrainData,
     *,
     test: Dataset | ImageFiles | None = None,
     config: RunConfig | None = None,
@@ -65,7 +65,7 @@ def distill(  # noqa: PLR0913 - the front door
         (RCO, Jin et al., ICCV 2019): checkpoints of one teacher's training, its *anchors*, each of
         which is followed for an equal share of the epochs, with all phases of the method.
       data: the training data, as `abflax.load` or `abflax.data.read_folder` gives it, or
-        `Dataset(images, labels)`.
+        `Dataset(images, labels)`; or `Batches(loader, num_classes)`.
       test: held-out data for error and agreement; None: neither is measured.
       config: settings to start from; None: the defaults of `abflax.RunConfig`. The names of
         networks and data are replaced by those that are given here.
@@ -128,7 +128,7 @@ def distill_group(  # noqa: PLR0913 - the front door
     runs: Sequence[Mapping[str, Any]],
     student: Model | Network,
     teacher: Network | Model | Sequence[Network | Model] | None,
-    data: Dataset | ImageFiles,
+    data: TrainData,
     *,
     test: Dataset | ImageFiles | None = None,
     config: RunConfig | None = None,
@@ -173,7 +173,7 @@ def distill_group(  # noqa: PLR0913 - the front door
     teachers = _networks(teacher)
     require_devices()
     require_instances({
-        "data": (data, Dataset | ImageFiles),
+        "data": (data, TrainData),
         "test": (test, Dataset | ImageFiles | None),
         "config": (config, RunConfig | None),
         "workdir": (workdir, str | Path | None),
@@ -272,7 +272,7 @@ def _configure(
     run: Mapping[str, Any],
     student: Model | Network,
     teachers: Sequence[Network],
-    data: Dataset | ImageFiles,
+    data: TrainData,
     test: Dataset | ImageFiles | None,
     config: RunConfig | None,
     settings: Mapping[str, Any],
@@ -290,6 +290,9 @@ def _configure(
     }
     for name in {*settings, *own} & {"dataset", "teacher", "test", "anchors"}:
         raise InputError(f"{name} is the same for all runs, and follows from the arguments")
+    if isinstance(data, Batches):
+        names = {"batch_size": data.batch_size, **names}
+        names |= {k: v for k, v in {**settings, **own}.items() if k == "batch_size"}
     if config is None:
         config = RunConfig(dataset=names["dataset"], student=names["student"])
     return config.replace(**{**settings, **own, **names}), student

@@ -13,6 +13,7 @@ from abflax.data.augmentation import (
     normalize,
     view,
 )
+from abflax.data.batches import Batches, BatchReader
 from abflax.data.dataset import Dataset, few_shot_subset, holdout, subset
 from abflax.data.decoders import DecodedBatches
 from abflax.data.folder import Folder, read_folder
@@ -21,10 +22,15 @@ from abflax.data.registry import DATASETS, load
 from abflax.data.stream import Stream
 from abflax.data.tfds_images import IMAGE_DATASETS, load_image_files
 
+TrainData = Dataset | ImageFiles | Batches
+"""What a run can be trained on."""
+
 __all__ = [
     "DATASETS",
     "IMAGE_DATASETS",
     "Augment",
+    "BatchReader",
+    "Batches",
     "DecodedBatches",
     "Dataset",
     "Folder",
@@ -32,6 +38,7 @@ __all__ = [
     "OwnAugmentation",
     "Preprocessing",
     "Stream",
+    "TrainData",
     "augment",
     "draw_views",
     "holdout",

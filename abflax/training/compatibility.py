@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from abflax.config import RunConfig
-from abflax.data import Dataset, ImageFiles, OwnAugmentation
+from abflax.data import Batches, Dataset, ImageFiles, OwnAugmentation, TrainData
 from abflax.errors import InputError, brief
 from abflax.methods import Phase
 from abflax.methods.terms import ActivationBoundary
@@ -35,7 +35,7 @@ def require_compatible(
     config: RunConfig,
     student: Model | Network,
     teacher: Network | None,
-    data: Dataset | ImageFiles,
+    data: TrainData,
     test: Dataset | ImageFiles | None,
 ) -> None:
     """Raises where method, networks and data cannot go together."""
@@ -46,6 +46,8 @@ def require_compatible(
         raise InputError(
             "photographs show another crop in each epoch, so their views cannot be counted"
         )
+    if isinstance(data, Batches):
+        _require_loader(config, data)
     phases = config.phases()
     if config.augment is not None:
         config.augment.require_fits(config.batch_size, data.image_shape)
@@ -63,7 +65,21 @@ def require_compatible(
         _require_alike(data, test)
 
 
-def _require_alike(data: Dataset | ImageFiles, test: Dataset | ImageFiles) -> None:
+def _require_loader(config: RunConfig, data: Batches) -> None:
+    """Raises `InputError` where a setting needs to know a loader's examples."""
+    if config.batch_size != data.batch_size:
+        raise InputError(
+            f"the loader's batches have {data.batch_size} examples, so batch_size cannot be "
+            f"{config.batch_size}"
+        )
+    settings = {"fraction": config.fraction != 1, "per_class": config.per_class is not None}
+    for name in (each for each in (*settings, "views") if settings.get(each, config.views)):
+        raise InputError(f"a loader gives whole batches in its own order, so {name} is said there")
+    if jax.process_count() > 1:
+        raise InputError("a loader is read by one process: here are several")
+
+
+def _require_alike(data: TrainData, test: Dataset | ImageFiles) -> None:
     """Raises `InputError` where held-out images cannot be those of the training data."""
     if test.image_shape != data.image_shape:
         raise InputError(

@@ -31,7 +31,7 @@ import numpy as np
 import optax
 
 from abflax.config import RunConfig
-from abflax.data import Dataset, ImageFiles
+from abflax.data import Batches, Dataset, ImageFiles, TrainData
 from abflax.errors import InputError
 from abflax.methods import Phase, PhaseSchedule, bind
 from abflax.methods.objective import make_targets, student_loss
@@ -63,7 +63,7 @@ Fingerprint = dict[str, dict[str, str]]
 def fingerprints(
     members: Sequence[tuple[RunConfig, Model | Network]],
     teacher: Network | None,
-    data: Dataset | ImageFiles,
+    data: TrainData,
     test: Dataset | ImageFiles | None,
     anchors: Sequence[Network] = (),
     metrics: Mapping[str, Metric] | None = None,
@@ -189,13 +189,16 @@ def _changed(own: Fingerprint, theirs: Fingerprint) -> str:
     return ", ".join(f"{name} {before.get(name)}, not {versions.get(name)}" for name in names)
 
 
-def _data_digests(data: Dataset | ImageFiles) -> dict[str, str]:
-    """The digests of a data set; image files are named by their contents already."""
+def _data_digests(data: TrainData) -> dict[str, str]:
+    """The digests of a data set; image files are named by their contents already.
+
+    A loader is named by its first batch where it is checkpointed, else nothing is known of it.
+    """
     images = _array_digest(data.images) if isinstance(data, Dataset) else data.name
     preprocessing = dataclasses.replace(data.preprocessing, views=None)
     return {
         "images": images,
-        "labels": _array_digest(data.labels),
+        "labels": data.name if isinstance(data, Batches) else _array_digest(data.labels),
         "classes": str(data.num_classes),
         "preprocessing": repr(preprocessing),
     }

@@ -32,6 +32,10 @@ class TrainHistory:
       counted: steps since the last evaluation.
       sums: the sums of their metrics.
       losses: phase -> the loss of its first step, and the highest of any.
+      position: where a loader's next batch is, as text; None: it follows from the step, or is not
+        known.
+      restarts: the steps at which another pass over a loader began, since its position was not
+        known when the run was resumed.
     """
 
     step: int = 0
@@ -42,6 +46,8 @@ class TrainHistory:
     counted: int = 0
     sums: dict[str, float] = dataclasses.field(default_factory=dict)
     losses: dict[str, list[float]] = dataclasses.field(default_factory=dict)
+    position: str | None = None
+    restarts: list[int] = dataclasses.field(default_factory=list)
 
     def add(self, metrics: dict[str, np.ndarray], count: int) -> None:
         """Adds up the first `count` steps of metrics, `[steps]` each, in order."""

@@ -48,7 +48,8 @@ class InputSpec:
       preprocessing: normalization and augmentation.
       image_shape: (height, width, channels).
       devices: those that share each batch.
-      streamed: whether each dispatch brings its own images; else the data set is on the devices.
+      streamed: whether each dispatch brings its own images and labels; else the data set is on the
+        devices.
       steps_per_dispatch: the most steps that one dispatch makes.
       dtype: the default floating dtype when the program is traced.
       augment: of the user's, of training images; None: there is none.
@@ -72,7 +73,7 @@ class StepInputs:
     Attributes:
       images: `[examples, height, width, channels]`, the whole data set; or, where images are
         streamed, those of the dispatch, `[devices, steps, share, height, width, channels]`.
-      labels: integers `[examples]`.
+      labels: integers `[examples]`; or, where images are streamed, `[devices, steps, share]`.
       examples: which examples each step sees, `[devices, steps, share]`.
       epochs: the epoch of each of them, likewise; None in evaluation.
       mask: False for padding, likewise; None in training.
@@ -87,8 +88,8 @@ class StepInputs:
 
 def _axes(spec: InputSpec) -> StepInputs:
     """The axis of each input that is split over the devices."""
-    images = 0 if spec.streamed else None
-    return StepInputs(images, labels=None, examples=0, epochs=0, mask=0)
+    data = 0 if spec.streamed else None
+    return StepInputs(images=data, labels=data, examples=0, epochs=0, mask=0)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -316,7 +317,7 @@ def _training_batch(
     images = augment(_images(inputs, index), examples, epochs, key, spec.preprocessing)
     if spec.augment is not None:
         images = _augment_whole(spec.augment, images, examples, epochs, key)
-    return normalize(images, spec.preprocessing), inputs.labels[examples]
+    return normalize(images, spec.preprocessing), _labels(inputs, index)
 
 
 def _augment_whole(
@@ -337,6 +338,12 @@ def _images(inputs: StepInputs, index: Any) -> jax.Array:
     """The stored images of the step with that index."""
     resident = inputs.images.ndim == 4
     return inputs.images[inputs.examples[index] if resident else index]
+
+
+def _labels(inputs: StepInputs, index: Any) -> jax.Array:
+    """The labels of the step with that index."""
+    resident = inputs.labels.ndim == 1
+    return inputs.labels[inputs.examples[index] if resident else index]
 
 
 def _batch_key(examples: jax.Array, epochs: jax.Array, key: jax.Array, use: int) -> jax.Array:
@@ -383,7 +390,7 @@ def _evaluate(
 
     def step(index: jax.Array, mask: jax.Array) -> tuple[dict[str, Any], ...]:
         images = normalize(_images(inputs, index), spec.preprocessing)
-        labels = inputs.labels[inputs.examples[index]]
+        labels = _labels(inputs, index)
         teacher = teacher_forward(objectives, teacher_params, teacher_stats, images)
         return tuple(
             eval_step(objective, params, stats, teacher, images, labels, mask, spec.metrics)

@@ -12,6 +12,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from abflax.config import RunConfig
+from abflax.data import Batches
 from abflax.errors import DiskError, InputError, NonFiniteError
 from abflax.models.network import Network, configure_model, digest
 from abflax.runtime.distributed import max_over_processes
@@ -52,6 +53,7 @@ class Run:
       program, state: of the current phase.
       cached_targets: of the current phase, if they are cached.
       snapshot: (step, state) of the newest copy on the host: plain arrays, safe from donation.
+      snapshot_position: that of a loader then.
       result: once the run is finished.
       error: what ended it early.
     """
@@ -91,6 +93,7 @@ class Run:
         self.state: Any = None
         self.cached_targets: Any = None
         self.snapshot: tuple[int, Any] = (0, None)
+        self.snapshot_position: str | None = None
         self.result: Result | None = None
         self.error: BaseException | None = None
         self._trend = Trend(0.0)
@@ -154,6 +157,7 @@ class Run:
         self.state = state
         self._pending.append((self.step, metrics, count))
         self.history.step += count
+        self.history.position = self.group.inputs.position
         loss = self._read_metrics(leave=0 if self.at_evaluation else 1)
         schedule = self.schedules[self.history.phase]
         epoch = float((self.step - schedule.start) / schedule.steps_per_epoch)
@@ -293,7 +297,9 @@ class Run:
             lambda found: jax.eval_shape(lambda: self._abstract_state(found["history"]["phase"]))
         )
         self.history = TrainHistory(**description["history"])
-        self.snapshot = (self.step, state)
+        self.snapshot, self.snapshot_position = (self.step, state), self.history.position
+        if isinstance(self.group.data, Batches) and self.history.position is None:
+            self.history.restarts.append(self.step)
         self.state = replicate(state, self.group.spec.devices)
 
     def _abstract_state(self, index: int) -> TrainState:
@@ -304,6 +310,7 @@ class Run:
     def _take_snapshot(self) -> None:
         """Copies the state to the host."""
         self.snapshot = (self.step, jax.tree.map(np.array, self.state))
+        self.snapshot_position = self.history.position
 
     def _read_metrics(self, leave: int) -> float | None:
         """Fetches the metrics of all dispatches but the last `leave`, and checks them.
@@ -341,13 +348,15 @@ class Run:
         They have the same bits again; in a group, to rounding.
         """
         group, program = self.group, self.program
-        self.history.step, state = self.snapshot
+        if isinstance(group.data, Batches) and not group.data.resumes:
+            return "the loader cannot give that batch again, so the first such array is not known"
+        (self.history.step, state), self.history.position = self.snapshot, self.snapshot_position
         self.state = replicate(state, group.spec.devices)
         while self.step < step:
             count = min(group.steps_per_dispatch, step - self.step)
             ((self.state, _),) = group.train_steps([self], count)
             self.history.step += count
-        inputs = group.inputs(step, 1)
+        inputs = group.inputs(step, 1, self.history.position)
         nonfinite = program.find_nonfinite(self.state, self.teacher.params, inputs, group.key)
         norm = norm_of(jax.tree.map(np.asarray, self.state.params["student"]))
         rate = float(program.schedule(step - self.schedules[self.history.phase].start))
@@ -413,7 +422,11 @@ class Run:
         if history.group_size > 1:
             made_by["abreast"] = history.group_size
         seconds = sum(history.seconds.values())
-        return make_record(self.config, phases, history.entries, weights, seconds, made_by)
+        record = make_record(self.config, phases, history.entries, weights, seconds, made_by)
+        if isinstance(self.group.data, Batches):
+            resumes = self.group.data.resumes
+            record["loader"] = {"resumes_exactly": resumes, "restarted_at": history.restarts}
+        return record
 
     def _label(self) -> str:
         name = f"{self.config.method} seed {self.config.seeds.weights}"
