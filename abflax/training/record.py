@@ -23,9 +23,11 @@ Schema 1. A record is an object with
 - `weights`: the digest of the student's weights, as `abflax.Network` has it in its name (not in
   records made before it was written);
 - `ema_weights`: likewise of the averaged weights, where there are some;
+- `connectors`: likewise of the connectors of the last phase that trained some;
 - `loader`: only where a loader of the user's gave the batches: `resumes_exactly`, whether its
   position is in checkpoints, and `restarted_at`, the steps at which another pass over the data
   began because it is not;
+- `grown_from`: only where the run began with the end of a shorter one: its hash;
 - `warning`: only where the loss of a phase has grown a thousandfold: one sentence;
 - `seconds`: training and evaluation, compilation included, over all sittings;
 - `environment`: `abflax`, `python`, `jax`, `jaxlib`, `flax`, `optax`, `device`, `devices` (of all
