@@ -12,6 +12,7 @@ from typing import Any, cast
 import jax
 import numpy as np
 
+from abflax.data import OwnAugmentation
 from abflax.errors import InputError, require_field_types, require_instances, unknown
 from abflax.methods import METHODS, Phase
 from abflax.methods.optimizer import OwnOptimizer
@@ -97,6 +98,8 @@ class RunConfig:
       optimizer: an optax transformation in place of the protocol's SGD; None: it stays.
       anchors: names of the teachers before `teacher`, checkpoints of its own training, each
         followed for an equal share of the epochs (Jin et al., ICCV 2019); None: there are none.
+      augment: a pure function (key, images) -> images of each batch, behind the crops and flips of
+        the data's preprocessing and before its normalization; None: there is none.
 
     Raises:
       ValueError: for a value that cannot be right.
@@ -126,6 +129,7 @@ class RunConfig:
     ema: float | None = None
     optimizer: OwnOptimizer | None = None
     anchors: tuple[str, ...] | None = None
+    augment: OwnAugmentation | None = None
 
     def __post_init__(self) -> None:
         require_field_types(self)
@@ -185,7 +189,7 @@ class RunConfig:
           **settings: fields of `RunConfig`, and fields of the method's terms (`margin`, `layers`,
             `temperature`, …) or `transfer_weight`, which become its `options`. An integer for
             `seeds` stands for all four. A list of phases as `method` becomes `own_phases`. An
-            `optimizer` may be an `optax.GradientTransformation`.
+            `optimizer` may be an `optax.GradientTransformation`, `augment` a function.
 
         Raises:
           ValueError: for a name that is neither, with the near matches; or a wrong value.
@@ -206,6 +210,8 @@ class RunConfig:
             own["own_phases"] = None
         if not isinstance(own.get("optimizer"), OwnOptimizer | None):
             own["optimizer"] = OwnOptimizer.of(own["optimizer"])
+        if not isinstance(own.get("augment"), OwnAugmentation | None):
+            own["augment"] = OwnAugmentation.of(own["augment"])
         return cls(**own, options=tuple(sorted(options.items())))
 
     def replace(self, **settings: Any) -> RunConfig:
@@ -286,7 +292,7 @@ class RunConfig:
         The teacher's running statistics drift in the phases in which it uses batch statistics.
         """
         names = ("dataset", "fraction", "per_class", "views", "batch_size", "test", "teacher",
-                 "precision")  # fmt: skip
+                 "precision", "augment")  # fmt: skip
         key: dict[str, Any] = {name: getattr(self, name) for name in names}
         for name in ("order", "augmentation", "subset"):
             key[f"the seed of {name}"] = getattr(self.seeds, name)
@@ -321,6 +327,8 @@ class RunConfig:
             plain["own_phases"] = [phase.as_json() for phase in self.own_phases]
         if self.optimizer is not None:
             plain["optimizer"] = self.optimizer.label
+        if self.augment is not None:
+            plain["augment"] = self.augment.label
         return json.loads(json.dumps(plain))
 
     @classmethod
@@ -333,6 +341,8 @@ class RunConfig:
             read["own_phases"] = tuple(RecordedPhase(json.dumps(each)) for each in phases)
         if (label := given.get("optimizer")) is not None:
             read["optimizer"] = OwnOptimizer(label)
+        if (label := given.get("augment")) is not None:
+            read["augment"] = OwnAugmentation(label)
         return cls(**{**given, **read})
 
     @property

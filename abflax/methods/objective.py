@@ -20,6 +20,7 @@ from jax.interpreters.partial_eval import dce_jaxpr
 
 from abflax.errors import InputError
 from abflax.methods.connectors import (
+    Connectors,
     Pair,
     Positions,
     common_positions,
@@ -462,6 +463,19 @@ def apply_connectors(
         variables, student, targets, train=train, mutable=["batch_stats"]
     )
     return student, targets, {key: state.get("batch_stats", batch_stats["connectors"][key])}
+
+
+def connectors_in(objective: Objective, params: Any, batch_stats: Any) -> dict[str, Any]:
+    """The connectors' variables in a state, by collection; {} where there are none.
+
+    Where several terms connect a layer, the first term's connector counts.
+    """
+    found: dict[str, Any] = {"params": {}, "batch_stats": {}}
+    for index, connectors in enumerate(objective.connectors):
+        if isinstance(connectors, Connectors):
+            for name, tree in (("params", params), ("batch_stats", batch_stats)):
+                found[name] = tree["connectors"][f"term{index}"] | found[name]
+    return found if found["params"] else {}
 
 
 def connected_taps(connectors: nn.Module | None) -> tuple[str, ...]:

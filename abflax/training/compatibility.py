@@ -7,11 +7,15 @@ taps in `abflax.methods.bind`.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
 
 from abflax.config import RunConfig
-from abflax.data import Dataset, ImageFiles
-from abflax.errors import InputError
+from abflax.data import Batches, Dataset, ImageFiles, OwnAugmentation, TrainData
+from abflax.errors import InputError, brief
 from abflax.methods import Phase
 from abflax.methods.terms import ActivationBoundary
 from abflax.models.checks import (
@@ -31,7 +35,7 @@ def require_compatible(
     config: RunConfig,
     student: Model | Network,
     teacher: Network | None,
-    data: Dataset | ImageFiles,
+    data: TrainData,
     test: Dataset | ImageFiles | None,
 ) -> None:
     """Raises where method, networks and data cannot go together."""
@@ -42,7 +46,11 @@ def require_compatible(
         raise InputError(
             "photographs show another crop in each epoch, so their views cannot be counted"
         )
+    if isinstance(data, Batches):
+        _require_loader(config, data)
     phases = config.phases()
+    if config.augment is not None:
+        config.augment.require_fits(config.batch_size, data.image_shape)
     drifts = any(phase.teacher_batch_statistics for phase in phases)
     require_runs("the student", student, data.image_shape, train=True, dropout=True)
     require_classes("the student", student, data.image_shape, data.num_classes)
@@ -53,8 +61,26 @@ def require_compatible(
         require_fits("the teacher's weights", teacher.model, teacher.variables, data.image_shape)
     if any(isinstance(term, ActivationBoundary) for phase in phases for _, term in phase.terms):
         _warn_of_rectified_taps(student, data.image_shape)
-    if test is None:
-        return
+    if test is not None:
+        _require_alike(data, test)
+
+
+def _require_loader(config: RunConfig, data: Batches) -> None:
+    """Raises `InputError` where a setting needs to know a loader's examples."""
+    if config.batch_size != data.batch_size:
+        raise InputError(
+            f"the loader's batches have {data.batch_size} examples, so batch_size cannot be "
+            f"{config.batch_size}"
+        )
+    settings = {"fraction": config.fraction != 1, "per_class": config.per_class is not None}
+    for name in (each for each in (*settings, "views") if settings.get(each, config.views)):
+        raise InputError(f"a loader gives whole batches in its own order, so {name} is said there")
+    if jax.process_count() > 1:
+        raise InputError("a loader is read by one process: here are several")
+
+
+def _require_alike(data: TrainData, test: Dataset | ImageFiles) -> None:
+    """Raises `InputError` where held-out images cannot be those of the training data."""
     if test.image_shape != data.image_shape:
         raise InputError(
             f"the test images have shape {test.image_shape}, the training images {data.image_shape}"
@@ -70,6 +96,28 @@ def require_compatible(
             f"the test images are normalized by {theirs.mean} and {theirs.std}, the training "
             f"images by {ours.mean} and {ours.std}"
         )
+
+
+def require_metrics(metrics: Any, classes: int) -> None:
+    """Raises `InputError` where metrics do not give one number for each example."""
+    if metrics is None:
+        return
+    if not isinstance(metrics, Mapping):
+        raise InputError(
+            f"metrics are functions by name, such as {{'top5': f}}, not {brief(metrics)}"
+        )
+    logits = jax.ShapeDtypeStruct((2, classes), jnp.result_type(float))
+    for name, metric in metrics.items():
+        try:
+            found = jax.eval_shape(metric, logits, jax.ShapeDtypeStruct((2,), jnp.int32))
+        except Exception as error:
+            reason = next(iter(str(error).splitlines()), repr(error))[:200]
+            raise InputError(f"metric {name} fails on logits {logits.shape}: {reason}") from error
+        if getattr(found, "shape", None) != (2,):
+            raise InputError(
+                f"metric {name} must give one number for each example, [batch], of logits "
+                f"[batch, classes] and labels [batch], not {getattr(found, 'shape', brief(found))}"
+            )
 
 
 def require_groupable(configs: Sequence[RunConfig]) -> None:
@@ -89,8 +137,15 @@ def require_groupable(configs: Sequence[RunConfig]) -> None:
             raise InputError(f"{config.method}, seed {seed}, is in the group twice")
 
 
-def require_cacheable(phases: Sequence[Phase], views: int | None) -> None:
+def require_cacheable(
+    phases: Sequence[Phase], views: int | None, augment: OwnAugmentation | None = None
+) -> None:
     """Raises `InputError` where targets depend on more than teacher, image and view."""
+    if augment is not None:
+        raise InputError(
+            "augment draws other images in every step, and the teacher's targets are those of what "
+            "the student sees, so they cannot be cached"
+        )
     if views is None:
         raise InputError("targets are cached for given views of each image: say how many (views)")
     for phase in phases:

@@ -14,14 +14,20 @@ Schema 1. A record is an object with
   `agreement` (layer -> share of held-out neurons on whose indicator student and teacher agree;
   only where both have the same neurons), `silent` (layer -> share of the student's neurons, each
   a channel at a position and before any connector, that fire on no held-out image; not in
-  records made before it was measured); `ema`: the same four of averaged weights, where there are
-  some};
+  records made before it was measured), `metrics` (name -> mean of a metric of the user's, where
+  there are some); `ema`: the same of averaged weights, where there are some};
 - `result`: `test_error` and `agreement` of the last entry, `best_test_error`, `best_epoch`, and
   `initialise_agreement`: agreement at the end of the initialise phase, if there was one;
+  `metrics` of the last entry, where there are some;
   `ema_test_error` of the last entry, where there are averaged weights;
 - `weights`: the digest of the student's weights, as `abflax.Network` has it in its name (not in
   records made before it was written);
 - `ema_weights`: likewise of the averaged weights, where there are some;
+- `connectors`: likewise of the connectors of the last phase that trained some;
+- `loader`: only where a loader of the user's gave the batches: `resumes_exactly`, whether its
+  position is in checkpoints, and `restarted_at`, the steps at which another pass over the data
+  began because it is not;
+- `grown_from`: only where the run began with the end of a shorter one: its hash;
 - `warning`: only where the loss of a phase has grown a thousandfold: one sentence;
 - `seconds`: training and evaluation, compilation included, over all sittings;
 - `environment`: `abflax`, `python`, `jax`, `jaxlib`, `flax`, `optax`, `device`, `devices` (of all
@@ -107,6 +113,8 @@ def make_record(
             "best_epoch": best["epoch"],
             "agreement": last["agreement"],
         }
+        if "metrics" in last:
+            result["metrics"] = last["metrics"]
         if "test_error" in last.get("ema", {}):
             result["ema_test_error"] = last["ema"]["test_error"]
         initialised = [entry for entry in history if entry["phase"] == "initialise"]

@@ -15,6 +15,7 @@ import optax
 from flax import struct
 
 from abflax.losses import activation_indicator, cross_entropy
+from abflax.losses.dtypes import at_least_float32
 from abflax.methods.objective import (
     Objective,
     apply_connectors,
@@ -24,7 +25,7 @@ from abflax.methods.objective import (
     student_loss,
 )
 from abflax.methods.optimizer import average_in
-from abflax.metrics import activation_agreement, misclassified
+from abflax.metrics import Metric, activation_agreement, misclassified
 from abflax.taps import Forward, run_model
 
 
@@ -162,6 +163,7 @@ def eval_step(
     images: jax.Array,
     labels: jax.Array,
     mask: jax.Array,
+    metrics: Sequence[tuple[str, Metric]] = (),
 ) -> dict[str, Any]:
     """Sums errors and agreement over the unmasked examples of a device's share, in evaluation mode.
 
@@ -173,18 +175,25 @@ def eval_step(
       images: normalized, `[share, height, width, channels]`.
       labels: integers `[share]`.
       mask: booleans `[share]`; False for padding.
+      metrics: of the user's, by name.
 
     Returns:
-      "examples", "errors", "cross_entropy"; "agreement": layer -> the sum of the examples'
-      agreements; and "fired": layer -> booleans, whether each neuron of the student (before any
-      connector, which belongs to a phase and not to the student) fires on one of the examples.
+      "examples", "errors", "cross_entropy"; "metrics": name -> sum; "agreement": layer -> the sum
+      of the examples' agreements; and "fired": layer -> booleans, whether each neuron of the
+      student (before any connector, which belongs to a phase and not to the student) fires on one
+      of the examples.
     """
     variables = {"params": params["student"], **batch_stats["student"]}
     student = run_model(objective.student, variables, images, train=False)
+    logits = at_least_float32(student.logits)
     sums: dict[str, Any] = {
         "examples": mask.sum(),
         "errors": (misclassified(student.logits, labels) & mask).sum(),
         "cross_entropy": jnp.where(mask, cross_entropy(student.logits, labels), 0).sum(),
+        "metrics": {
+            name: jnp.where(mask, jnp.asarray(metric(logits, labels), float), 0).sum()
+            for name, metric in metrics
+        },
         "agreement": {},
         "fired": {
             layer: jax.vmap(jnp.logical_and)(activation_indicator(tap), mask).any(axis=0)
