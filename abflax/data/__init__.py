@@ -5,7 +5,7 @@
 """
 
 from abflax.data.augmentation import Preprocessing, augment, draw_views, normalize, view
-from abflax.data.dataset import Dataset, few_shot_subset, holdout, subset
+from abflax.data.dataset import Dataset, DataSets, few_shot_subset, holdout, subset
 from abflax.data.decoders import DecodedBatches
 from abflax.data.folder import Folder, read_folder
 from abflax.data.image_files import ImageFiles
@@ -17,6 +17,7 @@ __all__ = [
     "DATASETS",
     "IMAGE_DATASETS",
     "DecodedBatches",
+    "DataSets",
     "Dataset",
     "Folder",
     "ImageFiles",

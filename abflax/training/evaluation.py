@@ -105,7 +105,7 @@ def _summarize(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
     neurons = jax.tree.map(lambda *each: np.logical_or.reduce(each), *fired)
     total = jax.tree.map(lambda *each: float(np.concatenate(each, dtype=np.float64).sum()), *parts)
     examples = total["examples"]
-    return {
+    measured = {
         "test_error": total["errors"] / examples,
         "errors": int(total["errors"]),
         "examples": int(examples),
@@ -113,3 +113,6 @@ def _summarize(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "agreement": {k: v / examples for k, v in total["agreement"].items()},
         "silent": {layer: 1 - float(each.mean()) for layer, each in neurons.items()},
     }
+    if "teacher_errors" in total:
+        measured["teacher_test_error"] = total["teacher_errors"] / examples
+    return measured

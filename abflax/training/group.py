@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from abflax.config import Resources, RunConfig
-from abflax.data import Dataset, ImageFiles, Stream, few_shot_subset, subset
+from abflax.data import DataSets, ImageFiles, Stream, few_shot_subset, subset
 from abflax.models.network import Network, configure_model
 from abflax.models.variables import floats_in
 from abflax.runtime.reporter import NullReporter, Reporter
@@ -56,8 +56,7 @@ class TrainingGroup:
     Args:
       config: of any of the runs: they have its `group_key` in common.
       teachers: the anchors in their order, and the teacher; empty where there is none.
-      data: the training data, of which the configuration's share is used.
-      test: the held-out data; None: nothing is measured.
+      data_sets: the training data, of which the configuration's share is used; and others.
       resources: see `abflax.Resources`.
       size: how many runs there are.
       keep_going: whether a run that fails leaves the others running.
@@ -68,8 +67,7 @@ class TrainingGroup:
         self,
         config: RunConfig,
         teachers: Sequence[Network],
-        data: Dataset | ImageFiles,
-        test: Dataset | ImageFiles | None,
+        data_sets: DataSets,
         resources: Resources,
         *,
         size: int = 1,
@@ -81,6 +79,7 @@ class TrainingGroup:
         devices = usable_devices(resources.devices)
         shard_batch(np.zeros((1, config.batch_size)), devices)  # raises if it does not divide
         self.environment = environment(devices)
+        data, test, target = data_sets.train, data_sets.test, data_sets.target
         self.data = subset(data, config.fraction, config.seeds.subset)
         if config.per_class is not None:
             self.data = few_shot_subset(self.data, config.per_class, config.seeds.subset)
@@ -89,14 +88,14 @@ class TrainingGroup:
         self.steps_per_dispatch = resources.steps_per_dispatch or default
         self.spec = InputSpec(
             dataclasses.replace(data.preprocessing, views=config.views), data.image_shape, devices,
-            streamed, self.steps_per_dispatch,
+            streamed, self.steps_per_dispatch, target.preprocessing if target is not None else None,
         )  # fmt: skip
         self.teachers = [_placed(each, config.precision, devices) for each in teachers]
         self.teachers = self.teachers or [Teacher()]
         self.key = jax.random.key(config.seeds.augmentation)
         stream = Stream(len(self.data), config.batch_size, config.seeds.order)
         seed = config.seeds.augmentation
-        self.inputs = TrainInputs(self.data, stream, self.spec, seed, resources.workers)
+        self.inputs = TrainInputs(self.data, stream, self.spec, seed, resources.workers, target)
         self.evaluation = None if test is None else Evaluation(test, devices, resources.workers)
 
     def close(self) -> None:

@@ -46,6 +46,8 @@ class TrainInputs:
       spec: how they reach the devices.
       seed: of the random crops.
       workers: processes that decode image files; None: one a core, 16 at most.
+      target: unlabelled data of another domain, of which each step gets as many images; None: there
+        are none.
     """
 
     def __init__(
@@ -55,6 +57,7 @@ class TrainInputs:
         spec: InputSpec,
         seed: int,
         workers: int | None,
+        target: Dataset | None = None,
     ) -> None:
         def crops(step: int) -> Crops:
             (examples,), (epochs,) = (each.tolist() for each in stream.batches(step, 1))
@@ -64,6 +67,11 @@ class TrainInputs:
         ahead = max(_BATCHES_AHEAD, 2 * spec.steps_per_dispatch)
         self._images = _Images(data, spec.devices, crops, stream.batch_size, ahead, workers)
         self.close = self._images.close
+        self._target: tuple[Stream, dict[str, jax.Array]] | None = None
+        if target is not None:
+            # A seed that no run has: in the order of the source, data in pairs would stay in pairs.
+            own = Stream(len(target), stream.batch_size, stream.seed + 2**32)
+            self._target = own, replicate(target.arrays(), spec.devices)
 
     @property
     def resident(self) -> dict[str, jax.Array]:
@@ -78,9 +86,19 @@ class TrainInputs:
     def __call__(self, step: int, count: int) -> StepInputs:
         """The inputs of a dispatch that makes `count` steps, the first of them `step`."""
         size = self._spec.steps_per_dispatch
-        order = self._stream.batches(step, size)
-        examples, epochs = (shard_batch(each, self._spec.devices) for each in order)
-        return StepInputs(**self._images(step, count, size), examples=examples, epochs=epochs)
+        target = None
+        if self._target is not None:
+            stream, resident = self._target
+            target = StepInputs(**resident, **self._shared(stream, step, size))
+        images, order = self._images(step, count, size), self._shared(self._stream, step, size)
+        return StepInputs(**images, **order, target=target)
+
+    def _shared(self, stream: Stream, step: int, size: int) -> dict[str, np.ndarray]:
+        """Examples and epochs of the steps, each device's share."""
+        examples, epochs = (
+            shard_batch(each, self._spec.devices) for each in stream.batches(step, size)
+        )
+        return {"examples": examples, "epochs": epochs}
 
 
 class EvaluationInputs:

@@ -23,7 +23,7 @@ from abflax.data import Preprocessing, augment, draw_views, normalize, view
 from abflax.methods import Objective, Phase, PhaseSchedule, bind
 from abflax.methods.objective import make_all_targets, make_targets, trainable_mask
 from abflax.models.variables import init_variables
-from abflax.taps import Model
+from abflax.taps import Model, run_model
 from abflax.training.devices import AXIS, local_devices
 from abflax.training.diagnosis import find_nonfinite
 from abflax.training.step import (
@@ -35,6 +35,7 @@ from abflax.training.step import (
 )
 
 _VIEW = 2  # likewise, for views
+_TARGET = 2**32 - 1  # folded into the key of all; no epoch is as late
 _DROPOUT = 1  # folded into an example's key; the augmentation has the key before this fold
 
 
@@ -48,6 +49,7 @@ class InputSpec:
       devices: those that share each batch.
       streamed: whether each dispatch brings its own images; else the data set is on the devices.
       steps_per_dispatch: the most steps that one dispatch makes.
+      target: likewise of the unlabelled images of another domain; None: there are none.
       dtype: the default floating dtype when the program is traced.
     """
 
@@ -56,6 +58,7 @@ class InputSpec:
     devices: tuple[jax.Device, ...]
     streamed: bool = False
     steps_per_dispatch: int = 1
+    target: Preprocessing | None = None
     dtype: Any = dataclasses.field(default_factory=lambda: jnp.result_type(float))
 
 
@@ -70,6 +73,7 @@ class StepInputs:
       examples: which examples each step sees, `[devices, steps, share]`.
       epochs: the epoch of each of them, likewise; None in evaluation.
       mask: False for padding, likewise; None in training.
+      target: likewise of the other domain, whose data set is on the devices; None: there is none.
     """
 
     images: Any
@@ -77,12 +81,14 @@ class StepInputs:
     examples: Any
     epochs: Any = None
     mask: Any = None
+    target: Any = None
 
 
 def _axes(spec: InputSpec) -> StepInputs:
     """The axis of each input that is split over the devices."""
     images = 0 if spec.streamed else None
-    return StepInputs(images, labels=None, examples=0, epochs=0, mask=0)
+    target = None if spec.target is None else StepInputs(None, None, 0, 0, 0)
+    return StepInputs(images, labels=None, examples=0, epochs=0, mask=0, target=target)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -92,7 +98,8 @@ class PhaseProgram:
     Attributes:
       objective, optimizer: what a step is made of.
       init: key -> variables of a new student.
-      begin: (student variables, teacher statistics, key) -> the phase's first `TrainState`.
+      begin: (student variables, teacher statistics, key, teacher params) -> the phase's first
+        `TrainState`; the last are needed where the teacher is trained along.
       targets: (teacher params, teacher statistics, images, examples, views) -> the targets of
         those views of those examples, booleans packed into bytes; all `[devices, share, ...]`.
         Each process computes its own share, on its own devices.
@@ -121,12 +128,22 @@ def compile_phase(
     """
     shape = spec.image_shape
     objective = bind(
-        student, teacher, phase, shape, axis_name=AXIS, steps_per_epoch=schedule.steps_per_epoch
+        student,
+        teacher,
+        phase,
+        shape,
+        axis_name=AXIS,
+        steps_per_epoch=schedule.steps_per_epoch,
+        epochs=schedule.epochs,
     )
     optimizer = phase.transformation(schedule, trainable_mask(objective, shape))
 
-    def begin(variables: Any, teacher_stats: Any, key: jax.Array) -> TrainState:
-        return create_train_state(objective, optimizer, variables, teacher_stats, key, shape)
+    def begin(
+        variables: Any, teacher_stats: Any, key: jax.Array, teacher_params: Any = None
+    ) -> TrainState:
+        return create_train_state(
+            objective, optimizer, variables, teacher_stats, key, shape, teacher_params
+        )
 
     return PhaseProgram(
         objective=objective,
@@ -140,7 +157,7 @@ def compile_phase(
             devices=local_devices(spec.devices),
         ),
         find_nonfinite=jax.pmap(
-            functools.partial(_find_nonfinite, objective, spec.preprocessing),
+            functools.partial(_find_nonfinite, objective, spec),
             axis_name=AXIS,
             in_axes=(None, None, _axes(spec), None),
             out_axes=None,
@@ -211,7 +228,7 @@ def _train_steps(
         # The teacher's statistics are the same in all states: it saw the same batches.
         targets, stats = _targets_of_all(
             programs, teacher_params, states[0].batch_stats["teacher"], images, labels,
-            _view_keys(examples, epochs, key),
+            _view_keys(examples, epochs, key), _target_batch(inputs, index, key, spec),
             _cached_rows(cached, examples, epochs, key, spec.preprocessing),
         )  # fmt: skip
         trained = (
@@ -245,13 +262,14 @@ def _targets_of_all(
     images: jax.Array,
     labels: jax.Array,
     keys: jax.Array | None,
+    target_images: jax.Array | None,
     packed: Any | None,
 ) -> tuple[tuple[Any, ...], Any]:
     """The targets for each student, from the cache or from one pass of the teacher."""
     objectives = tuple(program.objective for program in programs)
     compute = functools.partial(make_all_targets, objectives, teacher_params, teacher_stats)
     if packed is None:
-        return compute(images, labels, keys)
+        return compute(images, labels, keys, target_images)
     return _unpack(packed, jax.eval_shape(compute, images)[0]), teacher_stats
 
 
@@ -311,6 +329,15 @@ def _training_batch(
     return normalize(images, preprocessing), inputs.labels[examples]
 
 
+def _target_batch(
+    inputs: StepInputs, index: Any, key: jax.Array, spec: InputSpec
+) -> jax.Array | None:
+    """The images of the other domain, likewise; None: there is none."""
+    if spec.target is None:
+        return None
+    return _training_batch(inputs.target, index, jax.random.fold_in(key, _TARGET), spec.target)[0]
+
+
 def _images(inputs: StepInputs, index: Any) -> jax.Array:
     """The stored images of the step with that index."""
     resident = inputs.images.ndim == 4
@@ -335,17 +362,26 @@ def _view_keys(examples: jax.Array, epochs: jax.Array, key: jax.Array) -> jax.Ar
 
 def _find_nonfinite(
     objective: Objective,
-    preprocessing: Preprocessing,
+    spec: InputSpec,
     state: TrainState,
     teacher_params: Any,
     inputs: StepInputs,
     key: jax.Array,
 ) -> dict[str, Any]:
     """`find_nonfinite` for the first of the inputs' steps."""
-    images, labels = _training_batch(inputs, 0, key, preprocessing)
+    images, labels = _training_batch(inputs, 0, key, spec.preprocessing)
     dropout_key = _dropout_key(inputs.examples[0], inputs.epochs[0], key)
     view_keys = _view_keys(inputs.examples[0], inputs.epochs[0], key)
-    return find_nonfinite(objective, state, teacher_params, images, labels, dropout_key, view_keys)
+    targets, _ = make_targets(
+        objective,
+        teacher_params,
+        state.batch_stats["teacher"],
+        images,
+        labels,
+        view_keys,
+        _target_batch(inputs, 0, key, spec),
+    )
+    return find_nonfinite(objective, state, teacher_params, images, labels, targets, dropout_key)
 
 
 def _evaluate(
@@ -363,8 +399,17 @@ def _evaluate(
         images = normalize(_images(inputs, index), preprocessing)
         labels = inputs.labels[inputs.examples[index]]
         teacher = teacher_forward(objectives, teacher_params, teacher_stats, images)
+
+        def moved(objective: Objective, params: Any, stats: Any) -> Any:
+            if objective.teacher is None or not objective.phase.trains_teacher:
+                return teacher
+            variables = {"params": params["teacher"], **stats["teacher"]}
+            return run_model(objective.teacher, variables, images, train=False)
+
         return tuple(
-            eval_step(objective, params, stats, teacher, images, labels, mask)
+            eval_step(
+                objective, params, stats, moved(objective, params, stats), images, labels, mask
+            )
             for objective, (params, stats) in zip(objectives, students, strict=True)
         )
 

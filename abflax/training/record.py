@@ -14,11 +14,12 @@ Schema 1. A record is an object with
   `agreement` (layer -> share of held-out neurons on whose indicator student and teacher agree;
   only where both have the same neurons), `silent` (layer -> share of the student's neurons, each
   a channel at a position and before any connector, that fire on no held-out image; not in
-  records made before it was measured); `ema`: the same four of averaged weights, where there are
+  records made before it was measured); `teacher_test_error`, where the teacher is trained along;
+  `ema`: the same four of averaged weights, where there are
   some};
-- `result`: `test_error` and `agreement` of the last entry, `best_test_error`, `best_epoch`, and
-  `initialise_agreement`: agreement at the end of the initialise phase, if there was one;
-  `ema_test_error` of the last entry, where there are averaged weights;
+- `result`: `test_error`, `agreement` and, if there is one, `teacher_test_error` of the last entry,
+  `best_test_error`, `best_epoch`, and `initialise_agreement`: that at the end of the initialise
+  phase, if there was one; `ema_test_error` of the last entry, where there are averaged weights;
 - `weights`: the digest of the student's weights, as `abflax.Network` has it in its name (not in
   records made before it was written);
 - `ema_weights`: likewise of the averaged weights, where there are some;
@@ -107,6 +108,8 @@ def make_record(
             "best_epoch": best["epoch"],
             "agreement": last["agreement"],
         }
+        if "teacher_test_error" in last:
+            result["teacher_test_error"] = last["teacher_test_error"]
         if "test_error" in last.get("ema", {}):
             result["ema_test_error"] = last["ema"]["test_error"]
         initialised = [entry for entry in history if entry["phase"] == "initialise"]
