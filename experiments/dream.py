@@ -91,11 +91,12 @@ STUDIES = {
         evaluate_every=10,
         options=quickstart.OPTIONS,
     ),
-    # A quarter of the published steps at twice their rate: an hour on one core.
+    # The published weights; a quarter of the steps at twice the rate, an hour on one core. Each
+    # image moves on its own, which by eye makes trucks and horses a little clearer.
     "cifar10": Study(
         student="wrn10-1",
         count=1000,
-        how=Dreaming(steps=500, batch_size=250, learning_rate=0.1),
+        how=Dreaming(steps=500, batch_size=250, learning_rate=0.1, each=True),
         batch_size=100,
         epochs=(10, 50),
         evaluate_every=30,

@@ -92,7 +92,9 @@ def domains(arguments: Arguments, reporter: Reporter) -> tuple[Errors, dict[str,
         "both domains, progressive-uda": {
             "data": source, "method": "progressive-uda", "target_data": unlabelled,
         },
-        "labelled target, cross-entropy": {"data": target, "method": "cross-entropy", "teacher": None},
+        "labelled target, cross-entropy": {
+            "data": target, "method": "cross-entropy", "teacher": None,
+        },
     }  # fmt: skip
     errors: dict[str, dict[str, list[float]]] = {}
     hashes: dict[str, list[str]] = {}
