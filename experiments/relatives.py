@@ -1,15 +1,13 @@
-"""Compare relatives of the methods: two domains, routes of anchors, boundary-supporting samples.
+"""Compare relatives of the methods on digits: two domains, a route of anchors, boundary samples.
 
 Examples:
   python -m experiments.relatives domains
       a student adapts, with its teacher, from digits to unlabelled ones of inverted contrast
-  python -m experiments.relatives digits
+  python -m experiments.relatives methods
       a route of four anchors, and boundary-supporting samples, beside knowledge distillation
-  python -m experiments.relatives cifar10
-      a route beside knowledge distillation on 10 % of CIFAR-10: an hour and a half on one core
 
-Three seeds each; the digits take some minutes. The same command again resumes where it stopped. A
-summary, as it is committed in this folder, and a picture go to the workdir.
+Three seeds each, some minutes. The same command again resumes where it stopped. A summary, as it is
+committed in this folder, and a picture go to the workdir.
 """
 
 import dataclasses
@@ -32,56 +30,9 @@ from experiments.common.networks import find_anchors
 from experiments.common.stats import mean_and_std
 
 PIXELS = (0.0, 16.0)
-ANCHORS = 4
 # Chosen once, for the time they take.
 DOMAIN_EPOCHS, DOMAIN_TEACHER_EPOCHS = 40, 24
-
-
-@dataclasses.dataclass(frozen=True)
-class Comparison:
-    """Methods that learn from one teacher, or from the anchors of its training, in as many steps.
-
-    Attributes:
-      title: of the picture.
-      teacher, student: their architectures.
-      teacher_epochs, teacher_batch: of the teacher's training, on all images.
-      epochs, batch: of the students', on a tenth of the images.
-      methods: what is compared.
-    """
-
-    title: str
-    teacher: str
-    student: str
-    teacher_epochs: int
-    teacher_batch: int
-    epochs: int
-    batch: int
-    methods: tuple[str, ...]
-
-
-COMPARISONS = {
-    "digits": Comparison(
-        "A tenth of the digits, 243 steps",
-        quickstart.TEACHER,
-        quickstart.STUDENT,
-        teacher_epochs=quickstart.TEACHER_EPOCHS,
-        teacher_batch=64,
-        epochs=60,
-        batch=32,
-        methods=("kd", "rco", "bss"),
-    ),
-    # Boundary samples take ten more gradients of the teacher a step: `experiments.table bss`.
-    "cifar10": Comparison(
-        "10 % of CIFAR-10, 781 steps",
-        "wrn16-2",
-        "wrn10-1",
-        teacher_epochs=8,
-        teacher_batch=128,
-        epochs=20,
-        batch=128,
-        methods=("kd", "rco"),
-    ),
-}
+METHODS, ANCHORS, METHOD_EPOCHS = ("kd", "rco", "bss"), 4, 60
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,12 +40,12 @@ class Arguments(cli.Arguments):
     """The command line.
 
     Attributes:
-      study: domains, digits or cifar10.
+      study: domains, or methods.
       seeds: how many, or a list such as 0,3.
       force: train finished runs again.
     """
 
-    study: Annotated[Literal["domains", "digits", "cifar10"], tyro.conf.Positional] = "domains"
+    study: Annotated[Literal["domains", "methods"], tyro.conf.Positional] = "domains"
     seeds: cli.SeedList = (0, 1, 2)
     force: bool = False
 
@@ -108,20 +59,16 @@ def main(console: Console) -> None:
     arguments = cli.parse(Arguments, "experiments.relatives", __doc__)
     cli.cache_compilation(arguments.workdir)
     reporter = cli.progress(arguments, console)
+    study = {"domains": domains, "methods": methods}[arguments.study]
     with reporter.shown():
-        if arguments.study == "domains":
-            errors, facts = domains(arguments, reporter)
-        else:
-            errors, facts = images(COMPARISONS[arguments.study], arguments, reporter)
+        errors, facts = study(arguments, reporter)
     path = arguments.workdir / f"relatives_{arguments.study}"
     summary = {"seeds": list(arguments.seeds), **facts, "errors": errors}
     write_whole(path.with_suffix(".json"), as_json(summary).encode())
-    if arguments.study == "domains":
-        draw_domains(path.with_suffix(".png"))
-    else:
-        draw(errors, path.with_suffix(".png"), COMPARISONS[arguments.study].title)
+    picture = path.with_suffix(".png")
+    draw_domains(picture) if arguments.study == "domains" else draw(errors, picture)
     console.print(page_table(summary), soft_wrap=True, markup=False)
-    console.print(f"picture: {path.with_suffix('.png')}", soft_wrap=True)
+    console.print(f"picture: {picture}", soft_wrap=True)
 
 
 def domains(arguments: Arguments, reporter: Reporter) -> tuple[Errors, dict[str, Any]]:
@@ -192,31 +139,29 @@ def other_domain(data: Dataset, seed: int) -> Dataset:
     return Dataset(noisy, data.labels, data.num_classes, data.preprocessing, "inverted digits")
 
 
-def images(
-    study: Comparison, arguments: Arguments, reporter: Reporter
-) -> tuple[Errors, dict[str, Any]]:
+def methods(arguments: Arguments, reporter: Reporter) -> tuple[Errors, dict[str, Any]]:
     """Trains students by KD, along a route of anchors, and with boundary-supporting samples."""
-    train, test = load(arguments.study, "train"), load(arguments.study, "test")
+    train, test, epochs = load("digits", "train"), load("digits", "test"), quickstart.TEACHER_EPOCHS
     common: dict[str, Any] = {
         "test": test, "workdir": arguments.workdir, "force": arguments.force, "reporter": reporter,
     }  # fmt: skip
     run = distill(
-        MODELS[study.teacher](), None, train, method="cross-entropy",
-        epochs=(0, study.teacher_epochs), batch_size=study.teacher_batch,
-        evaluate_every=study.teacher_epochs // ANCHORS, seeds=quickstart.TEACHER_SEED,
+        MODELS[quickstart.TEACHER](), None, train, method="cross-entropy", epochs=(0, epochs),
+        batch_size=64, evaluate_every=epochs // ANCHORS, seeds=quickstart.TEACHER_SEED,
         resources=Resources(keep_anchors=ANCHORS), **common,
     )  # fmt: skip
-    route = find_anchors(study.teacher, run.record["hash"], arguments.workdir, ANCHORS)
+    route = find_anchors(quickstart.TEACHER, run.record["hash"], arguments.workdir, ANCHORS)
     records = {
         method: [
             distill(
-                MODELS[study.student](), route if method == "rco" else route[-1], train,
-                method=method, epochs=(0, study.epochs), batch_size=study.batch,
-                evaluate_every=study.epochs // ANCHORS, fraction=0.1, seeds=seed, **common,
+                MODELS[quickstart.STUDENT](), route if method == "rco" else route[-1], train,
+                method=method, epochs=(0, METHOD_EPOCHS), batch_size=32,
+                evaluate_every=METHOD_EPOCHS // ANCHORS, fraction=quickstart.FRACTION,
+                seeds=seed, **common,
             ).record
             for seed in arguments.seeds
         ]
-        for method in study.methods
+        for method in METHODS
     }  # fmt: skip
     errors = {
         method: {"test": [each["result"]["test_error"] for each in runs]}
@@ -241,7 +186,7 @@ def page_table(summary: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def draw(errors: Errors, path: Path, title: str) -> None:
+def draw(errors: Errors, path: Path) -> None:
     """Draws the errors with their deviations."""
     series = {
         method: [
@@ -254,7 +199,7 @@ def draw(errors: Errors, path: Path, title: str) -> None:
     }
     places = [(method, None) for method in errors]
     panel = plots.Panel("as many steps for each", "test error, %", "", places, series)
-    plots.points([panel], list(errors), path, title)
+    plots.points([panel], list(errors), path, "A student of a tenth of the digits")
 
 
 def draw_domains(path: Path) -> None:
