@@ -31,7 +31,7 @@ from experiments.common.stats import mean_and_std
 
 PIXELS = (0.0, 16.0)
 # Chosen once, for the time they take.
-DOMAIN_EPOCHS, DOMAIN_TEACHER_EPOCHS = 40, 24
+DOMAIN_EPOCHS, DOMAIN_TEACHER_EPOCHS = 20, 24
 METHODS, ANCHORS, METHOD_EPOCHS = ("kd", "rco", "bss"), 4, 60
 
 
