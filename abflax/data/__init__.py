@@ -14,7 +14,7 @@ from abflax.data.augmentation import (
     view,
 )
 from abflax.data.batches import Batches, BatchReader
-from abflax.data.dataset import Dataset, few_shot_subset, holdout, subset
+from abflax.data.dataset import Dataset, DataSets, few_shot_subset, holdout, subset
 from abflax.data.decoders import DecodedBatches
 from abflax.data.folder import Folder, read_folder
 from abflax.data.image_files import ImageFiles
@@ -32,6 +32,7 @@ __all__ = [
     "BatchReader",
     "Batches",
     "DecodedBatches",
+    "DataSets",
     "Dataset",
     "Folder",
     "ImageFiles",

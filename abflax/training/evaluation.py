@@ -121,7 +121,7 @@ def _summarize(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
     total = jax.tree.map(lambda *each: float(np.concatenate(each, dtype=np.float64).sum()), *parts)
     examples = total["examples"]
     means = {name: value / examples for name, value in total["metrics"].items()}
-    return {
+    measured = {
         "test_error": total["errors"] / examples,
         "errors": int(total["errors"]),
         "examples": int(examples),
@@ -130,3 +130,6 @@ def _summarize(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "silent": {layer: 1 - float(each.mean()) for layer, each in neurons.items()},
         **({"metrics": means} if means else {}),
     }
+    if "teacher_errors" in total:
+        measured["teacher_test_error"] = total["teacher_errors"] / examples
+    return measured

@@ -31,7 +31,7 @@ import numpy as np
 import optax
 
 from abflax.config import RunConfig
-from abflax.data import Batches, Dataset, ImageFiles, TrainData
+from abflax.data import Batches, Dataset, DataSets, TrainData
 from abflax.errors import InputError
 from abflax.methods import Phase, PhaseSchedule, bind
 from abflax.methods.objective import make_targets, student_loss
@@ -63,8 +63,7 @@ Fingerprint = dict[str, dict[str, str]]
 def fingerprints(
     members: Sequence[tuple[RunConfig, Model | Network]],
     teacher: Network | None,
-    data: TrainData,
-    test: Dataset | ImageFiles | None,
+    data_sets: DataSets,
     anchors: Sequence[Network] = (),
     metrics: Mapping[str, Metric] | None = None,
 ) -> dict[str, Fingerprint]:
@@ -73,18 +72,20 @@ def fingerprints(
     Args:
       members: (configuration, student) of each run.
       teacher: as `abflax.distill` takes it.
-      data: the training data, of which the runs may use a share.
-      test: held-out data.
+      data_sets: the training data, of which the runs may use a share; and others.
       anchors: the teachers before it.
       metrics: the user's, by name.
     """
+    data = data_sets.train
     precision, shape = members[0][0].precision, data.image_shape
-    shared = {f"training {name}": value for name, value in _data_digests(data).items()}
-    if test is not None:
-        shared |= {f"test {name}": value for name, value in _data_digests(test).items()}
+    shared: dict[str, str] = {}
+    for what, given in (("training", data), ("test", data_sets.test), ("target", data_sets.target)):
+        if given is not None:
+            shared |= {f"{what} {name}": value for name, value in _data_digests(given).items()}
     if teacher is not None:
+        trained = any(phase.trains_teacher for config, _ in members for phase in config.phases())
         shared["teacher's weights"] = digest(teacher.variables)
-        shared[f"teacher's {_PROGRAM}"] = _program_digest(teacher.model, precision, shape, False)
+        shared[f"teacher's {_PROGRAM}"] = _program_digest(teacher.model, precision, shape, trained)
     for index, anchor in enumerate(anchors, 1):
         shared[f"anchor {index}'s weights"] = digest(anchor.variables)
         shared[f"anchor {index}'s {_PROGRAM}"] = _program_digest(
@@ -284,13 +285,15 @@ def _objective_digest(
     theirs = {} if teacher is None else dict(abstract_variables(teacher, shape))
     params = theirs.pop("params", {})
 
-    def begin(student: Any, stats: Any, key: jax.Array) -> Any:
-        return create_train_state(objective, optax.identity(), student, stats, key, shape)
+    def begin(student: Any, stats: Any, key: jax.Array, params: Any) -> Any:
+        return create_train_state(objective, optax.identity(), student, stats, key, shape, params)
 
     def compute(state: Any, teacher_params: Any, images: Any, labels: Any, key: Any) -> Any:
         stats = state.batch_stats
         keys = jax.random.split(key, len(images))
-        targets, _ = make_targets(objective, teacher_params, stats["teacher"], images, labels, keys)
+        targets, _ = make_targets(
+            objective, teacher_params, stats["teacher"], images, labels, keys, images
+        )
 
         def loss(params: Any) -> Any:
             arguments = (params, stats, targets, images, labels, key, state.step)
@@ -298,7 +301,7 @@ def _objective_digest(
 
         return jax.value_and_grad(loss, has_aux=True)(state.params), targets
 
-    first = (abstract_variables(student, shape), theirs, key)
+    first = (abstract_variables(student, shape), theirs, key, params)
     state = jax.eval_shape(begin, *first)
     texts = _lowered(begin, *first), _lowered(compute, state, params, images, labels, key)
     return hashlib.sha256("".join(texts).encode()).hexdigest()[:16]

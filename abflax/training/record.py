@@ -15,10 +15,11 @@ Schema 1. A record is an object with
   only where both have the same neurons), `silent` (layer -> share of the student's neurons, each
   a channel at a position and before any connector, that fire on no held-out image; not in
   records made before it was measured), `metrics` (name -> mean of a metric of the user's, where
-  there are some); `ema`: the same of averaged weights, where there are some};
-- `result`: `test_error` and `agreement` of the last entry, `best_test_error`, `best_epoch`, and
-  `initialise_agreement`: agreement at the end of the initialise phase, if there was one;
-  `metrics` of the last entry, where there are some;
+  there are some); `teacher_test_error`, where the teacher is trained along; `ema`: the same of
+  averaged weights, where there are some};
+- `result`: `test_error`, `agreement` and, if there is one, `teacher_test_error` of the last entry,
+  `best_test_error`, `best_epoch`, and `initialise_agreement`: agreement at the end of the
+  initialise phase, if there was one; `metrics` of the last entry, where there are some;
   `ema_test_error` of the last entry, where there are averaged weights;
 - `weights`: the digest of the student's weights, as `abflax.Network` has it in its name (not in
   records made before it was written);
@@ -115,6 +116,8 @@ def make_record(
         }
         if "metrics" in last:
             result["metrics"] = last["metrics"]
+        if "teacher_test_error" in last:
+            result["teacher_test_error"] = last["teacher_test_error"]
         if "test_error" in last.get("ema", {}):
             result["ema_test_error"] = last["ema"]["test_error"]
         initialised = [entry for entry in history if entry["phase"] == "initialise"]

@@ -241,9 +241,13 @@ class Run:
         else:
             student, teacher_stats = before.student, before.batch_stats["teacher"]
         teacher = self.phases[index].teacher
-        if before is None or teacher != self.phases[index - 1].teacher:
+        last = self.phases[index - 1]
+        if before is None or teacher != last.teacher or last.trains_teacher:
             teacher_stats = self.group.teachers[teacher].stats
-        state = program.begin(student, teacher_stats, jax.random.fold_in(key, 1 + index))
+        state = program.begin(
+            student, teacher_stats, jax.random.fold_in(key, 1 + index),
+            self.group.teachers[teacher].params,
+        )  # fmt: skip
         self.state = replicate(jax.tree.map(np.array, state), self.group.spec.devices)
         self.history.phase = index
         self._take_snapshot()
@@ -332,8 +336,8 @@ class Run:
 
     def _abstract_state(self, index: int) -> TrainState:
         key, program = jax.random.key(0), self._programs[index]
-        stats = self.group.teachers[self.phases[index].teacher].stats
-        return program.begin(program.init(key), stats, key)
+        teacher = self.group.teachers[self.phases[index].teacher]
+        return program.begin(program.init(key), teacher.stats, key, teacher.params)
 
     def _take_snapshot(self) -> None:
         """Copies the state to the host."""
@@ -428,6 +432,8 @@ class Run:
         names = ["test_error", "test_cross_entropy", "agreement", "silent"]
         names += ["metrics"] * ("metrics" in measured)
         entry |= {name: measured[name] for name in names}
+        if "teacher_test_error" in measured:
+            entry["teacher_test_error"] = measured["teacher_test_error"]
         if "ema" in measured:
             finite = np.isfinite(measured["ema"]["test_cross_entropy"])
             entry["ema"] = {name: measured["ema"][name] for name in names} if finite else {}
