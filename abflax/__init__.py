@@ -6,6 +6,7 @@ from abflax.distillation import distill, distill_group
 from abflax.errors import BusyError, DiskError, InputError, LostError, NonFiniteError
 from abflax.models.network import Network
 from abflax.runtime.preemption import Interrupted
+from abflax.runtime.reporter import Reporter
 from abflax.taps import Tapped
 from abflax.training.evaluation import evaluate
 from abflax.training.run_directory import Result
@@ -22,6 +23,7 @@ __all__ = [
     "LostError",
     "Network",
     "NonFiniteError",
+    "Reporter",
     "Resources",
     "Result",
     "RunConfig",

@@ -22,7 +22,7 @@ MAY_IMPORT = {
                     "training"},
     ("synthesis",): {"config", "data", "losses", "models", "runtime", "storage", "taps",
                      "training"},
-    ("distillation",): {"config", "data", "models", "runtime", "taps", "training"},
+    ("distillation",): {"config", "data", "metrics", "models", "runtime", "taps", "training"},
 }  # fmt: skip
 
 

@@ -41,6 +41,8 @@ class Batches:
       preprocessing: normalization, crops and flips on the device; by default none.
       name: in records; a digest of shapes and settings is added, and of the first batch where
         iterators are checkpointed.
+      batch_size, image_shape, dtype: of the first batch's images; read when this is made.
+      resumes: whether iterators are checkpointed.
 
     Raises:
       ValueError: if the loader cannot be iterated twice, or its first batch is none.

@@ -1,8 +1,8 @@
 """Maps a student's taps to the teacher's shape: connectors for the width, pooling for positions.
 
-A connector is a 1×1 convolution without bias and a batch norm. It is trained with the student and
-thrown away after its phase. Taps of equal width need none (Heo et al., AAAI 2019). An extra head
-maps the student's features to logits over the teacher's classes.
+A connector is a 1×1 convolution without bias and a batch norm. It is trained with the student, in
+its phase alone, and kept for the analysis. Taps of equal width need none (Heo et al., AAAI 2019).
+An extra head maps the student's features to logits over the teacher's classes.
 """
 
 from __future__ import annotations

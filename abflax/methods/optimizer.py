@@ -129,6 +129,12 @@ class Optimizer:
 
         return rate
 
+    @property
+    def endless(self) -> bool:
+        """Whether a phase of any length makes the first steps of all longer ones."""
+        constant = self.decay == "constant" or (self.decay == "steps" and not self.drops)
+        return constant and not self.resets
+
     def begins(self, shorter: PhaseSchedule, longer: PhaseSchedule) -> bool:
         """Whether a shorter phase makes the first steps of a longer one: rates and resets."""
         rates = [np.asarray(self.schedule(each)(np.arange(shorter.steps))) for each in
@@ -193,6 +199,11 @@ class OwnOptimizer:
         """Its learning rate is not known from outside: NaN."""
         del phase
         return lambda step: jnp.asarray(jnp.nan)
+
+    @property
+    def endless(self) -> bool:
+        """It counts steps, and knows no end."""
+        return True
 
     def begins(self, shorter: PhaseSchedule, longer: PhaseSchedule) -> bool:
         """It counts steps, and knows no end."""

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from abflax.config import MOST, RunConfig
+from abflax.config import RunConfig
 from abflax.data import Batches
 from abflax.errors import DiskError, InputError, NonFiniteError
 from abflax.methods.objective import connectors_in
@@ -294,7 +294,9 @@ class Run:
                 record["connectors"] = self.history.connectors
             if self.history.grown_from is not None:
                 record["grown_from"] = self.history.grown_from
-            self.result = self.directory.finish(record, variables, average, self._may_grow())
+            self.result = self.directory.finish(
+                record, variables, average, self.phases[-1].optimizer.endless
+            )
 
     def _restore_checkpoint(self, description: dict[str, Any]) -> None:
         """Sets history and state to those of the newest checkpoint."""
@@ -325,14 +327,6 @@ class Run:
     def _begins_with(self, epochs: tuple[int, ...]) -> bool:
         """Whether the same run of so many epochs makes the first steps of this one."""
         return begins(dataclasses.replace(self.config, epochs=epochs), self.config, self._examples)
-
-    def _may_grow(self) -> bool:
-        """Whether this run makes the first steps of one with more epochs."""
-        *before, last = self.config.epochs
-        if sum(self.config.epochs) == MOST:
-            return False
-        longer = dataclasses.replace(self.config, epochs=(*before, last + 1))
-        return begins(self.config, longer, self._examples)
 
     def _abstract_state(self, index: int) -> TrainState:
         key, program = jax.random.key(0), self._programs[index]

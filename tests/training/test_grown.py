@@ -106,6 +106,10 @@ def test_resets_of_the_momentum_count():
     spans = [PhaseSchedule(0, steps, 0, steps, steps, Fraction(1)) for steps in (4, 8)]
     assert Optimizer(decay="constant", drops=()).begins(*spans)
     assert not Optimizer(decay="constant", drops=(), resets=(0.5,)).begins(*spans)
+    settings = [("constant", (0.5,), ()), ("steps", (), ()), ("steps", (0.5,), ()),
+                ("cosine", (), ()), ("constant", (), (0.5,))]  # fmt: skip
+    found = [Optimizer(decay=d, drops=drops, resets=r).endless for d, drops, r in settings]
+    assert found == [True, True, False, False, False]
 
 
 def test_the_connectors_of_the_initialise_phase_stay(data, tmp_path):
