@@ -303,9 +303,9 @@ class RunConfig:
         lengths = [self.phase_epochs[phase.name] for phase in phases]
         ends = itertools.accumulate(lengths)
         key["the epochs in which the teacher's statistics drift"] = tuple(
-            (end - length, end)
+            (end - length, end, *(["and it is trained"] if phase.trains_teacher else []))
             for phase, length, end in zip(phases, lengths, ends, strict=True)
-            if phase.teacher_batch_statistics and length
+            if (phase.teacher_batch_statistics or phase.trains_teacher) and length
         )
         if self.anchors is not None:
             key["the anchors, and the epochs with each"] = (

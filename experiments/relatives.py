@@ -30,6 +30,8 @@ from experiments.common.networks import find_anchors
 from experiments.common.stats import mean_and_std
 
 PIXELS = (0.0, 16.0)
+# Name of a target domain -> a and b: its pixels are a·x + b, x of the digits, and noise.
+DOMAINS = {"inverted": (-1.0, 16.0), "pale": (0.5, 4.0)}
 # Chosen once, for the time they take.
 DOMAIN_EPOCHS, DOMAIN_TEACHER_EPOCHS = 20, 24
 METHODS, ANCHORS, METHOD_EPOCHS = ("kd", "rco", "bss"), 4, 60
@@ -73,7 +75,22 @@ def main(console: Console) -> None:
 
 def domains(arguments: Arguments, reporter: Reporter) -> tuple[Errors, dict[str, Any]]:
     """Trains students on labelled digits, with and without unlabelled ones of another domain."""
-    source, target, tests = two_domains()
+    errors: dict[str, dict[str, list[float]]] = {}
+    teachers: dict[str, float] = {}
+    hashes: dict[str, list[str]] = {}
+    for domain in DOMAINS:
+        own, teachers[domain], records = adapt(domain, arguments, reporter)
+        for name, measured in own.items():
+            label = f"{domain}: {name}"
+            errors[label], hashes[label] = measured, records[name]
+    return errors, {"teacher_errors_on_target": teachers, "records": hashes}
+
+
+def adapt(
+    domain: str, arguments: Arguments, reporter: Reporter
+) -> tuple[dict[str, dict[str, list[float]]], float, dict[str, list[str]]]:
+    """Trains the students of one target domain: their errors, the teacher's, and their runs."""
+    source, target, tests = two_domains(domain)
     common: dict[str, Any] = {
         "test": tests["target"], "workdir": arguments.workdir, "force": arguments.force,
         "reporter": reporter, "batch_size": 32, "evaluate_every": 10,
@@ -85,12 +102,13 @@ def domains(arguments: Arguments, reporter: Reporter) -> tuple[Errors, dict[str,
     teacher = Network(MODELS[quickstart.TEACHER](), taught.variables)
     unlabelled = Dataset(target.images, preprocessing=target.preprocessing, name=target.name)
     settings: dict[str, dict[str, Any]] = {
-        "source alone, kd": {"data": source, "method": "kd"},
-        "both domains, progressive-uda": {
-            "data": source, "method": "progressive-uda", "target_data": unlabelled,
+        "source alone, `kd`": {"teacher": teacher, "data": source, "method": "kd"},
+        "both, `progressive-uda`": {
+            "teacher": teacher, "data": source, "method": "progressive-uda",
+            "target_data": unlabelled,
         },
-        "labelled target, cross-entropy": {
-            "data": target, "method": "cross-entropy", "teacher": None,
+        "target with labels, `cross-entropy`": {
+            "teacher": None, "data": target, "method": "cross-entropy",
         },
     }  # fmt: skip
     errors: dict[str, dict[str, list[float]]] = {}
@@ -99,36 +117,36 @@ def domains(arguments: Arguments, reporter: Reporter) -> tuple[Errors, dict[str,
         errors[name], hashes[name] = {"target": [], "source": []}, []
         for seed in arguments.seeds:
             result = distill(
-                MODELS[quickstart.STUDENT](), own.get("teacher", teacher), own["data"],
-                **{key: own[key] for key in own if key not in ("data", "teacher")},
-                epochs=(0, DOMAIN_EPOCHS), seeds=seed, **common,
-            )  # fmt: skip
+                MODELS[quickstart.STUDENT](), epochs=(0, DOMAIN_EPOCHS), seeds=seed, **own, **common
+            )
             student = Network(MODELS[quickstart.STUDENT](), result.variables)
-            errors[name]["target"].append(result.record["result"]["test_error"])
+            found = result.record["result"]
+            errors[name]["target"].append(found["test_error"])
             errors[name]["source"].append(evaluate(student, tests["source"])["test_error"])
             hashes[name].append(result.record["hash"])
-            if "teacher_test_error" in result.record["result"]:
-                moved = errors[name].setdefault("its teacher, target", [])
-                moved.append(result.record["result"]["teacher_test_error"])
-    measured = {name: evaluate(teacher, test)["test_error"] for name, test in tests.items()}
-    return errors, {"teacher_errors": measured, "records": hashes}
+            if "teacher_test_error" in found:
+                moved = errors[name].setdefault("target, its teacher", [])
+                moved.append(found["teacher_test_error"])
+    return errors, taught.record["result"]["test_error"], hashes
 
 
-def two_domains() -> tuple[Dataset, Dataset, dict[str, Dataset]]:
+def two_domains(domain: str) -> tuple[Dataset, Dataset, dict[str, Dataset]]:
     """The source, the target with its labels, and held-out digits of both.
 
-    Half of the training digits are the source. The other half, inverted, moved by up to one pixel
-    and with noise, are the target; so are the held-out digits.
+    Half of the training digits are the source, the other half the target.
     """
     every, test = load("digits", "train"), load("digits", "test")
     source, others = holdout(every, 0.5, seed=0)
-    return source, other_domain(others, 0), {"source": test, "target": other_domain(test, 1)}
+    tests = {"source": test, "target": other_domain(test, domain, 1)}
+    return source, other_domain(others, domain, 0), tests
 
 
-def other_domain(data: Dataset, seed: int) -> Dataset:
-    """Inverts digits, moves each by up to one pixel along both sides, and adds noise."""
+def other_domain(data: Dataset, domain: str, seed: int) -> Dataset:
+    """Changes the contrast of digits, moves each by up to a pixel along both sides; adds noise."""
+    factor, offset = DOMAINS[domain]
     draw = np.random.default_rng(seed)
-    padded = np.pad(PIXELS[1] - data.images, [(0, 0), (1, 1), (1, 1), (0, 0)], mode="edge")
+    changed = factor * data.images + offset
+    padded = np.pad(changed, [(0, 0), (1, 1), (1, 1), (0, 0)], mode="edge")
     corners = draw.integers(0, 3, (len(data), 2))
     height, width = data.image_shape[:2]
     moved = np.stack([
@@ -136,7 +154,7 @@ def other_domain(data: Dataset, seed: int) -> Dataset:
         for image, (row, column) in zip(padded, corners, strict=True)
     ])  # fmt: skip
     noisy = np.clip(moved + draw.normal(0, 2, moved.shape), *PIXELS).astype(np.float32)
-    return Dataset(noisy, data.labels, data.num_classes, data.preprocessing, "inverted digits")
+    return Dataset(noisy, data.labels, data.num_classes, data.preprocessing, f"{domain} digits")
 
 
 def methods(arguments: Arguments, reporter: Reporter) -> tuple[Errors, dict[str, Any]]:
@@ -204,9 +222,10 @@ def draw(errors: Errors, path: Path) -> None:
 
 def draw_domains(path: Path) -> None:
     """Draws twenty digits of each domain, in a row."""
-    source, target, _ = two_domains()
-    both = np.concatenate([source.images[:20].astype(np.float32), target.images[:20]])
-    plots.contact_sheet(both, np.repeat([0, 1], 20), PIXELS, path)
+    source = two_domains("inverted")[0].images[:20].astype(np.float32)
+    targets = [two_domains(domain)[1].images[:20] for domain in DOMAINS]
+    rows = np.repeat(range(1 + len(targets)), 20)
+    plots.contact_sheet(np.concatenate([source, *targets]), rows, PIXELS, path)
 
 
 if __name__ == "__main__":

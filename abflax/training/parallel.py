@@ -38,7 +38,7 @@ from abflax.training.step import (
 _DROPOUT = 1  # folded into an example's key; the augmentation has the key before this fold
 _VIEW = 2  # likewise, for views
 _AUGMENT = 3  # likewise, for an augmentation of the user's
-_TARGET = 2**32 - 1  # folded into the key of all; no epoch is as late
+_TARGET = 2**32 - 1  # folded into the augmentation's key, for target data; no epoch is as late
 
 
 @dataclasses.dataclass(frozen=True)

@@ -244,10 +244,8 @@ class Run:
         last = self.phases[index - 1]
         if before is None or teacher != last.teacher or last.trains_teacher:
             teacher_stats = self.group.teachers[teacher].stats
-        state = program.begin(
-            student, teacher_stats, jax.random.fold_in(key, 1 + index),
-            self.group.teachers[teacher].params,
-        )  # fmt: skip
+        own_key = jax.random.fold_in(key, 1 + index)
+        state = program.begin(student, teacher_stats, own_key, self._trained_teacher(index))
         self.state = replicate(jax.tree.map(np.array, state), self.group.spec.devices)
         self.history.phase = index
         self._take_snapshot()
@@ -331,7 +329,12 @@ class Run:
     def _abstract_state(self, index: int) -> TrainState:
         key, program = jax.random.key(0), self._programs[index]
         teacher = self.group.teachers[self.phases[index].teacher]
-        return program.begin(program.init(key), teacher.stats, key, teacher.params)
+        return program.begin(program.init(key), teacher.stats, key, self._trained_teacher(index))
+
+    def _trained_teacher(self, index: int) -> Any:
+        """The weights that the teacher starts a phase with; None: it is not trained there."""
+        phase = self.phases[index]
+        return self.group.teachers[phase.teacher].params if phase.trains_teacher else None
 
     def _take_snapshot(self) -> None:
         """Copies the state to the host."""
