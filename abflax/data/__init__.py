@@ -9,11 +9,12 @@ from abflax.data.dataset import Dataset, few_shot_subset, holdout, subset
 from abflax.data.decoders import DecodedBatches
 from abflax.data.folder import Folder, read_folder
 from abflax.data.image_files import ImageFiles
-from abflax.data.registry import DATASETS, load
+from abflax.data.registry import CLASSES, DATASETS, load
 from abflax.data.stream import Stream
 from abflax.data.tfds_images import IMAGE_DATASETS, load_image_files
 
 __all__ = [
+    "CLASSES",
     "DATASETS",
     "IMAGE_DATASETS",
     "DecodedBatches",
