@@ -52,17 +52,16 @@ def main(console: Console) -> None:
     """Writes the folder."""
     arguments = cli.parse(Arguments, "experiments.emoji", __doc__)
     require_writable(arguments.out)
-    for split, vendor, package in (
-        ("train", _TRAIN, arguments.google),
-        ("test", _TEST, arguments.twitter),
-    ):
-        entries = read_entries(package, vendor)
-        for entry in entries:
-            picture = package / "img" / vendor / "64" / entry["image"]
+    packages = {_TRAIN: arguments.google, _TEST: arguments.twitter}
+    # Both are read before anything is written.
+    entries = {vendor: read_entries(package, vendor) for vendor, package in packages.items()}
+    for split, vendor in (("train", _TRAIN), ("test", _TEST)):
+        for entry in entries[vendor]:
+            picture = packages[vendor] / "img" / vendor / "64" / entry["image"]
             path = arguments.out / split / entry["category"] / entry["image"]
             path.parent.mkdir(parents=True, exist_ok=True)
             write_whole(path, on_white(picture))
-        console.print(f"{arguments.out / split}: {len(entries)} images", soft_wrap=True)
+        console.print(f"{arguments.out / split}: {len(entries[vendor])} images", soft_wrap=True)
 
 
 def read_entries(package: Path, vendor: str) -> list[dict[str, Any]]:
@@ -72,16 +71,18 @@ def read_entries(package: Path, vendor: str) -> list[dict[str, Any]]:
       ValueError: if the folder is not that package.
     """
     try:
-        entries = json.loads((package / "emoji.json").read_text("utf-8"))
-        return [
+        drawn = [
             entry
-            for entry in entries
+            for entry in json.loads((package / "emoji.json").read_text("utf-8"))
             if entry[f"has_img_{vendor}"] and entry["category"] not in _LEFT_OUT
         ]
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise InputError(
             f"{package} is no unpacked package emoji-datasource-{vendor}: {error!r}"
         ) from error
+    if not drawn:
+        raise InputError(f"{package} is no unpacked package emoji-datasource-{vendor}: it is empty")
+    return drawn
 
 
 def on_white(picture: Path) -> bytes:
