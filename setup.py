@@ -59,6 +59,7 @@ setup(
             "pytest>=8",
             "pytest-xdist>=3.6",
             "hypothesis>=6.100",
+            "grain>=0.2.18",
             "ruff>=0.9",
             "mypy>=2",
             "nbclient>=0.10",

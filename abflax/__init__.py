@@ -1,7 +1,7 @@
 """Knowledge distillation for JAX and Flax, centred on activation boundaries."""
 
 from abflax.config import Resources, RunConfig, Seeds
-from abflax.data import Dataset, load
+from abflax.data import Batches, Dataset, load
 from abflax.distillation import distill, distill_group
 from abflax.errors import BusyError, DiskError, InputError, LostError, NonFiniteError
 from abflax.models.network import Network
@@ -13,6 +13,7 @@ from abflax.training.run_directory import Result
 __version__ = "0.2.0"
 
 __all__ = [
+    "Batches",
     "BusyError",
     "Dataset",
     "DiskError",

@@ -100,6 +100,29 @@ class Connectors(ConfiguredModule):
         return flat.reshape(*tap.shape[:-1], width)
 
 
+def connect(variables: Mapping[str, Any], forward: Forward) -> Forward:
+    """Maps the taps of a pass by connectors that were kept after a run, in evaluation mode.
+
+    Args:
+      variables: `params` and `batch_stats`, as `abflax.Result.connectors` has them.
+      forward: of the student.
+
+    Raises:
+      ValueError: if they are those of other taps.
+    """
+    kernels = {
+        name.removesuffix("_conv"): tree["kernel"]
+        for name, tree in variables["params"].items()
+        if "kernel" in tree
+    }
+    for name, kernel in kernels.items():
+        if name not in forward.taps or forward.taps[name].shape[-1] != kernel.shape[0]:
+            raise InputError(f"the connectors' {name} of width {kernel.shape[0]} is no tap here")
+    widths = tuple((name, kernel.shape[1]) for name, kernel in kernels.items())
+    connected, _ = Connectors(widths, equal=True).apply(variables, forward, None, train=False)
+    return connected
+
+
 class ExtraHead(nn.Module):
     """A second classifier on a network's features, over the teacher's classes.
 

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from abflax.errors import InputError, require_field_types, unknown
@@ -128,6 +129,16 @@ class Optimizer:
 
         return rate
 
+    def begins(self, shorter: PhaseSchedule, longer: PhaseSchedule) -> bool:
+        """Whether a shorter phase makes the first steps of a longer one: rates and resets."""
+        rates = [np.asarray(self.schedule(each)(np.arange(shorter.steps))) for each in
+                 (shorter, longer)]  # fmt: skip
+        resets = [
+            [step for step in self.boundaries(self.resets, each) if 0 <= step < shorter.steps]
+            for each in (shorter, longer)
+        ]
+        return np.array_equal(rates[0], rates[1]) and resets[0] == resets[1]
+
     def transformation(
         self, phase: PhaseSchedule, trainable: Any | None = None
     ) -> optax.GradientTransformation:
@@ -182,6 +193,11 @@ class OwnOptimizer:
         """Its learning rate is not known from outside: NaN."""
         del phase
         return lambda step: jnp.asarray(jnp.nan)
+
+    def begins(self, shorter: PhaseSchedule, longer: PhaseSchedule) -> bool:
+        """It counts steps, and knows no end."""
+        del shorter, longer
+        return True
 
     def transformation(
         self, phase: PhaseSchedule, trainable: Any | None = None

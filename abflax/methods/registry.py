@@ -18,6 +18,7 @@ from abflax.methods.terms import (
     CorrelationDistillation,
     CrossEntropy,
     DecoupledDistillation,
+    DomainDiscrepancy,
     FeatureDifference,
     FlowOfSolution,
     JacobianMatching,
@@ -29,11 +30,14 @@ from abflax.methods.terms import (
     ProbabilisticTransfer,
     RelationalDistillation,
     SimilarityPreserving,
+    TeacherCrossEntropy,
     Term,
+    TwoDomainDistillation,
     VariationalInformation,
 )
+from abflax.methods.weights import Progressive, Ramp, Weight
 
-WeightedTerms = tuple[tuple[float, Term], ...]
+WeightedTerms = tuple[tuple[Weight, Term], ...]
 """(weight, term), …: an objective."""
 
 
@@ -50,6 +54,8 @@ class Method:
         (`layer_ratio`, `temperature`) and the caller's options replace their fields.
       classifies: whether the method, added to one that transfers, replaces the knowledge
         distillation that this brings, and leaves the initialise phase to it.
+      weights: class of a term -> its weight, where that is not 1 or, of a transfer loss, the
+        protocol's.
     """
 
     summary: str
@@ -57,6 +63,7 @@ class Method:
     initialise: tuple[Term, ...]
     classify: tuple[Term, ...]
     classifies: bool = False
+    weights: Mapping[type[Term], Weight] = dataclasses.field(default_factory=dict)
 
 
 def _alone(*terms: Term) -> dict[str, Any]:
@@ -147,8 +154,23 @@ _METHODS: dict[str, Method] = {
     "bss": Method(
         "softened logits, on images and on what the teacher's gradients make of them; and labels",
         "Heo et al., AAAI 2019 (boundary-supporting samples)",
-        **_alone(CrossEntropy(), BoundarySupport()),
+        **_alone(CrossEntropy(), KnowledgeDistillation(), BoundarySupport()),
         classifies=True,
+        # Published: 1 + 3·(1 − e/80) and max(2·(1 − 4/3·e/80), 0) in the epoch e of 80.
+        weights={
+            KnowledgeDistillation: Ramp(4.0, 1.0),
+            BoundarySupport: Ramp(2.0, 0.0, share=0.75),
+        },
+    ),
+    "progressive-uda": Method(
+        "two domains: the teacher adapts to unlabelled target_data, and the student follows it",
+        "Nguyen-Meidine et al., IJCNN 2020",
+        **_alone(TeacherCrossEntropy(), DomainDiscrepancy(), TwoDomainDistillation()),
+        weights={
+            TeacherCrossEntropy: Progressive("teacher"),
+            DomainDiscrepancy: Progressive("discrepancy"),
+            TwoDomainDistillation: Progressive("student"),
+        },
     ),
     "sp": Method(
         "which examples the last layer finds alike, all along",
@@ -294,7 +316,9 @@ def _phases(
     def terms(phase: str) -> WeightedTerms:
         weighted = [
             (
-                _scale(part, protocol) * weight if term.transfers else 1.0,
+                _scale(part, protocol) * weight
+                if term.transfers
+                else method.weights.get(type(term), 1.0),
                 _with_options(term, protocol, options),
             )
             for part, method in parts.items()

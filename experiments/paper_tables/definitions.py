@@ -1,5 +1,6 @@
 """The paper's tables, made from tables.toml (what varies) and paper_tables.json (its numbers)."""
 
+import dataclasses
 import json
 import tomllib
 from collections.abc import Callable, Mapping
@@ -87,7 +88,9 @@ def _table(scale: str, values: Mapping[str, Any]) -> Table:
             if column in shown
         },
         paper_setting=paper["setting"],
-        teacher_run=None if transfers else TEACHER,
+        teacher_run=None
+        if transfers
+        else dataclasses.replace(TEACHER, **_fields(values.get("teacher_run", {}))),
         picture=values.get("picture", "points") or None,
         examples=values.get("examples", 50_000),
         classes=values.get("classes", 10),

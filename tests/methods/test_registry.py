@@ -82,10 +82,11 @@ def test_transfer_loss_falls(pair, name):
 
     @jax.jit
     def losses(first, images, labels):
-        state = create_train_state(objective, optimizer, first, stats, key, shape)
+        state = create_train_state(objective, optimizer, first, stats, key, shape, *weights)
 
         def step(state, _):
-            made = make_targets(objective, *weights, state.batch_stats["teacher"], images, *drawn)
+            theirs = state.batch_stats["teacher"]
+            made = make_targets(objective, *weights, theirs, images, *drawn, images[::-1])
             return train_step(
                 objective, optimizer, state, *weights, images, labels, precomputed_targets=made
             )
@@ -114,7 +115,7 @@ def test_the_whole_batch_on_one_device_and_on_eight(name, x64):
     state = create_train_state(
         objective, optimizer, init_variables(student, keys[1], shape),
         stats,
-        keys[2], shape,
+        keys[2], shape, variables["params"],
     )  # fmt: skip
     images, labels = jax.random.normal(keys[3], (16, *shape)), jnp.arange(16) % 10
 
@@ -128,7 +129,7 @@ def test_the_whole_batch_on_one_device_and_on_eight(name, x64):
                 images,
                 labels,
                 precomputed_targets=make_targets(
-                    objective, variables["params"], stats, images, labels, keys
+                    objective, variables["params"], stats, images, labels, keys, -images
                 ),
             ),
             axis_name=AXIS,

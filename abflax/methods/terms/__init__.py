@@ -3,6 +3,11 @@
 from abflax.methods.terms.activation_boundary import ActivationBoundary
 from abflax.methods.terms.base import LayerTerm, Term
 from abflax.methods.terms.boundary import BoundarySupport
+from abflax.methods.terms.domains import (
+    DomainDiscrepancy,
+    TeacherCrossEntropy,
+    TwoDomainDistillation,
+)
 from abflax.methods.terms.features import FeatureDifference
 from abflax.methods.terms.jacobian import JacobianMatching
 from abflax.methods.terms.logits import (
@@ -33,6 +38,7 @@ __all__ = [
     "CorrelationDistillation",
     "CrossEntropy",
     "DecoupledDistillation",
+    "DomainDiscrepancy",
     "FeatureDifference",
     "FlowOfSolution",
     "JacobianMatching",
@@ -45,6 +51,8 @@ __all__ = [
     "ProbabilisticTransfer",
     "RelationalDistillation",
     "SimilarityPreserving",
+    "TeacherCrossEntropy",
     "Term",
+    "TwoDomainDistillation",
     "VariationalInformation",
 ]
