@@ -93,6 +93,11 @@ class Dataset:
         """(height, width, channels)."""
         return self.images.shape[1:]
 
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Of the images."""
+        return self.images.dtype
+
     def arrays(self) -> dict[str, np.ndarray]:
         """Returns {"images", "labels"}, as they are copied to the devices."""
         return {"images": self.images, "labels": self.labels}

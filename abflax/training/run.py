@@ -33,7 +33,7 @@ from abflax.training.history import (
     phases_and_schedules,
 )
 from abflax.training.parallel import compile_phase
-from abflax.training.record import make_diverged, make_record
+from abflax.training.record import describe_images, make_diverged, make_record
 from abflax.training.run_directory import Result, RunDirectory
 from abflax.training.step import TrainState
 from abflax.training.target_cache import cached_targets
@@ -453,7 +453,10 @@ class Run:
         if history.group_size > 1:
             made_by["abreast"] = history.group_size
         seconds = sum(history.seconds.values())
-        record = make_record(self.config, phases, history.entries, weights, seconds, made_by)
+        images = describe_images(self.group.data)
+        record = make_record(
+            self.config, phases, history.entries, images, weights, seconds, made_by
+        )
         if isinstance(self.group.data, Batches):
             resumes = self.group.data.resumes
             record["loader"] = {"resumes_exactly": resumes, "restarted_at": history.restarts}
