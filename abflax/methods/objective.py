@@ -64,13 +64,17 @@ class Objective:
     steps_per_epoch: Fraction = Fraction(1)
     image_shape: tuple[int, ...] = ()
 
-    def init(self, key: jax.Array, student: Any = None) -> tuple[Any, Any]:
+    def init(
+        self, key: jax.Array, student: Any = None, teacher: Any = None, before: Any = None
+    ) -> tuple[Any, Any]:
         """Makes the parameters and the running statistics at the start of the phase.
 
         Args:
           key: of the student's and the connectors' first weights; `jax.random.key(seed)` gives
             those that `abflax.distill` starts with for the seed `weights`.
           student: variables to start with, `params` and other collections; None: new ones.
+          teacher: its variables; only terms that start with some of its weights need them.
+          before: the parameters at the end of the phase before; None: there is none.
 
         Returns:
           Parameters {"student": …, "connectors": …}, to be trained; and what else a step changes,
@@ -78,7 +82,10 @@ class Objective:
         """
         if student is None:
             student = init_variables(self.student, jax.random.fold_in(key, 0), self.image_shape)
-        return begin(self, student, jax.random.fold_in(key, 1), self.image_shape)
+        weights = {} if teacher is None else teacher["params"]
+        modules = {} if before is None else before["connectors"]
+        key = jax.random.fold_in(key, 1)
+        return begin(self, student, key, self.image_shape, weights, modules)
 
     def targets(
         self,
@@ -232,7 +239,12 @@ def _require_comparable(
 
 
 def begin(
-    objective: Objective, student: Any, key: jax.Array, image_shape: tuple[int, ...]
+    objective: Objective,
+    student: Any,
+    key: jax.Array,
+    image_shape: tuple[int, ...],
+    teacher: Any | None = None,
+    before: Mapping[str, Any] | None = None,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Makes parameters and running statistics of a phase: the given student, new connectors.
 
@@ -241,8 +253,12 @@ def begin(
       student: variables by collection.
       key: of the connectors' initial weights.
       image_shape: (height, width, channels).
+      teacher: its parameters; None: the modules' weights are as they are drawn, for a caller whom
+        only their shapes concern.
+      before: the parameters of the modules of the phase before.
     """
     dtype = jnp.result_type(float)
+    earlier = {name: own for module in (before or {}).values() for name, own in module.items()}
     images = jnp.zeros((1, *image_shape), dtype)
     forward = run_model(objective.student, student, images, train=False)
     params: dict[str, Any] = {"student": student["params"], "connectors": {}}
@@ -251,7 +267,11 @@ def begin(
     for index, connectors in enumerate(objective.connectors):
         if connectors is not None:
             variables = connectors.init(jax.random.fold_in(key, index), forward, None, train=False)
-            params["connectors"][f"term{index}"] = variables.get("params", {})
+            weights = variables.get("params", {})
+            if teacher is not None:
+                _, term = objective.phase.terms[index]
+                weights = term.first_weights(weights, teacher, earlier)
+            params["connectors"][f"term{index}"] = weights
             running = floats_in(dtype, variables.get("batch_stats", {}))
             stats["connectors"][f"term{index}"] = running
     return params, stats
@@ -379,7 +399,7 @@ def student_loss(
         objective.student,
         {"params": params["student"], **batch_stats["student"]},
         images,
-        train=True,
+        train=objective.phase.needs_student,  # else nothing of it changes
         pullback=objective.needs_pullback,
         dropout_key=dropout_key,
     )

@@ -54,6 +54,8 @@ _START = {
     "vid": 1.0,
     "ofd": 1 / 1000,
     "reviewkd": 5.0,
+    "ft": 500.0,
+    "srrl": 1.0,
 }
 
 # The best of each grid, in units of where it began, on CIFAR-10: `experiments/records/search`.

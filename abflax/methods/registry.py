@@ -18,6 +18,7 @@ from abflax.methods.terms import (
     CorrelationDistillation,
     CrossEntropy,
     DecoupledDistillation,
+    FactorTransfer,
     FeatureDifference,
     FlowOfSolution,
     JacobianMatching,
@@ -26,9 +27,11 @@ from abflax.methods.terms import (
     LogitRegression,
     NeuronSelectivity,
     OverhaulDifference,
+    Paraphrasing,
     ProbabilisticTransfer,
     RelationalDistillation,
     SimilarityPreserving,
+    SoftmaxRegression,
     Term,
     VariationalInformation,
 )
@@ -57,6 +60,11 @@ class Method:
     initialise: tuple[Term, ...]
     classify: tuple[Term, ...]
     classifies: bool = False
+
+    @property
+    def transfers(self) -> bool:
+        """Whether one of its terms is a transfer loss."""
+        return any(term.transfers for term in (*self.initialise, *self.classify))
 
 
 def _alone(*terms: Term) -> dict[str, Any]:
@@ -185,6 +193,17 @@ _METHODS: dict[str, Method] = {
         "Chen et al., CVPR 2021",
         **_alone(CrossEntropy(), KnowledgeReview()),
     ),
+    "ft": Method(
+        "a paraphraser of the teacher's last layer alone; then its factors, and labels",
+        "Kim, Park, Kwak, NeurIPS 2018",
+        initialise=(Paraphrasing(),),
+        classify=(CrossEntropy(), FactorTransfer()),
+    ),
+    "srrl": Method(
+        "the features, also as the teacher's classifier sees them; and labels",
+        "Yang et al., ICLR 2021",
+        **_alone(CrossEntropy(), SoftmaxRegression()),
+    ),
     "dtl": Method(
         "labels, and through an extra head the teacher's centred logits over its own classes",
         "Srinivas, Fleuret, ICML 2018",
@@ -281,7 +300,7 @@ def _phases(
     kinds = {type(t) for part in parts.values() for t in (*part.initialise, *part.classify)}
     if not protocol.same_classes:
         kinds = {kind for kind in kinds if not kind.same_classes}
-    transfers = any(term.transfers for part in parts.values() for term in part.initialise)
+    transfers = any(part.transfers for part in parts.values())
     if "transfer_weight" in options and not transfers:
         raise InputError(f"method {name} has no transfer loss, so no transfer_weight")
     _require_options(name, kinds, options, transfers)
@@ -308,16 +327,21 @@ def _phases(
         initialise, classify = _for_other_classes(name, initialise, classify, dtl)
     if initialise == classify:
         return (Phase("joint", classify, protocol.joint),)
+    first, second = protocol.initialise, protocol.classify
+    if not any(term.needs_student for _, term in initialise):  # the student's schedule is joint
+        first, second = (
+            dataclasses.replace(each, of_run=False) for each in (first, protocol.joint)
+        )
     return (
-        Phase("initialise", initialise, protocol.initialise, protocol.teacher_batch_statistics),
-        Phase("classify", classify, protocol.classify),
+        Phase("initialise", initialise, first, protocol.teacher_batch_statistics),
+        Phase("classify", classify, second),
     )
 
 
 def _own_terms(method: Method, phase: str, parts: tuple[Method, ...]) -> tuple[Term, ...]:
     """The terms that a method brings into a phase of a sum; see `Method.classifies`."""
     terms: tuple[Term, ...] = getattr(method, phase)
-    transferring = [part for part in parts if any(t.transfers for t in part.initialise)]
+    transferring = [part for part in parts if part.transfers]
     if not transferring or not any(part.classifies for part in parts):
         return terms
     if method.classifies:

@@ -92,7 +92,8 @@ class PhaseProgram:
     Attributes:
       objective, optimizer: what a step is made of.
       init: key -> variables of a new student.
-      begin: (student variables, teacher statistics, key) -> the phase's first `TrainState`.
+      begin: (student variables, teacher statistics, key, teacher params, the connectors' params of
+        the phase before) -> the phase's first `TrainState`; without the last two, its shapes.
       targets: (teacher params, teacher statistics, images, examples, views) -> the targets of
         those views of those examples, booleans packed into bytes; all `[devices, share, ...]`.
         Each process computes its own share, on its own devices.
@@ -125,8 +126,10 @@ def compile_phase(
     )
     optimizer = phase.transformation(schedule, trainable_mask(objective, shape))
 
-    def begin(variables: Any, teacher_stats: Any, key: jax.Array) -> TrainState:
-        return create_train_state(objective, optimizer, variables, teacher_stats, key, shape)
+    def begin(variables: Any, teacher_stats: Any, key: jax.Array, *start: Any) -> TrainState:
+        return create_train_state(
+            objective, optimizer, variables, teacher_stats, key, shape, *start
+        )
 
     return PhaseProgram(
         objective=objective,

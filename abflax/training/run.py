@@ -232,9 +232,12 @@ class Run:
         else:
             student, teacher_stats = before.student, before.batch_stats["teacher"]
         teacher = self.phases[index].teacher
+        connectors = {} if before is None else before.params["connectors"]
         if before is None or teacher != self.phases[index - 1].teacher:
             teacher_stats = self.group.teachers[teacher].stats
-        state = program.begin(student, teacher_stats, jax.random.fold_in(key, 1 + index))
+        params = jax.tree.map(np.asarray, self.group.teachers[teacher].params)
+        key = jax.random.fold_in(key, 1 + index)
+        state = program.begin(student, teacher_stats, key, params, connectors)
         self.state = replicate(jax.tree.map(np.array, state), self.group.spec.devices)
         self.history.phase = index
         self._take_snapshot()

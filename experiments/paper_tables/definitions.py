@@ -43,14 +43,17 @@ def _fields(values: Mapping[str, Any]) -> dict[str, Any]:
     return fields
 
 
-def _axis(axis: str | list[str]) -> Axis:
+def _axis(axis: str | list[str | Mapping[str, Any]]) -> Axis:
     """Makes the axis of a name in [axes], or one of methods."""
     if isinstance(axis, list):
-        return Axis("method", tuple(Point(name, {"method": name}) for name in axis))
+        return Axis("method", tuple(map(_point, axis)))
     return Axis(_DATA["axes"][axis]["name"], tuple(map(_point, _DATA["axes"][axis]["points"])))
 
 
-def _point(values: Mapping[str, Any]) -> Point:
+def _point(values: str | Mapping[str, Any]) -> Point:
+    """Makes a point; a name alone is that of a method."""
+    if isinstance(values, str):
+        return Point(values, {"method": values})
     changes = _fields(values)
     own = ("label", "note", "place", "alone", "only", "measure")
     fields = {name: changes.pop(name) for name in own if name in changes}

@@ -3,6 +3,7 @@
 from abflax.methods.terms.activation_boundary import ActivationBoundary
 from abflax.methods.terms.base import LayerTerm, Term
 from abflax.methods.terms.boundary import BoundarySupport
+from abflax.methods.terms.factors import FactorTransfer, Paraphrasing
 from abflax.methods.terms.features import FeatureDifference
 from abflax.methods.terms.jacobian import JacobianMatching
 from abflax.methods.terms.logits import (
@@ -15,6 +16,7 @@ from abflax.methods.terms.logits import (
 from abflax.methods.terms.maps import (
     KnowledgeReview,
     OverhaulDifference,
+    SoftmaxRegression,
     VariationalInformation,
 )
 from abflax.methods.terms.pairs import (
@@ -33,6 +35,7 @@ __all__ = [
     "CorrelationDistillation",
     "CrossEntropy",
     "DecoupledDistillation",
+    "FactorTransfer",
     "FeatureDifference",
     "FlowOfSolution",
     "JacobianMatching",
@@ -42,9 +45,11 @@ __all__ = [
     "LogitRegression",
     "NeuronSelectivity",
     "OverhaulDifference",
+    "Paraphrasing",
     "ProbabilisticTransfer",
     "RelationalDistillation",
     "SimilarityPreserving",
+    "SoftmaxRegression",
     "Term",
     "VariationalInformation",
 ]
