@@ -1,5 +1,7 @@
 """What a phase begins with: the paraphraser of the phase before, the teacher's classifier."""
 
+import dataclasses
+
 import chex
 import jax
 import numpy as np
@@ -7,8 +9,8 @@ import optax
 import pytest
 
 from abflax import Dataset, InputError, Network, distill
-from abflax.methods import METHODS, bind
-from abflax.methods.terms import SoftmaxRegression
+from abflax.methods import METHODS, Phase, bind
+from abflax.methods.terms import LogitRegression, SoftmaxRegression
 from abflax.models.variables import init_variables
 from abflax.taps import run_model
 from abflax.training.step import create_train_state, train_step
@@ -117,6 +119,36 @@ def test_a_classifier_that_cannot_be_told_is_refused():
     for teacher in ({}, {"fc": layer, "block": {"mix": layer}}):
         with pytest.raises(InputError, match="needs the teacher's classifier"):
             SoftmaxRegression().first_weights(drawn, teacher, {})
+
+
+def _headed_term(factor):
+    """A class that is called `Headed`, whose head begins with a multiple of another's."""
+
+    @dataclasses.dataclass(frozen=True)
+    class Headed(LogitRegression):
+        def first_weights(self, drawn, teacher, before):
+            head = before["head"] if before else teacher["Dense_0"]
+            return {"head": jax.tree.map(lambda leaf: factor * leaf, head)}
+
+    return Headed
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_what_a_module_begins_with_is_part_of_a_run(count, given, tmp_path):
+    """It is taken from the teacher, or in a last phase from the one before."""
+    images, labels, teacher = given
+
+    def run(last):
+        first = [Phase(f"phase {index}", [(1.0, LogitRegression())]) for index in range(count - 1)]
+        return distill(
+            Tiny(12), teacher, Dataset(images, labels, 10), batch_size=16, workdir=tmp_path,
+            method=[*first, Phase("last", [(1.0, last)])], epochs=(1,) * count,
+        ).record  # fmt: skip
+
+    record = run(_headed_term(1.0)())
+    with pytest.raises(InputError, match="another phase last's computation"):
+        run(_headed_term(2.0)())
+    assert run(_headed_term(1.0)()) == record
 
 
 def test_options_of_factor_transfer():

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from abflax.errors import InputError
 from abflax.losses import factor_transfer
+from abflax.losses.dtypes import at_least_float32
 from abflax.methods.connectors import Pair
 from abflax.methods.modules import Paraphrasers, Translators
 from abflax.methods.terms.base import LayerTerm
@@ -56,7 +57,8 @@ class Paraphrasing(_FactorTerm):
     def layer_loss(self, student: jax.Array, targets: Any) -> jax.Array:
         """Compares the teacher's tap with what was made of its factor."""
         del student
-        difference = targets["teacher"] - targets["paraphrased"]
+        teacher = at_least_float32(targets["teacher"])
+        difference = teacher - at_least_float32(targets["paraphrased"])
         return jnp.mean(jnp.square(difference), axis=tuple(range(1, difference.ndim)))
 
 
