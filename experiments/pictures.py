@@ -19,6 +19,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 from matplotlib import pyplot as plt
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -94,13 +95,10 @@ def _save_frames(
 ) -> None:
     """Writes one frame for each student, the first network being the teacher."""
     one = int(np.flatnonzero(np.asarray(test.labels) == arguments.digit)[0])
-    images = (np.asarray(test.images, np.float32) - test.preprocessing.mean) / (
-        test.preprocessing.std
-    )
-    taps = [
-        run_model(each.model, each.variables, images, train=False).taps[arguments.layer]
-        for each in networks
-    ]
+    pixels = np.asarray(test.images, np.float32)
+    images = jnp.asarray((pixels - test.preprocessing.mean) / test.preprocessing.std)
+    passes = (run_model(each.model, each.variables, images, train=False) for each in networks)
+    taps = [each.taps[arguments.layer] for each in passes]
     maps = [_square(np.asarray(activation_indicator(tap[one]))) for tap in taps]
     agreement = [100 * float(activation_agreement(tap, taps[0]).mean()) for tap in taps]
     frames = [

@@ -68,14 +68,18 @@ class Objective:
     image_shape: tuple[int, ...] = ()
     epochs: int = 1
 
-    def init(self, key: jax.Array, student: Any = None, teacher: Any = None) -> tuple[Any, Any]:
+    def init(
+        self, key: jax.Array, student: Any = None, teacher: Any = None, before: Any = None
+    ) -> tuple[Any, Any]:
         """Makes the parameters and the running statistics at the start of the phase.
 
         Args:
           key: of the student's and the connectors' first weights; `jax.random.key(seed)` gives
             those that `abflax.distill` starts with for the seed `weights`.
           student: variables to start with, `params` and other collections; None: new ones.
-          teacher: likewise; only a phase that trains its teacher needs them.
+          teacher: its variables; only a phase that trains it, and terms that start with some of its
+            weights, need them.
+          before: the parameters at the end of the phase before; None: there is none.
 
         Returns:
           Parameters {"student": …, "connectors": …}, to be trained, with "teacher" where that is
@@ -83,7 +87,9 @@ class Objective:
         """
         if student is None:
             student = init_variables(self.student, jax.random.fold_in(key, 0), self.image_shape)
-        return begin(self, student, jax.random.fold_in(key, 1), self.image_shape, teacher)
+        modules = {} if before is None else before["connectors"]
+        key = jax.random.fold_in(key, 1)
+        return begin(self, student, key, self.image_shape, teacher or {"params": {}}, modules)
 
     def targets(
         self,
@@ -248,7 +254,8 @@ def begin(
     student: Any,
     key: jax.Array,
     image_shape: tuple[int, ...],
-    teacher: Any = None,
+    teacher: Any | None = None,
+    before: Mapping[str, Any] | None = None,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Makes parameters and running statistics of a phase: the given student, new connectors.
 
@@ -259,9 +266,12 @@ def begin(
       student: variables by collection.
       key: of the connectors' initial weights.
       image_shape: (height, width, channels).
-      teacher: likewise, for a phase that trains it.
+      teacher: its variables; None: the modules' weights are as they are drawn, for a caller whom
+        only their shapes concern.
+      before: the parameters of the modules of the phase before.
     """
     dtype = jnp.result_type(float)
+    earlier = {name: own for module in (before or {}).values() for name, own in module.items()}
     images = jnp.zeros((1, *image_shape), dtype)
     forward = run_model(objective.student, student, images, train=False)
     params: dict[str, Any] = {"student": student["params"], "connectors": {}}
@@ -270,7 +280,11 @@ def begin(
     for index, connectors in enumerate(objective.connectors):
         if connectors is not None:
             variables = connectors.init(jax.random.fold_in(key, index), forward, None, train=False)
-            params["connectors"][f"term{index}"] = variables.get("params", {})
+            weights = variables.get("params", {})
+            if teacher is not None:
+                _, term = objective.phase.terms[index]
+                weights = term.first_weights(weights, teacher["params"], earlier)
+            params["connectors"][f"term{index}"] = weights
             running = floats_in(dtype, variables.get("batch_stats", {}))
             stats["connectors"][f"term{index}"] = running
     if objective.phase.trains_teacher:
@@ -418,6 +432,7 @@ def student_loss(
         {"params": params["student"], **batch_stats["student"]},
         images,
         views,
+        train=objective.phase.needs_student,  # else nothing of it changes
         pullback=objective.needs_pullback,
         dropout_key=dropout_key,
     )
@@ -455,17 +470,18 @@ def _run_on_views(
     images: jax.Array,
     views: Mapping[str, jax.Array],
     *,
+    train: bool = True,
     pullback: bool = False,
     dropout_key: jax.Array | None = None,
 ) -> Forward:
-    """Runs a network in training mode; on each view in a pass of its own, also for batch norms."""
+    """Runs a network; on each view in a pass of its own, also for batch norms."""
     forward = run_model(
-        model, variables, images, train=True, pullback=pullback, dropout_key=dropout_key
+        model, variables, images, train=train, pullback=pullback, dropout_key=dropout_key
     )
     state, passes = forward.state, {}
     for name, made in views.items():
         variables = {"params": variables["params"], **state}
-        passes[name] = run_model(model, variables, made, train=True, dropout_key=dropout_key)
+        passes[name] = run_model(model, variables, made, train=train, dropout_key=dropout_key)
         state = passes[name].state
     return dataclasses.replace(forward, views=passes, state=state)
 
@@ -556,7 +572,7 @@ def trainable_mask(objective: Objective, image_shape: tuple[int, ...]) -> Any:
         lambda student, key, teacher: begin(objective, student, key, image_shape, teacher),
         abstract_variables(objective.student, image_shape),
         jax.random.key(0),
-        teacher,
+        teacher if objective.phase.trains_teacher else None,
     )
     stats["teacher"] = {name: tree for name, tree in teacher.items() if name != "params"}
     images = jax.ShapeDtypeStruct((2, *image_shape), jnp.result_type(float))

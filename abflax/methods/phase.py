@@ -73,6 +73,11 @@ class Phase:
         """Whether a term does."""
         return any(term.needs_teacher for _, term in self.terms)
 
+    @property
+    def needs_student(self) -> bool:
+        """Whether a term does; else the student stays as it is."""
+        return any(term.needs_student for _, term in self.terms)
+
     def transformation(
         self, schedule: PhaseSchedule, trainable: Any | None = None
     ) -> optax.GradientTransformation:

@@ -34,6 +34,7 @@ from abflax.config import RunConfig
 from abflax.data import Batches, Dataset, DataSets, TrainData
 from abflax.errors import InputError
 from abflax.methods import Phase, PhaseSchedule, bind
+from abflax.methods.objective import begin as first_state
 from abflax.methods.objective import make_targets, student_loss
 from abflax.methods.optimizer import OwnOptimizer
 from abflax.metrics import Metric
@@ -100,6 +101,7 @@ def fingerprints(
             own["student's first weights"] = digest(student.variables)
             student = student.model
         own[f"student's {_PROGRAM}"] = _program_digest(student, precision, shape, True)
+        before = None
         for phase in config.phases():
             if isinstance(phase.optimizer, OwnOptimizer):
                 own[f"{phase.name} optimizer's {_PROGRAM}"] = _optimizer_digest(
@@ -108,8 +110,9 @@ def fingerprints(
             if any(not type(term).__module__.startswith("abflax.") for _, term in phase.terms):
                 model = None if teacher is None else teacher.model
                 own[f"phase {phase.name}'s {_PROGRAM}"] = _objective_digest(
-                    student, model, phase, precision, shape
+                    student, model, phase, before, precision, shape
                 )
+            before = phase
         inputs = shared | own
         found[config.hash] = {"inputs": inputs, "surroundings": flags, "versions": _versions()}
     return found
@@ -274,9 +277,17 @@ def _optimizer_digest(optimizer: OwnOptimizer, student: Model, shape: tuple[int,
 
 
 def _objective_digest(
-    student: Model, teacher: Model | None, phase: Phase, precision: str, shape: tuple[int, ...]
+    student: Model,
+    teacher: Model | None,
+    phase: Phase,
+    before: Phase | None,
+    precision: str,
+    shape: tuple[int, ...],
 ) -> str:
-    """Digests what a phase computes: its modules' first weights, targets, loss and gradients."""
+    """Digests what a phase computes: its modules' first weights, targets, loss and gradients.
+
+    The first weights may be taken from the modules of the phase before.
+    """
     student = configure_model(student, precision, None)
     teacher = None if teacher is None else configure_model(teacher, precision, None)
     objective = bind(student, teacher, phase, shape)
@@ -285,8 +296,10 @@ def _objective_digest(
     theirs = {} if teacher is None else dict(abstract_variables(teacher, shape))
     params = theirs.pop("params", {})
 
-    def begin(student: Any, stats: Any, key: jax.Array, params: Any) -> Any:
-        return create_train_state(objective, optax.identity(), student, stats, key, shape, params)
+    def begin(student: Any, stats: Any, key: jax.Array, teacher: Any, modules: Any) -> Any:
+        return create_train_state(
+            objective, optax.identity(), student, stats, key, shape, teacher, modules
+        )
 
     def compute(state: Any, teacher_params: Any, images: Any, labels: Any, key: Any) -> Any:
         stats = state.batch_stats
@@ -301,7 +314,12 @@ def _objective_digest(
 
         return jax.value_and_grad(loss, has_aux=True)(state.params), targets
 
-    first = (abstract_variables(student, shape), theirs, key, params)
+    variables, modules = abstract_variables(student, shape), {}
+    if before is not None:
+        earlier = functools.partial(first_state, bind(student, teacher, before, shape))
+        start = jax.eval_shape(lambda own, key: earlier(own, key, shape)[0], variables, key)
+        modules = start["connectors"]
+    first = (variables, theirs, key, params, modules)
     state = jax.eval_shape(begin, *first)
     texts = _lowered(begin, *first), _lowered(compute, state, params, images, labels, key)
     return hashlib.sha256("".join(texts).encode()).hexdigest()[:16]

@@ -105,8 +105,9 @@ class PhaseProgram:
     Attributes:
       objective, optimizer: what a step is made of.
       init: key -> variables of a new student.
-      begin: (student variables, teacher statistics, key, teacher params) -> the phase's first
-        `TrainState`; the last are needed where the teacher is trained along.
+      begin: (student variables, teacher statistics, key, teacher params, the connectors' params of
+        the phase before) -> the phase's first `TrainState`. Without the last two, its shapes,
+        unless the teacher is trained along.
       targets: (teacher params, teacher statistics, images, examples, views) -> the targets of
         those views of those examples, booleans packed into bytes; all `[devices, share, ...]`.
         Each process computes its own share, on its own devices.
@@ -145,11 +146,9 @@ def compile_phase(
     )
     optimizer = phase.transformation(schedule, trainable_mask(objective, shape))
 
-    def begin(
-        variables: Any, teacher_stats: Any, key: jax.Array, teacher_params: Any = None
-    ) -> TrainState:
+    def begin(variables: Any, teacher_stats: Any, key: jax.Array, *start: Any) -> TrainState:
         return create_train_state(
-            objective, optimizer, variables, teacher_stats, key, shape, teacher_params
+            objective, optimizer, variables, teacher_stats, key, shape, *start
         )
 
     return PhaseProgram(

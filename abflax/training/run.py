@@ -242,10 +242,12 @@ class Run:
             student, teacher_stats = before.student, before.batch_stats["teacher"]
         teacher = self.phases[index].teacher
         last = self.phases[index - 1]
+        connectors = {} if before is None else before.params["connectors"]
         if before is None or teacher != last.teacher or last.trains_teacher:
             teacher_stats = self.group.teachers[teacher].stats
-        own_key = jax.random.fold_in(key, 1 + index)
-        state = program.begin(student, teacher_stats, own_key, self._trained_teacher(index))
+        params = jax.tree.map(np.asarray, self.group.teachers[teacher].params)
+        key = jax.random.fold_in(key, 1 + index)
+        state = program.begin(student, teacher_stats, key, params, connectors)
         self.state = replicate(jax.tree.map(np.array, state), self.group.spec.devices)
         self.history.phase = index
         self._take_snapshot()

@@ -68,7 +68,8 @@ def create_train_state(
     teacher_stats: Any,
     key: jax.Array,
     image_shape: tuple[int, ...],
-    teacher_params: Any = None,
+    teacher_params: Any | None = None,
+    before: Any | None = None,
 ) -> TrainState:
     """Creates the state at the start of a phase: the given student, new connectors and optimizer.
 
@@ -79,10 +80,11 @@ def create_train_state(
       teacher_stats: the teacher's variables but `params`.
       key: of the connectors' initial weights.
       image_shape: (height, width, channels).
-      teacher_params: the teacher's weights, for a phase that trains it.
+      teacher_params: None: only the shapes of the state matter (see `begin`).
+      before: the parameters of the connectors of the phase before; None: there is none.
     """
     teacher = None if teacher_params is None else {"params": teacher_params, **teacher_stats}
-    params, stats = begin(objective, student, key, image_shape, teacher)
+    params, stats = begin(objective, student, key, image_shape, teacher, before)
     stats = stats | {"teacher": teacher_stats}
     return TrainState(jnp.zeros((), jnp.int32), params, stats, optimizer.init(params))
 

@@ -228,10 +228,18 @@ def test_every_table_can_be_forecast(command):
     assert "126 runs, 2 of them of teachers; 0 finished, 126 to run in" in out
 
 
+def test_repdistillers_table_can_be_forecast(command):
+    code, out, err = command("repdistiller", "--dry-run", "--seeds", "1")
+    assert code == 0, err
+    assert "36 runs, 1 of them of teachers; 0 finished" in out
+    assert re.search(r"^cross-entropy +wrn40-2 +100 % +0\+240 +1000 +187,500", out, re.MULTILINE)
+    assert re.search(r"^ft +wrn40-2 → wrn40-1 +100 % +30\+240 +0 +210,937", out, re.MULTILINE)
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (("9",), "unknown table '9'; known: 1, 2, 3, 4, 5, 6, 7, 8, all"),
+        (("9",), "unknown table '9'; known: 1, 2, 3, 4, 5, 6, 7, 8, all, repdistiller"),
         (("1,al",), "unknown table 'al'; did you mean all?"),
         (("1", "--scale", "smal"), "unknown scale 'smal'; did you mean small?"),
         (("1", "--rows", "kdd"), "unknown row of table 1 'kdd'; did you mean kd?"),

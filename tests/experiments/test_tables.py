@@ -238,7 +238,7 @@ def test_steps():
 
 
 def test_seed_by_seed_with_each_teacher_right_before_the_first_table_that_needs_it():
-    paper = list(TABLES["paper"].values())
+    paper = [table for table in TABLES["paper"].values() if table.run.dataset == "cifar10"]
     plan = jobs(paper, range(5))
     assert [job.run.student for job in plan if job.teaches] == ["wrn22-4", "wrn16-4"]
     assert [job.seed for job in plan if not job.teaches] == sorted(

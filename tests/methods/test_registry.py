@@ -82,7 +82,7 @@ def test_transfer_loss_falls(pair, name):
 
     @jax.jit
     def losses(first, images, labels):
-        state = create_train_state(objective, optimizer, first, stats, key, shape, *weights)
+        state = create_train_state(objective, optimizer, first, stats, key, shape, *weights, {})
 
         def step(state, _):
             theirs = state.batch_stats["teacher"]
@@ -101,14 +101,17 @@ def test_transfer_loss_falls(pair, name):
     "name",
     [
         name if name == "cc" else pytest.param(name, marks=pytest.mark.slow)
-        for name in METHODS
-        if any(term.relates == "batch" for _, term in METHODS[name]()[-1].terms)
+        for name in [*METHODS, "ft: initialise"]
+        if name[:2] in ("ft", "sr")
+        or any(term.relates == "batch" for _, term in METHODS[name]()[-1].terms)
     ],
 )
 def test_the_whole_batch_on_one_device_and_on_eight(name, x64):
     """Two examples a device; each term sees the sixteen, and gradients are those of one device."""
     student, teacher = (configure_model(Tiny(width), "float64", AXIS) for width in (6, 12))
-    phase, shape, keys = METHODS[name]()[-1], (8, 8, 1), jax.random.split(jax.random.key(0), 4)
+    method, _, first = name.partition(":")
+    phase = METHODS[method]()[0 if first else -1]
+    shape, keys = (8, 8, 1), jax.random.split(jax.random.key(0), 4)
     variables = init_variables(teacher, keys[0], shape)
     stats = {"batch_stats": variables["batch_stats"]}
     objective, optimizer = bind(student, teacher, phase, shape, axis_name=AXIS), optax.sgd(1.0)

@@ -8,6 +8,7 @@ from abflax.methods.terms.domains import (
     TeacherCrossEntropy,
     TwoDomainDistillation,
 )
+from abflax.methods.terms.factors import FactorTransfer, Paraphrasing
 from abflax.methods.terms.features import FeatureDifference
 from abflax.methods.terms.jacobian import JacobianMatching
 from abflax.methods.terms.logits import (
@@ -20,6 +21,7 @@ from abflax.methods.terms.logits import (
 from abflax.methods.terms.maps import (
     KnowledgeReview,
     OverhaulDifference,
+    SoftmaxRegression,
     VariationalInformation,
 )
 from abflax.methods.terms.pairs import (
@@ -39,6 +41,7 @@ __all__ = [
     "CrossEntropy",
     "DecoupledDistillation",
     "DomainDiscrepancy",
+    "FactorTransfer",
     "FeatureDifference",
     "FlowOfSolution",
     "JacobianMatching",
@@ -48,9 +51,11 @@ __all__ = [
     "LogitRegression",
     "NeuronSelectivity",
     "OverhaulDifference",
+    "Paraphrasing",
     "ProbabilisticTransfer",
     "RelationalDistillation",
     "SimilarityPreserving",
+    "SoftmaxRegression",
     "TeacherCrossEntropy",
     "Term",
     "TwoDomainDistillation",
