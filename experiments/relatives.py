@@ -109,23 +109,18 @@ def adapt(
     teacher = Network(MODELS[quickstart.TEACHER](), taught.variables)
     unlabelled = Dataset(target.images, preprocessing=target.preprocessing, name=target.name)
     settings: dict[str, dict[str, Any]] = {
-        "source alone, `kd`": {"teacher": teacher, "data": source, "method": "kd"},
-        "both, `progressive-uda`": {
-            "teacher": teacher, "data": source, "method": "progressive-uda",
-            "target_data": unlabelled,
-        },
-        "target with labels, `cross-entropy`": {
-            "teacher": None, "data": target, "method": "cross-entropy",
-        },
-    }  # fmt: skip
+        "source alone, `kd`": {"method": "kd"},
+        "both, `progressive-uda`": {"method": "progressive-uda", "target_data": unlabelled},
+    }
     errors: dict[str, dict[str, list[float]]] = {}
     hashes: dict[str, list[str]] = {}
     for name, own in settings.items():
         errors[name], hashes[name] = {"target": [], "source": []}, []
         for seed in arguments.seeds:
             result = distill(
-                MODELS[quickstart.STUDENT](), epochs=(0, DOMAIN_EPOCHS), seeds=seed, **own, **common
-            )
+                MODELS[quickstart.STUDENT](), teacher, source, epochs=(0, DOMAIN_EPOCHS),
+                seeds=seed, **own, **common,
+            )  # fmt: skip
             student = Network(MODELS[quickstart.STUDENT](), result.variables)
             found = result.record["result"]
             errors[name]["target"].append(found["test_error"])
