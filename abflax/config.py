@@ -12,6 +12,7 @@ from typing import Any, cast
 import jax
 import numpy as np
 
+from abflax.data import OwnAugmentation
 from abflax.errors import InputError, require_field_types, require_instances, unknown
 from abflax.methods import METHODS, Phase
 from abflax.methods.optimizer import OwnOptimizer
@@ -95,8 +96,12 @@ class RunConfig:
       ema: the decay of an exponential moving average of the student's weights, such as 0.999, which
         is evaluated and saved beside them; None: there is none.
       optimizer: an optax transformation in place of the protocol's SGD; None: it stays.
+      target_data: name of the unlabelled images of another domain, for methods that learn from them
+        too; None: there are none.
       anchors: names of the teachers before `teacher`, checkpoints of its own training, each
         followed for an equal share of the epochs (Jin et al., ICCV 2019); None: there are none.
+      augment: a pure function (key, images) -> images of each batch, behind the crops and flips of
+        the data's preprocessing and before its normalization; None: there is none.
 
     Raises:
       ValueError: for a value that cannot be right.
@@ -126,6 +131,8 @@ class RunConfig:
     ema: float | None = None
     optimizer: OwnOptimizer | None = None
     anchors: tuple[str, ...] | None = None
+    augment: OwnAugmentation | None = None
+    target_data: str | None = None
 
     def __post_init__(self) -> None:
         require_field_types(self)
@@ -185,7 +192,7 @@ class RunConfig:
           **settings: fields of `RunConfig`, and fields of the method's terms (`margin`, `layers`,
             `temperature`, …) or `transfer_weight`, which become its `options`. An integer for
             `seeds` stands for all four. A list of phases as `method` becomes `own_phases`. An
-            `optimizer` may be an `optax.GradientTransformation`.
+            `optimizer` may be an `optax.GradientTransformation`, `augment` a function.
 
         Raises:
           ValueError: for a name that is neither, with the near matches; or a wrong value.
@@ -206,6 +213,8 @@ class RunConfig:
             own["own_phases"] = None
         if not isinstance(own.get("optimizer"), OwnOptimizer | None):
             own["optimizer"] = OwnOptimizer.of(own["optimizer"])
+        if not isinstance(own.get("augment"), OwnAugmentation | None):
+            own["augment"] = OwnAugmentation.of(own["augment"])
         return cls(**own, options=tuple(sorted(options.items())))
 
     def replace(self, **settings: Any) -> RunConfig:
@@ -286,7 +295,7 @@ class RunConfig:
         The teacher's running statistics drift in the phases in which it uses batch statistics.
         """
         names = ("dataset", "fraction", "per_class", "views", "batch_size", "test", "teacher",
-                 "precision")  # fmt: skip
+                 "precision", "augment", "target_data")  # fmt: skip
         key: dict[str, Any] = {name: getattr(self, name) for name in names}
         for name in ("order", "augmentation", "subset"):
             key[f"the seed of {name}"] = getattr(self.seeds, name)
@@ -294,9 +303,9 @@ class RunConfig:
         lengths = [self.phase_epochs[phase.name] for phase in phases]
         ends = itertools.accumulate(lengths)
         key["the epochs in which the teacher's statistics drift"] = tuple(
-            (end - length, end)
+            (end - length, end, *(["and it is trained"] if phase.trains_teacher else []))
             for phase, length, end in zip(phases, lengths, ends, strict=True)
-            if phase.teacher_batch_statistics and length
+            if (phase.teacher_batch_statistics or phase.trains_teacher) and length
         )
         if self.anchors is not None:
             key["the anchors, and the epochs with each"] = (
@@ -309,7 +318,7 @@ class RunConfig:
     def settings(self) -> dict[str, Any]:
         """The settings with which `abflax.distill` trains this run, given its networks and data."""
         given = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        for name in ("dataset", "student", "teacher", "test", "options", "anchors"):
+        for name in ("dataset", "student", "teacher", "test", "options", "anchors", "target_data"):
             del given[name]
         return given | dict(self.options)
 
@@ -321,6 +330,8 @@ class RunConfig:
             plain["own_phases"] = [phase.as_json() for phase in self.own_phases]
         if self.optimizer is not None:
             plain["optimizer"] = self.optimizer.label
+        if self.augment is not None:
+            plain["augment"] = self.augment.label
         return json.loads(json.dumps(plain))
 
     @classmethod
@@ -333,6 +344,8 @@ class RunConfig:
             read["own_phases"] = tuple(RecordedPhase(json.dumps(each)) for each in phases)
         if (label := given.get("optimizer")) is not None:
             read["optimizer"] = OwnOptimizer(label)
+        if (label := given.get("augment")) is not None:
+            read["augment"] = OwnAugmentation(label)
         return cls(**{**given, **read})
 
     @property

@@ -12,8 +12,9 @@ from typing import Any
 import jax
 
 from abflax.config import NO_TEST, Resources, RunConfig
-from abflax.data import Dataset, ImageFiles
+from abflax.data import Batches, Dataset, DataSets, ImageFiles, TrainData
 from abflax.errors import InputError, brief, local_path, require_instances
+from abflax.metrics import Metric
 from abflax.models import model_name
 from abflax.models.network import Network, as_network, require_network
 from abflax.runtime.distributed import (
@@ -25,8 +26,8 @@ from abflax.runtime.distributed import (
 from abflax.runtime.jax_checks import jax_defaults, require_devices
 from abflax.runtime.preemption import Interrupted, Preemption
 from abflax.runtime.reporter import NullReporter, Reporter
-from abflax.taps import Model
-from abflax.training.compatibility import require_compatible, require_groupable
+from abflax.taps import Model, require_model
+from abflax.training.compatibility import require_compatible, require_groupable, require_metrics
 from abflax.training.fingerprint import Fingerprint, fingerprints, require_same_run
 from abflax.training.group import TrainingGroup
 from abflax.training.history import phases_and_schedules
@@ -38,14 +39,16 @@ from abflax.training.run_directory import Result, RunDirectory, finished_record
 def distill(  # noqa: PLR0913 - the front door
     student: Model | Network,
     teacher: Network | Model | Sequence[Network | Model] | None,
-    data: Dataset | ImageFiles,
+    data: TrainData,
     *,
     test: Dataset | ImageFiles | None = None,
+    target_data: Dataset | None = None,
     config: RunConfig | None = None,
     workdir: str | Path | None = None,
     force: bool = False,
     resources: Resources | None = None,
     reporter: Reporter | None = None,
+    metrics: Mapping[str, Metric] | None = None,
     **settings: Any,
 ) -> Result:
     """Trains a student, with or without a teacher, by one method, for one seed.
@@ -63,8 +66,10 @@ def distill(  # noqa: PLR0913 - the front door
         (RCO, Jin et al., ICCV 2019): checkpoints of one teacher's training, its *anchors*, each of
         which is followed for an equal share of the epochs, with all phases of the method.
       data: the training data, as `abflax.load` or `abflax.data.read_folder` gives it, or
-        `Dataset(images, labels)`.
+        `Dataset(images, labels)`; or `Batches(loader, num_classes)`.
       test: held-out data for error and agreement; None: neither is measured.
+      target_data: unlabelled images of another domain, `Dataset(images)`, for methods that learn
+        from both (`progressive-uda`); `test` is then of that domain, as a rule.
       config: settings to start from; None: the defaults of `abflax.RunConfig`. The names of
         networks and data are replaced by those that are given here.
       workdir: where `runs/HASH/` with checkpoints, record and weights goes; None: nothing is
@@ -73,8 +78,11 @@ def distill(  # noqa: PLR0913 - the front door
       resources: see `abflax.Resources`; None: its defaults.
       reporter: shows progress; None: none is shown, and the logger `abflax` tells of a run that was
         finished before.
+      metrics: what is measured at each evaluation besides, by name: functions (logits
+        `[batch, classes]`, labels `[batch]`) -> a number or boolean for each example, `[batch]`.
+        Their means over the held-out data are in history and record.
       **settings: what changes the run's numbers: fields of `abflax.RunConfig` (`method`, `epochs`,
-        `seeds`, `learning_rate`, `optimizer`, `ema`, …; a method is a name or a list of
+        `seeds`, `learning_rate`, `optimizer`, `ema`, `augment`, …; a method is a name or a list of
         `abflax.methods.Phase`, an optimizer an `optax.GradientTransformation`), and
         fields of the method's terms (`margin`, `layers`, …); see `RunConfig.create`.
 
@@ -112,8 +120,8 @@ def distill(  # noqa: PLR0913 - the front door
       {'bias': (10,), 'kernel': (4, 10)}
     """
     (result,) = distill_group(
-        [settings], student, teacher, data, test=test, config=config, workdir=workdir, force=force,
-        resources=resources, reporter=reporter,
+        [settings], student, teacher, data, test=test, target_data=target_data, config=config,
+        workdir=workdir, force=force, resources=resources, reporter=reporter, metrics=metrics,
     )  # fmt: skip
     return result
 
@@ -123,14 +131,16 @@ def distill_group(  # noqa: PLR0913 - the front door
     runs: Sequence[Mapping[str, Any]],
     student: Model | Network,
     teacher: Network | Model | Sequence[Network | Model] | None,
-    data: Dataset | ImageFiles,
+    data: TrainData,
     *,
     test: Dataset | ImageFiles | None = None,
+    target_data: Dataset | None = None,
     config: RunConfig | None = None,
     workdir: str | Path | None = None,
     force: bool = False,
     resources: Resources | None = None,
     reporter: Reporter | None = None,
+    metrics: Mapping[str, Metric] | None = None,
     **settings: Any,
 ) -> list[Result]:
     """Trains several runs in one program, which share batches and the teacher's forward pass.
@@ -146,11 +156,13 @@ def distill_group(  # noqa: PLR0913 - the front door
       teacher: as `distill` takes it and all that follows; the same for all runs.
       data: the training data.
       test: held-out data.
+      target_data: unlabelled images of another domain.
       config: settings to start from.
       workdir: where runs are saved.
       force: train finished runs again.
       resources: see `abflax.Resources`.
       reporter: shows progress, that of the longest run.
+      metrics: as `distill` takes them.
       **settings: of all runs.
 
     Returns:
@@ -166,20 +178,25 @@ def distill_group(  # noqa: PLR0913 - the front door
     teachers = _networks(teacher)
     require_devices()
     require_instances({
-        "data": (data, Dataset | ImageFiles),
+        "data": (data, TrainData),
         "test": (test, Dataset | ImageFiles | None),
+        "target_data": (target_data, Dataset | None),
         "config": (config, RunConfig | None),
         "workdir": (workdir, str | Path | None),
         "force": (force, bool),
         "reporter": (reporter, Reporter | None),
         "resources": (resources, Resources | None),
     })  # fmt: skip
+    data_sets = DataSets(data, test, target_data)
     members = [
-        _configure(run, student, teachers, data, test, config, settings)
+        _configure(run, student, teachers, data_sets, config, settings)
         for run in _checked_runs(runs)
     ]
     configs = [run_config for run_config, _ in members]
     require_groupable(configs)
+    if metrics and test is None:
+        raise InputError("metrics are measured on held-out data: give test")
+    require_metrics(metrics, data.num_classes)
     resources = resources or Resources()
     paths: dict[str, Path | None] = dict.fromkeys((each.hash for each in configs), None)
     if workdir is not None:
@@ -190,17 +207,17 @@ def distill_group(  # noqa: PLR0913 - the front door
         require_same("its arguments", repr((configs, resources, force, workdir is None)))
         for run_config, run_student in members:
             for network in teachers or (None,):
-                require_compatible(run_config, run_student, network, data, test)
+                require_compatible(run_config, run_student, network, data_sets)
         own = {}
         if workdir is not None:
             last = teachers[-1] if teachers else None
-            own = fingerprints(members, last, data, test, teachers[:-1])
+            own = fingerprints(members, last, data_sets, teachers[:-1], metrics)
         require_same("the data, the networks or the versions", repr(own))
         results = {} if force else _finished(paths, own, reporter)
         left = [member for member in members if member[0].hash not in results]
         if left:
             group = TrainingGroup(
-                configs[0], teachers, data, test, resources, size=len(left),
+                configs[0], teachers, data_sets, resources, size=len(left), metrics=metrics,
                 keep_going=workdir is not None, reporter=reporter or NullReporter(),
             )  # fmt: skip
             with contextlib.closing(group):
@@ -262,24 +279,29 @@ def _configure(
     run: Mapping[str, Any],
     student: Model | Network,
     teachers: Sequence[Network],
-    data: Dataset | ImageFiles,
-    test: Dataset | ImageFiles | None,
+    data_sets: DataSets,
     config: RunConfig | None,
     settings: Mapping[str, Any],
 ) -> tuple[RunConfig, Model | Network]:
     """The configuration and the student of one run of a group."""
     student = as_network(run.get("student", student))
-    require_instances({"student": (student, Model | Network)})
+    if not isinstance(student, Network):
+        require_model("student", student)
     own = {name: value for name, value in run.items() if name != "student"}
+    data, test, target = data_sets.train, data_sets.test, data_sets.target
     names: dict[str, Any] = {
         "dataset": data.name,
         "student": str(student.name) if isinstance(student, Network) else model_name(student),
         "teacher": teachers[-1].name if teachers else None,
         "anchors": tuple(str(each.name) for each in teachers[:-1]) or None,
         "test": NO_TEST if test is None else test.name if test.name != data.name else None,
+        "target_data": None if target is None else target.name,
     }
-    for name in {*settings, *own} & {"dataset", "teacher", "test", "anchors"}:
+    for name in {*settings, *own} & {"dataset", "teacher", "test", "anchors", "target_data"}:
         raise InputError(f"{name} is the same for all runs, and follows from the arguments")
+    if isinstance(data, Batches):
+        names = {"batch_size": data.batch_size, **names}
+        names |= {k: v for k, v in {**settings, **own}.items() if k == "batch_size"}
     if config is None:
         config = RunConfig(dataset=names["dataset"], student=names["student"])
     return config.replace(**{**settings, **own, **names}), student

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 
@@ -9,6 +11,9 @@ from abflax.errors import InputError
 from abflax.losses.activation import indicators_agree
 from abflax.losses.classification import require_labels
 from abflax.losses.dtypes import real
+
+Metric = Callable[[jax.Array, jax.Array], jax.Array]
+"""(logits `[batch, classes]`, labels `[batch]`) -> a number or boolean for each example."""
 
 
 def activation_agreement(student: jax.Array, teacher: jax.Array) -> jax.Array:

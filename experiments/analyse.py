@@ -24,7 +24,7 @@ import numpy as np
 import tyro
 from rich.console import Console
 
-from abflax import Network, load
+from abflax import Network, Result, load
 from abflax.data import DATASETS
 from abflax.errors import InputError, unknown
 from abflax.storage.files import as_json, write_whole
@@ -94,8 +94,10 @@ def main(console: Console) -> None:
             raise InputError(f"--examples must be between 1 and {len(test)}, not {count}")
         test = test.take(np.arange(count))
     findings = examine_all(
-        networks, teacher, test, arguments.distance_images, arguments.distance_neurons
-    )
+        networks, teacher, test, arguments.distance_images, arguments.distance_neurons,
+        [_connectors(_run(arguments, name), record, teacher) for name, record in
+         zip(arguments.networks, records, strict=True)],
+    )  # fmt: skip
     summary = {
         "networks": [network.name for network in networks],
         "teacher": teacher.name if teacher is not None else None,
@@ -118,6 +120,15 @@ def main(console: Console) -> None:
 
 def _run(arguments: Arguments, name: str) -> Path:
     return arguments.workdir / "runs" / name
+
+
+def _connectors(
+    run: Path, record: dict[str, Any] | None, teacher: Network | None
+) -> dict[str, Any] | None:
+    """The connectors that a run has kept to that teacher's widths, if any."""
+    if record is None or teacher is None or record["config"]["teacher"] != teacher.name:
+        return None
+    return Result(record, None, run).connectors
 
 
 def _network(

@@ -52,6 +52,7 @@ from abflax.weights import load_network
 from experiments.common import cli
 from experiments.common.networks import (
     architecture,
+    find_anchors,
     find_teacher,
     is_packaged,
     is_shipped,
@@ -241,11 +242,16 @@ def find_networks(
     for job in [job for table in tables for job in teacher_jobs(table)]:
         name, dataset = job.run.student, job.run.dataset
         trained = job.configuration({})
-        if name in networks or trained is None:
+        if set(job.taught) <= set(networks) or trained is None:
             continue
-        if name in given or is_shipped(name, dataset):
+        is_finished = trained.hash in stored.finished(workdir)
+        if job.anchors:
+            if is_finished:
+                anchors = find_anchors(name, trained.hash, workdir, len(job.anchors))
+                networks |= dict(zip(job.anchors, anchors, strict=True))
+        elif name in given or is_shipped(name, dataset):
             networks[name] = find_teacher(name, dataset, given.get(name), workdir)
-        elif trained.hash in stored.finished(workdir):
+        elif is_finished:
             networks[name] = find_teacher(name, dataset, trained.hash, workdir)
     return networks
 
@@ -302,14 +308,18 @@ def train(
     run = group[0].run
     data, test = (read(run.dataset, split, arguments.data_dir) for split in ("train", "test"))
     settings = [_settings(job, teachers, data.num_classes) for job in group]
+    names = [name for name in (*(run.anchors or ()), run.teacher) if name is not None]
+    resources = arguments.resources
+    if anchors := len(group[0].anchors):
+        resources = dataclasses.replace(resources, keep_anchors=anchors)
     distill_group(
         settings,
         student=settings[0]["student"],
-        teacher=teachers[run.teacher] if run.teacher is not None else None,
+        teacher=[teachers[name] for name in names] or None,
         data=data,
         test=test,
         workdir=arguments.workdir,
-        resources=arguments.resources,
+        resources=resources,
         reporter=reporter,
     )
 

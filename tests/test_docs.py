@@ -5,8 +5,10 @@ with CONTRIBUTING's own command.
 """
 
 import ast
+import contextlib
 import dataclasses
 import doctest
+import functools
 import importlib
 import inspect
 import os
@@ -14,6 +16,7 @@ import re
 import shutil
 import subprocess
 import sys
+import types
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -53,7 +56,7 @@ def _blocks(page: Path, language: str) -> list[str]:
 
 
 (README,) = _blocks(ROOT / "README.md", "python")
-(SHIPPED,) = [b for b in _blocks(ROOT / "docs/get_started.md", "python") if "distill" in b]
+SHIPPED, LOGGED = [b for b in _blocks(ROOT / "docs/get_started.md", "python") if "distill" in b]
 NNX, LINEN, *_ = _blocks(ROOT / "docs/own_models.md", "python")
 BOUND, LOOP = _blocks(ROOT / "docs/own_loop.md", "python")
 
@@ -179,6 +182,35 @@ def test_the_own_method_of_the_page_trains():
     exec(block, names)
     losses = [entry["loss"] for entry in names["result"].record["history"]]
     assert len(losses) == 3 and np.isfinite(losses).all()
+
+
+def test_an_augmentation_metrics_and_a_logger_of_the_pages(monkeypatch):
+    """One step on a batch of noise; `wandb` is a list."""
+    noise = np.random.default_rng(0).integers(0, 256, (16, 32, 32, 3), dtype=np.uint8)
+    data = Dataset(noise, np.arange(16) % 10)
+    student, logged = Small(), []
+    variables = student.init(jax.random.key(1), data.images[:1], train=False)
+    wandb = types.SimpleNamespace(
+        init=lambda **_: contextlib.nullcontext(), log=lambda *entry, step: logged.append(entry)
+    )
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    distill = functools.partial(
+        abflax.distill, method="kd", epochs=(0, 1), batch_size=16,
+        resources=abflax.Resources(devices=1),
+    )  # fmt: skip
+    names = {
+        "abflax": types.SimpleNamespace(distill=distill, Reporter=abflax.Reporter),
+        "student": student, "teacher": Network(student, variables, "teacher"),
+        "data": data, "test": data, "jax": jax, "jnp": jax.numpy,
+    }  # fmt: skip
+    found = []
+    blocks = _blocks(ROOT / "docs/data.md", "python")
+    for block in (*(b for b in blocks if "augment=" in b or "metrics=" in b), LOGGED):
+        exec(block, names)
+        found.append(names["result"].record)
+    assert found[0]["config"]["augment"].startswith("custom:")
+    assert 0 <= found[1]["result"]["metrics"]["top5"] <= 1
+    assert [entry["test_error"] for (entry,) in logged] == [found[1]["result"]["test_error"]]
 
 
 @pytest.mark.slow

@@ -21,11 +21,12 @@ from abflax.analysis.measures import (
 from abflax.data import Dataset, Preprocessing, normalize
 from abflax.errors import InputError, unknown
 from abflax.losses import activation_indicator
+from abflax.methods.connectors import connect
 from abflax.metrics import misclassified
 from abflax.models.checks import require_classes, require_fits, require_runs
 from abflax.models.network import Network, configure_model, require_network
 from abflax.runtime.jax_checks import jax_defaults, require_devices
-from abflax.taps import Model, run_model, tap_shapes
+from abflax.taps import Forward, Model, run_model, tap_shapes
 from abflax.training.inputs import EVALUATION_BATCH, padded_batches
 
 
@@ -99,15 +100,25 @@ class Examination:
 
 @jax_defaults()
 def examine(
-    student: Network | Model, data: Dataset, teacher: Network | Model | None = None
+    student: Network | Model,
+    data: Dataset,
+    teacher: Network | Model | None = None,
+    connectors: Mapping[str, Any] | None = None,
 ) -> Examination:
     """Runs a network, and its teacher if there is one, over held-out images in evaluation mode.
 
-    Layers of different width have no neurons in common, and the connectors of the training are
-    gone. Such layers are listed in `unmatched`.
+    Layers of different width have no neurons in common, and are listed in `unmatched`, unless the
+    connectors of the training map them to the teacher's width.
+
+    Args:
+      student: the network.
+      data: the images.
+      teacher: the network that it is compared with.
+      connectors: those of the student, `abflax.Result.connectors`. The student's own activity is
+        that before them, as in records.
 
     Raises:
-      ValueError: if a network does not fit the data.
+      ValueError: if a network does not fit the data, or the connectors do not fit the student.
     """
     require_devices()
     roles = ("the student", "the teacher")
@@ -117,7 +128,7 @@ def examine(
     variables = tuple(dict(network.variables) for network in networks)
     run = _observe(models, data.preprocessing)
     batches = [
-        _on_host(run(variables, images, labels, valid), int(valid.sum()))
+        _on_host(run(variables, connectors, images, labels, valid), int(valid.sum()))
         for images, labels, valid in _batches(data)
     ]
     by_network = zip(*(batch["networks"] for batch in batches), strict=True)
@@ -194,32 +205,33 @@ def _batches(data: Dataset) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray
 def _observe(models: tuple[Model, ...], preprocessing: Preprocessing) -> Any:
     """Compiles the measures of a batch: each model's firing neurons, and the agreement of two.
 
-    Returns a function of (variables of each model, images, labels, mask). It returns indicators as
-    packed bits.
+    Returns a function of (variables of each model, connectors of the first or None, images, labels,
+    mask). It returns indicators as packed bits.
     """
 
     @jax.jit
     def observe(
-        variables: Any, images: jax.Array, labels: jax.Array, valid: jax.Array
+        variables: Any, connectors: Any, images: jax.Array, labels: jax.Array, valid: jax.Array
     ) -> dict[str, Any]:
         images = normalize(images, preprocessing)
 
         def count(booleans: jax.Array) -> jax.Array:
             return jnp.einsum("b...,b->...", booleans, valid, preferred_element_type=jnp.int32)
 
-        def measure(model: Model, variables: Any) -> tuple[dict[str, Any], dict[str, jax.Array]]:
+        def measure(model: Model, variables: Any) -> tuple[dict[str, Any], Forward]:
             forward = run_model(model, variables, images, train=False)
-            fires = {layer: activation_indicator(tap) for layer, tap in forward.taps.items()}
+            fires = _indicators(forward)
             flat = {layer: array.reshape(len(images), -1) for layer, array in fires.items()}
             return {
                 "wrong": misclassified(forward.logits, labels),
                 "predictions": forward.logits.argmax(axis=-1),
                 "bits": {layer: jnp.packbits(array, axis=1) for layer, array in flat.items()},
                 "fired": {layer: count(array) for layer, array in fires.items()},
-            }, fires
+            }, forward
 
-        measures, indicators = zip(*map(measure, models, variables), strict=True)
-        first, last = indicators[0], indicators[-1]
+        measures, passes = zip(*map(measure, models, variables), strict=True)
+        first, last = passes[0], _indicators(passes[-1])
+        first = _indicators(first if connectors is None else connect(connectors, first))
         match = {}
         for layer, fires in first.items():
             if len(models) > 1 and layer in last and fires.shape == last[layer].shape:
@@ -229,6 +241,10 @@ def _observe(models: tuple[Model, ...], preprocessing: Preprocessing) -> Any:
         return {"networks": measures, "match": match}
 
     return observe
+
+
+def _indicators(forward: Forward) -> dict[str, jax.Array]:
+    return {layer: activation_indicator(tap) for layer, tap in forward.taps.items()}
 
 
 def _on_host(batch: dict[str, Any], count: int) -> dict[str, Any]:

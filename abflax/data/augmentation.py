@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import hashlib
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from abflax.errors import InputError, require_field_types
+from abflax.errors import InputError, brief, require_field_types
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +60,77 @@ class Preprocessing:
             raise InputError(
                 f"images of {height}×{width} are too small for reflection padding by {self.pad}"
             )
+
+
+Augment = Callable[[jax.Array, jax.Array], jax.Array]
+"""(key, images) -> images: floating `[batch, height, width, channels]`, in stored units."""
+
+
+@dataclasses.dataclass(frozen=True)
+class OwnAugmentation:
+    """An augmentation of one's own, behind crops and flips and before the normalization.
+
+    Attributes:
+      label: its name in records: "custom:" and a digest of what it makes of four images, to four
+        digits.
+      made: the function; None where it was read from a record.
+    """
+
+    label: str
+    made: Augment | None = dataclasses.field(default=None, repr=False)
+
+    @classmethod
+    def of(cls, function: Any) -> OwnAugmentation:
+        """Labels a function. Raises `InputError` where it is none."""
+        if not callable(function):
+            raise InputError(
+                f"augment is a function (key, images) -> images, not {brief(function)}"
+            )
+        return cls(f"custom:{_digest_images(function)}", function)
+
+    def require_fits(self, batch_size: int, image_shape: tuple[int, ...]) -> None:
+        """Raises `InputError` if it cannot augment such a batch, or is no pure function."""
+        assert self.made is not None
+        images = jax.ShapeDtypeStruct((batch_size, *image_shape), jnp.result_type(float))
+        try:
+            traced = [  # a new function each time, since JAX remembers what it has traced
+                jax.make_jaxpr(functools.partial(self.made))(jax.random.key(0), images)
+                for _ in range(2)
+            ]
+            (made,) = traced[0].out_avals
+        except Exception as error:
+            reason = next(iter(str(error).splitlines()), repr(error))[:200]
+            raise InputError(f"augment fails on images {images.shape}: {reason}") from error
+        if made.shape != images.shape or not jnp.issubdtype(made.dtype, jnp.floating):
+            raise InputError(
+                f"augment must return floating images {images.shape}, as it is given them, not "
+                f"{made.dtype} {made.shape}"
+            )
+        first, second = (_constants(each) for each in traced)
+        if first != second:
+            raise InputError(
+                "augment is another function each time it is compiled: draw all that is random "
+                "in it from its key, by jax.random"
+            )
+
+
+def _constants(traced: Any) -> str:
+    """A traced function as text, with the arrays that it holds."""
+    return str(traced) + "".join(str(each) for each in traced.consts)
+
+
+def _digest_images(function: Augment) -> str:
+    """Eight digits that tell two augmentations apart by what they make of four small images."""
+    with jax.enable_x64(False):
+        images = 127.5 + 127.5 * jnp.cos(jnp.arange(4.0 * 32 * 32 * 3)).reshape(4, 32, 32, 3)
+        weights = jnp.sin(jnp.arange(1.0, 32 * 32 * 3 + 1))
+        try:
+            rows = function(jax.random.key(0), images).reshape(4, -1)
+            sums = [*jnp.abs(rows).sum(axis=1), *(rows * weights).sum(axis=1)]
+        except Exception:  # it wants other images, so it cannot be told from others of its kind
+            return "other"
+        digits = [f"{float(each):.3e}" for each in sums]
+    return hashlib.sha256(" ".join(digits).encode()).hexdigest()[:8]
 
 
 def normalize(images: jax.Array, preprocessing: Preprocessing) -> jax.Array:

@@ -1,8 +1,8 @@
 """Maps a student's taps to the teacher's shape: connectors for the width, pooling for positions.
 
-A connector is a 1×1 convolution without bias and a batch norm. It is trained with the student and
-thrown away after its phase. Taps of equal width need none (Heo et al., AAAI 2019). An extra head
-maps the student's features to logits over the teacher's classes.
+A connector is a 1×1 convolution without bias and a batch norm. It is trained with the student, in
+its phase alone, and kept for the analysis. Taps of equal width need none (Heo et al., AAAI 2019).
+An extra head maps the student's features to logits over the teacher's classes.
 """
 
 from __future__ import annotations
@@ -98,6 +98,29 @@ class Connectors(ConfiguredModule):
             name=f"{name}_norm",
         )(flat)
         return flat.reshape(*tap.shape[:-1], width)
+
+
+def connect(variables: Mapping[str, Any], forward: Forward) -> Forward:
+    """Maps the taps of a pass by connectors that were kept after a run, in evaluation mode.
+
+    Args:
+      variables: `params` and `batch_stats`, as `abflax.Result.connectors` has them.
+      forward: of the student.
+
+    Raises:
+      ValueError: if they are those of other taps.
+    """
+    kernels = {
+        name.removesuffix("_conv"): tree["kernel"]
+        for name, tree in variables["params"].items()
+        if "kernel" in tree
+    }
+    for name, kernel in kernels.items():
+        if name not in forward.taps or forward.taps[name].shape[-1] != kernel.shape[0]:
+            raise InputError(f"the connectors' {name} of width {kernel.shape[0]} is no tap here")
+    widths = tuple((name, kernel.shape[1]) for name, kernel in kernels.items())
+    connected, _ = Connectors(widths, equal=True).apply(variables, forward, None, train=False)
+    return connected
 
 
 class ExtraHead(nn.Module):

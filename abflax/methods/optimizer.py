@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from abflax.errors import InputError, require_field_types, unknown
@@ -130,6 +131,22 @@ class Optimizer:
 
         return rate
 
+    @property
+    def endless(self) -> bool:
+        """Whether a phase of any length makes the first steps of all longer ones."""
+        constant = self.decay == "constant" or (self.decay == "steps" and not self.drops)
+        return constant and not self.resets
+
+    def begins(self, shorter: PhaseSchedule, longer: PhaseSchedule) -> bool:
+        """Whether a shorter phase makes the first steps of a longer one: rates and resets."""
+        rates = [np.asarray(self.schedule(each)(np.arange(shorter.steps))) for each in
+                 (shorter, longer)]  # fmt: skip
+        resets = [
+            [step for step in self.boundaries(self.resets, each) if 0 <= step < shorter.steps]
+            for each in (shorter, longer)
+        ]
+        return np.array_equal(rates[0], rates[1]) and resets[0] == resets[1]
+
     def transformation(
         self, phase: PhaseSchedule, trainable: Any | None = None
     ) -> optax.GradientTransformation:
@@ -184,6 +201,16 @@ class OwnOptimizer:
         """Its learning rate is not known from outside: NaN."""
         del phase
         return lambda step: jnp.asarray(jnp.nan)
+
+    @property
+    def endless(self) -> bool:
+        """It counts steps, and knows no end."""
+        return True
+
+    def begins(self, shorter: PhaseSchedule, longer: PhaseSchedule) -> bool:
+        """It counts steps, and knows no end."""
+        del shorter, longer
+        return True
 
     def transformation(
         self, phase: PhaseSchedule, trainable: Any | None = None

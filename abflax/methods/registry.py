@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from abflax.errors import InputError, require_types, type_hints, unknown
-from abflax.methods.phase import Phase, Ramp, Weight
+from abflax.methods.phase import Phase
 from abflax.methods.protocols import Protocol, WeightedTerms, find_protocol
 from abflax.methods.terms import (
     ActivationBoundary,
@@ -18,6 +18,7 @@ from abflax.methods.terms import (
     CorrelationDistillation,
     CrossEntropy,
     DecoupledDistillation,
+    DomainDiscrepancy,
     FactorTransfer,
     FeatureDifference,
     FlowOfSolution,
@@ -32,9 +33,12 @@ from abflax.methods.terms import (
     RelationalDistillation,
     SimilarityPreserving,
     SoftmaxRegression,
+    TeacherCrossEntropy,
     Term,
+    TwoDomainDistillation,
     VariationalInformation,
 )
+from abflax.methods.weights import Progressive, Ramp, Schedule, Weight
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +54,8 @@ class Method:
         (`layer_ratio`, `temperature`) and the caller's options replace their fields.
       classifies: whether the method, added to one that transfers, replaces the knowledge
         distillation that this brings, and leaves the initialise phase to it.
+      weights: class of a term -> its weight, where that is not 1 or, of a transfer loss, the
+        protocol's.
     """
 
     summary: str
@@ -57,6 +63,7 @@ class Method:
     initialise: tuple[Term, ...]
     classify: tuple[Term, ...]
     classifies: bool = False
+    weights: Mapping[type[Term], Weight] = dataclasses.field(default_factory=dict)
 
     @property
     def transfers(self) -> bool:
@@ -152,8 +159,23 @@ _METHODS: dict[str, Method] = {
     "bss": Method(
         "softened logits, on images and on what the teacher's gradients make of them; and labels",
         "Heo et al., AAAI 2019 (boundary-supporting samples)",
-        **_alone(CrossEntropy(), BoundarySupport()),
+        **_alone(CrossEntropy(), KnowledgeDistillation(), BoundarySupport()),
         classifies=True,
+        # Published: 1 + 3·(1 − e/80) and max(2·(1 − 4/3·e/80), 0) in the epoch e of 80.
+        weights={
+            KnowledgeDistillation: Ramp(4.0, 1.0),
+            BoundarySupport: Ramp(2.0, 0.0, share=0.75),
+        },
+    ),
+    "progressive-uda": Method(
+        "two domains: the teacher adapts to unlabelled target_data, and the student follows it",
+        "Nguyen-Meidine et al., IJCNN 2020",
+        **_alone(TeacherCrossEntropy(), DomainDiscrepancy(), TwoDomainDistillation()),
+        weights={
+            TeacherCrossEntropy: Progressive("teacher"),
+            DomainDiscrepancy: Progressive("discrepancy"),
+            TwoDomainDistillation: Progressive("student"),
+        },
     ),
     "sp": Method(
         "which examples the last layer finds alike, all along",
@@ -340,7 +362,10 @@ def _objectives(
         options = {**choices, **options}
         scale = _scale(name, protocol)
         phases: tuple[WeightedTerms, ...] = tuple(
-            tuple((scale if term.transfers else 1.0, term) for term in terms)
+            tuple(
+                (scale if term.transfers else method.weights.get(type(term), 1.0), term)
+                for term in terms
+            )
             for terms in (method.initialise, method.classify)
         )
     elif name in protocol.objectives:
@@ -364,9 +389,10 @@ def _is_kd(term: Term) -> bool:
 
 
 def _times(factor: float, weight: Weight) -> Weight:
-    if isinstance(weight, Ramp):
-        return dataclasses.replace(weight, start=factor * weight.start, end=factor * weight.end)
-    return factor * weight
+    if not isinstance(weight, Schedule):
+        return factor * weight
+    assert isinstance(weight, Ramp)  # no transfer loss has another schedule
+    return dataclasses.replace(weight, start=factor * weight.start, end=factor * weight.end)
 
 
 def _for_other_classes(

@@ -6,7 +6,16 @@ from typing import Any
 
 
 class Reporter:
-    """The training loop calls these methods, which do nothing. Subclasses override them."""
+    """The training loop calls these methods, which do nothing: the place for your own logging.
+
+    Subclasses override some of them, and are given to `abflax.distill(…, reporter=…)`. They are
+    called between dispatches, so what they do takes time from training.
+
+    Example:
+      >>> class Printed(Reporter):
+      ...     def evaluated(self, entry):
+      ...         print(entry["phase"], entry["epoch"], entry["loss"])
+    """
 
     def phase(self, label: str, name: str, steps: int, done: int, epochs: int) -> None:
         """Reports that a phase begins or is resumed.

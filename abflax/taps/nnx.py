@@ -52,6 +52,7 @@ class Nnx(Side):
       kind: the module's class.
       graph: the module's static part.
       template: (path, variable) of all its variables, with shapes in place of arrays.
+      takes_dtype: whether one of its parts has a `dtype`.
       dtype: what its modules compute in; None: what they have.
       axis_name: the mapped axis over which its batch norms average; None: none.
     """
@@ -59,6 +60,7 @@ class Nnx(Side):
     kind: type[nnx.Module]
     graph: nnx.GraphDef[Any]
     template: tuple[tuple[tuple[Any, ...], Any], ...]
+    takes_dtype: bool = True
     dtype: Any = None
     axis_name: str | None = None
 
@@ -73,7 +75,8 @@ class Nnx(Side):
                 variables.setdefault(_collection(leaf), {})[_names(path)] = _value(leaf)
         template = tuple((path, _with_value(leaf, _shapes(_value(leaf)))) for path, leaf in flat)
         variables = {name: unflatten_dict(tree) for name, tree in variables.items()}
-        return cls(type(module), graph, template), variables
+        takes_dtype = any(_takes_dtype(part) for _, part in nnx.iter_graph(module))
+        return cls(type(module), graph, template, takes_dtype), variables
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Nnx) and self._key() == other._key() and self.graph == other.graph
@@ -100,7 +103,8 @@ class Nnx(Side):
     @property
     def dtypes(self) -> dict[str, Any]:
         """See `Side`."""
-        return {"dtype": self.dtype, "param_dtype": jnp.result_type(float)}
+        dtype = {"dtype": self.dtype} if self.takes_dtype else {}
+        return dtype | {"param_dtype": jnp.result_type(float)}
 
     @property
     def synchronizes(self) -> bool:
@@ -109,7 +113,7 @@ class Nnx(Side):
 
     def configured(self, fields: Mapping[str, Any]) -> Nnx:
         """See `Side`."""
-        return dataclasses.replace(self, dtype=fields["dtype"], axis_name=fields["axis_name"])
+        return dataclasses.replace(self, dtype=fields.get("dtype"), axis_name=fields["axis_name"])
 
     def init(self, key: jax.Array, images: jax.Array) -> dict[str, Any]:
         """Returns zeros: an NNX module always comes with its weights."""
@@ -187,13 +191,17 @@ class Nnx(Side):
                 object.__setattr__(part, "__class__", _recording_stream(type(part)))
             if not isinstance(part, nnx.Module):
                 continue
-            if self.dtype is not None and hasattr(part, "dtype"):
-                part.dtype = self.dtype
+            if self.dtype is not None and _takes_dtype(part):
+                setattr(part, "dtype", self.dtype)  # noqa: B010
             if isinstance(part, nnx.BatchNorm) or isinstance(getattr(part, "axis_name", 0), str):
                 setattr(part, "axis_name", self.axis_name)  # noqa: B010
             if callable(part):
                 setattr(part, "abflax_path", _names(path))  # noqa: B010
                 object.__setattr__(part, "__class__", _recording(type(part)))
+
+
+def _takes_dtype(part: Any) -> bool:
+    return isinstance(part, nnx.Module) and hasattr(part, "dtype")
 
 
 def _names(path: tuple[Any, ...]) -> Path:

@@ -7,12 +7,16 @@ taps in `abflax.methods.bind`.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
 
 from abflax.config import RunConfig
-from abflax.data import Dataset, ImageFiles
-from abflax.errors import InputError
-from abflax.methods import Phase
+from abflax.data import Batches, Dataset, DataSets, ImageFiles, OwnAugmentation, TrainData
+from abflax.errors import InputError, brief
+from abflax.methods import TARGET_DOMAIN, Phase
 from abflax.methods.terms import ActivationBoundary
 from abflax.models.checks import (
     require_classes,
@@ -31,10 +35,11 @@ def require_compatible(
     config: RunConfig,
     student: Model | Network,
     teacher: Network | None,
-    data: Dataset | ImageFiles,
-    test: Dataset | ImageFiles | None,
+    data_sets: DataSets,
 ) -> None:
     """Raises where method, networks and data cannot go together."""
+    phases, data = config.phases(), data_sets.train
+    _require_data(config, phases, data_sets)
     if isinstance(student, Network):
         given, student = student.variables, student.model
         require_part("the student's weights", student, given, data.image_shape)
@@ -42,8 +47,11 @@ def require_compatible(
         raise InputError(
             "photographs show another crop in each epoch, so their views cannot be counted"
         )
-    phases = config.phases()
-    drifts = any(phase.teacher_batch_statistics for phase in phases)
+    if isinstance(data, Batches):
+        _require_loader(config, data)
+    if config.augment is not None:
+        config.augment.require_fits(config.batch_size, data.image_shape)
+    drifts = any(phase.teacher_batch_statistics or phase.trains_teacher for phase in phases)
     require_runs("the student", student, data.image_shape, train=True, dropout=True)
     require_classes("the student", student, data.image_shape, data.num_classes)
     if any(phase.needs_teacher for phase in phases) and teacher is None:
@@ -53,23 +61,79 @@ def require_compatible(
         require_fits("the teacher's weights", teacher.model, teacher.variables, data.image_shape)
     if any(isinstance(term, ActivationBoundary) for phase in phases for _, term in phase.terms):
         _warn_of_rectified_taps(student, data.image_shape)
-    if test is None:
-        return
-    if test.image_shape != data.image_shape:
+
+
+def _require_loader(config: RunConfig, data: Batches) -> None:
+    """Raises `InputError` where a setting needs to know a loader's examples."""
+    if config.batch_size != data.batch_size:
         raise InputError(
-            f"the test images have shape {test.image_shape}, the training images {data.image_shape}"
+            f"the loader's batches have {data.batch_size} examples, so batch_size cannot be "
+            f"{config.batch_size}"
         )
-    if test.num_classes > data.num_classes:
+    settings = {"fraction": config.fraction != 1, "per_class": config.per_class is not None}
+    for name in (each for each in (*settings, "views") if settings.get(each, config.views)):
+        raise InputError(f"a loader gives whole batches in its own order, so {name} is said there")
+    if config.target_data is not None:
+        raise InputError("a loader does not go with target_data: give both as a Dataset")
+    if jax.process_count() > 1:
+        raise InputError("a loader is read by one process: here are several")
+
+
+def _require_data(config: RunConfig, phases: Sequence[Phase], data_sets: DataSets) -> None:
+    """Raises `InputError` where data sets do not go together, or with the method."""
+    data, test, target = data_sets.train, data_sets.test, data_sets.target
+    for what, given in (("training", data), ("test", test)):
+        if given is not None and not given.num_classes:
+            raise InputError(f"the {what} data have no labels: Dataset(images, labels)")
+    reads_target = any(TARGET_DOMAIN in phase.views for phase in phases)
+    if reads_target != (target is not None):
+        needs = "needs target_data" if reads_target else "does not read target_data"
+        raise InputError(f"method {config.method} {needs}: unlabelled images of another domain")
+    for what, other in (("target", target), ("test", test)):
+        if other is not None:
+            _require_alike(what, other, data)
+    if test is not None and test.num_classes > data.num_classes:
         raise InputError(
             f"the test images are of {test.num_classes} classes, the training images of "
             f"{data.num_classes}"
         )
-    ours, theirs = data.preprocessing, test.preprocessing
+
+
+def _require_alike(what: str, other: Dataset | ImageFiles, data: TrainData) -> None:
+    """Raises `InputError` where other data have another shape or normalization."""
+    if other.image_shape != data.image_shape:
+        raise InputError(
+            f"the {what} images have shape {other.image_shape}, the training images "
+            f"{data.image_shape}"
+        )
+    ours, theirs = data.preprocessing, other.preprocessing
     if (ours.mean, ours.std) != (theirs.mean, theirs.std):
         raise InputError(
-            f"the test images are normalized by {theirs.mean} and {theirs.std}, the training "
+            f"the {what} images are normalized by {theirs.mean} and {theirs.std}, the training "
             f"images by {ours.mean} and {ours.std}"
         )
+
+
+def require_metrics(metrics: Any, classes: int) -> None:
+    """Raises `InputError` where metrics do not give one number for each example."""
+    if metrics is None:
+        return
+    if not isinstance(metrics, Mapping):
+        raise InputError(
+            f"metrics are functions by name, such as {{'top5': f}}, not {brief(metrics)}"
+        )
+    logits = jax.ShapeDtypeStruct((2, classes), jnp.result_type(float))
+    for name, metric in metrics.items():
+        try:
+            found = jax.eval_shape(metric, logits, jax.ShapeDtypeStruct((2,), jnp.int32))
+        except Exception as error:
+            reason = next(iter(str(error).splitlines()), repr(error))[:200]
+            raise InputError(f"metric {name} fails on logits {logits.shape}: {reason}") from error
+        if getattr(found, "shape", None) != (2,):
+            raise InputError(
+                f"metric {name} must give one number for each example, [batch], of logits "
+                f"[batch, classes] and labels [batch], not {getattr(found, 'shape', brief(found))}"
+            )
 
 
 def require_groupable(configs: Sequence[RunConfig]) -> None:
@@ -89,8 +153,15 @@ def require_groupable(configs: Sequence[RunConfig]) -> None:
             raise InputError(f"{config.method}, seed {seed}, is in the group twice")
 
 
-def require_cacheable(phases: Sequence[Phase], views: int | None) -> None:
+def require_cacheable(
+    phases: Sequence[Phase], views: int | None, augment: OwnAugmentation | None = None
+) -> None:
     """Raises `InputError` where targets depend on more than teacher, image and view."""
+    if augment is not None:
+        raise InputError(
+            "augment draws other images in every step, and the teacher's targets are those of what "
+            "the student sees, so they cannot be cached"
+        )
     if views is None:
         raise InputError("targets are cached for given views of each image: say how many (views)")
     for phase in phases:
@@ -101,8 +172,8 @@ def require_cacheable(phases: Sequence[Phase], views: int | None) -> None:
             )
         if phase.views:
             raise InputError(
-                f"phase {phase.name} makes images from random keys at every step (the view "
-                f"{phase.views[0]}), so its targets cannot be cached"
+                f"phase {phase.name} reads other images at every step (the view {phase.views[0]}), "
+                "so its targets cannot be cached"
             )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -12,11 +12,13 @@ import numpy as np
 from abflax.data import Dataset, ImageFiles
 from abflax.errors import NonFiniteError
 from abflax.methods import METHODS, PhaseSchedule
+from abflax.metrics import Metric
 from abflax.models.checks import require_classes, require_fits, require_runs
 from abflax.models.network import Network, configure_model, require_network
 from abflax.runtime.distributed import detect_lost_process
 from abflax.runtime.jax_checks import jax_defaults, require_devices
 from abflax.taps import Model
+from abflax.training.compatibility import require_metrics
 from abflax.training.devices import AXIS, replicate, usable_devices
 from abflax.training.inputs import EvaluationInputs
 from abflax.training.parallel import InputSpec, PhaseProgram, compile_evaluation, compile_phase
@@ -24,7 +26,10 @@ from abflax.training.parallel import InputSpec, PhaseProgram, compile_evaluation
 
 @jax_defaults()
 def evaluate(
-    network: Network | Model, test: Dataset | ImageFiles, devices: int | None = None
+    network: Network | Model,
+    test: Dataset | ImageFiles,
+    devices: int | None = None,
+    metrics: Mapping[str, Metric] | None = None,
 ) -> dict[str, Any]:
     """Measures a network's error on held-out data, each example counted once.
 
@@ -32,10 +37,12 @@ def evaluate(
       network: the model and its weights; an NNX module brings its own.
       test: the held-out data.
       devices: how many of each process's devices; None: all.
+      metrics: what else to measure, as `abflax.distill` takes it.
 
     Returns:
       {"test_error": share, "errors": count, "examples": count, "test_cross_entropy": nats,
-      "agreement": {}, "silent": layer -> share of neurons that fire on no example}.
+      "agreement": {}, "silent": layer -> share of neurons that fire on no example}, and "metrics":
+      name -> mean, where some were given.
 
     Raises:
       ValueError: if the network does not fit the data.
@@ -47,13 +54,17 @@ def evaluate(
     require_runs("the network", network.model, test.image_shape, train=False, dropout=False)
     require_classes("the network", network.model, test.image_shape, test.num_classes)
     require_fits("the weights", network.model, network.variables, test.image_shape)
+    require_metrics(metrics, test.num_classes)
     model = configure_model(network.model, "float32", AXIS)
     (phase,) = METHODS["cross-entropy"]()
     own = {name: tree for name, tree in network.variables.items() if name != "params"}
     params = {"student": network.variables["params"], "connectors": {}}
     stats = {"student": own, "connectors": {}, "teacher": {}}
     student = replicate((params, stats), used)
-    with detect_lost_process(), contextlib.closing(Evaluation(test, used)) as evaluation:
+    with (
+        detect_lost_process(),
+        contextlib.closing(Evaluation(test, used, metrics=metrics)) as evaluation,
+    ):
         program = compile_phase(model, None, phase, PhaseSchedule.single_step(), evaluation.spec)
         (measured,) = evaluation((program,), (student,), {})
     if not np.isfinite(measured["test_cross_entropy"]):
@@ -69,9 +80,13 @@ class Evaluation:
         test: Dataset | ImageFiles,
         devices: tuple[jax.Device, ...],
         workers: int | None = None,
+        metrics: Mapping[str, Metric] | None = None,
     ) -> None:
         streamed = isinstance(test, ImageFiles)
-        self.spec = InputSpec(test.preprocessing, test.image_shape, devices, streamed)
+        self.spec = InputSpec(
+            test.preprocessing, test.image_shape, devices, streamed,
+            metrics=tuple((metrics or {}).items()),
+        )  # fmt: skip
         self._inputs = EvaluationInputs(test, devices, workers)
         self.close = self._inputs.close
 
@@ -105,11 +120,16 @@ def _summarize(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
     neurons = jax.tree.map(lambda *each: np.logical_or.reduce(each), *fired)
     total = jax.tree.map(lambda *each: float(np.concatenate(each, dtype=np.float64).sum()), *parts)
     examples = total["examples"]
-    return {
+    means = {name: value / examples for name, value in total["metrics"].items()}
+    measured = {
         "test_error": total["errors"] / examples,
         "errors": int(total["errors"]),
         "examples": int(examples),
         "test_cross_entropy": total["cross_entropy"] / examples,
         "agreement": {k: v / examples for k, v in total["agreement"].items()},
         "silent": {layer: 1 - float(each.mean()) for layer, each in neurons.items()},
+        **({"metrics": means} if means else {}),
     }
+    if "teacher_errors" in total:
+        measured["teacher_test_error"] = total["teacher_errors"] / examples
+    return measured

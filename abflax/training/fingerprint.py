@@ -3,8 +3,8 @@
 A run's name is the hash of its configuration, in which data, networks and code are only names. So
 every run's folder holds the digests of what stands behind the names, `fingerprint.json`:
 
-- `inputs`: contents of the data, weights, and what networks compute, and terms and
-  optimizers that were made outside abflax (their lowered programs);
+- `inputs`: contents of the data, weights, and what networks compute, and terms, optimizers,
+  metrics and augmentations that were made outside abflax (their lowered programs);
 - `surroundings`: JAX's flags that change numbers;
 - `versions`: of the packages, and a digest of abflax's own source;
 - `record`: of a finished run's `record.json`, which holds that of the weights;
@@ -21,7 +21,7 @@ import functools
 import hashlib
 import importlib.metadata
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +31,13 @@ import numpy as np
 import optax
 
 from abflax.config import RunConfig
-from abflax.data import Dataset, ImageFiles
+from abflax.data import Batches, Dataset, DataSets, TrainData
 from abflax.errors import InputError
 from abflax.methods import Phase, PhaseSchedule, bind
 from abflax.methods.objective import begin as first_state
 from abflax.methods.objective import make_targets, student_loss
 from abflax.methods.optimizer import OwnOptimizer
+from abflax.metrics import Metric
 from abflax.models.network import Network, configure_model, digest
 from abflax.models.variables import abstract_variables, init_variables
 from abflax.runtime.distributed import on_process_zero
@@ -63,31 +64,35 @@ Fingerprint = dict[str, dict[str, str]]
 def fingerprints(
     members: Sequence[tuple[RunConfig, Model | Network]],
     teacher: Network | None,
-    data: Dataset | ImageFiles,
-    test: Dataset | ImageFiles | None,
+    data_sets: DataSets,
     anchors: Sequence[Network] = (),
+    metrics: Mapping[str, Metric] | None = None,
 ) -> dict[str, Fingerprint]:
     """Computes the fingerprints of the runs of a group, by their hashes.
 
     Args:
       members: (configuration, student) of each run.
       teacher: as `abflax.distill` takes it.
-      data: the training data, of which the runs may use a share.
-      test: held-out data.
+      data_sets: the training data, of which the runs may use a share; and others.
       anchors: the teachers before it.
+      metrics: the user's, by name.
     """
+    data = data_sets.train
     precision, shape = members[0][0].precision, data.image_shape
-    shared = {f"training {name}": value for name, value in _data_digests(data).items()}
-    if test is not None:
-        shared |= {f"test {name}": value for name, value in _data_digests(test).items()}
+    shared: dict[str, str] = {}
+    for what, given in (("training", data), ("test", data_sets.test), ("target", data_sets.target)):
+        if given is not None:
+            shared |= {f"{what} {name}": value for name, value in _data_digests(given).items()}
     if teacher is not None:
+        trained = any(phase.trains_teacher for config, _ in members for phase in config.phases())
         shared["teacher's weights"] = digest(teacher.variables)
-        shared[f"teacher's {_PROGRAM}"] = _program_digest(teacher.model, precision, shape, False)
+        shared[f"teacher's {_PROGRAM}"] = _program_digest(teacher.model, precision, shape, trained)
     for index, anchor in enumerate(anchors, 1):
         shared[f"anchor {index}'s weights"] = digest(anchor.variables)
         shared[f"anchor {index}'s {_PROGRAM}"] = _program_digest(
             anchor.model, precision, shape, False
         )
+    shared |= _function_digests(members[0][0], metrics or {}, shape, data.num_classes)
     flags = {name: str(getattr(jax.config, name, None)) for name in _FLAGS}
     found = {}
     for config, student in members:
@@ -188,13 +193,16 @@ def _changed(own: Fingerprint, theirs: Fingerprint) -> str:
     return ", ".join(f"{name} {before.get(name)}, not {versions.get(name)}" for name in names)
 
 
-def _data_digests(data: Dataset | ImageFiles) -> dict[str, str]:
-    """The digests of a data set; image files are named by their contents already."""
+def _data_digests(data: TrainData) -> dict[str, str]:
+    """The digests of a data set; image files are named by their contents already.
+
+    A loader is named by its first batch where it is checkpointed, else nothing is known of it.
+    """
     images = _array_digest(data.images) if isinstance(data, Dataset) else data.name
     preprocessing = dataclasses.replace(data.preprocessing, views=None)
     return {
         "images": images,
-        "labels": _array_digest(data.labels),
+        "labels": data.name if isinstance(data, Batches) else _array_digest(data.labels),
         "classes": str(data.num_classes),
         "preprocessing": repr(preprocessing),
     }
@@ -296,7 +304,9 @@ def _objective_digest(
     def compute(state: Any, teacher_params: Any, images: Any, labels: Any, key: Any) -> Any:
         stats = state.batch_stats
         keys = jax.random.split(key, len(images))
-        targets, _ = make_targets(objective, teacher_params, stats["teacher"], images, labels, keys)
+        targets, _ = make_targets(
+            objective, teacher_params, stats["teacher"], images, labels, keys, images
+        )
 
         def loss(params: Any) -> Any:
             arguments = (params, stats, targets, images, labels, key, state.step)
@@ -313,6 +323,27 @@ def _objective_digest(
     state = jax.eval_shape(begin, *first)
     texts = _lowered(begin, *first), _lowered(compute, state, params, images, labels, key)
     return hashlib.sha256("".join(texts).encode()).hexdigest()[:16]
+
+
+def _digest_of(function: Callable[..., Any], *arguments: Any) -> str:
+    return hashlib.sha256(_lowered(function, *arguments).encode()).hexdigest()[:16]
+
+
+def _function_digests(
+    config: RunConfig, metrics: Mapping[str, Metric], shape: tuple[int, ...], classes: int
+) -> dict[str, str]:
+    """Digests what the user's augmentation and metrics compute."""
+    dtype, found = jnp.result_type(float), {}
+    if config.augment is not None and config.augment.made is not None:
+        images = jax.ShapeDtypeStruct((config.batch_size, *shape), dtype)
+        key = jax.random.key(0)
+        found[f"augmentation's {_PROGRAM}"] = _digest_of(config.augment.made, key, images)
+    logits, labels = (
+        jax.ShapeDtypeStruct((2, classes), dtype), jax.ShapeDtypeStruct((2,), jnp.int32)
+    )  # fmt: skip
+    for name, metric in metrics.items():
+        found[f"metric {name}'s {_PROGRAM}"] = _digest_of(metric, logits, labels)
+    return found
 
 
 def _lowered(function: Callable[..., Any], *arguments: Any) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -11,7 +11,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from abflax.config import Resources, RunConfig
-from abflax.data import Dataset, ImageFiles, Stream, few_shot_subset, subset
+from abflax.data import (
+    Batches,
+    Dataset,
+    DataSets,
+    Stream,
+    TrainData,
+    few_shot_subset,
+    subset,
+)
+from abflax.metrics import Metric
 from abflax.models.network import Network, configure_model
 from abflax.models.variables import floats_in
 from abflax.runtime.reporter import NullReporter, Reporter
@@ -24,7 +33,7 @@ from abflax.training.devices import (
     usable_devices,
 )
 from abflax.training.evaluation import Evaluation
-from abflax.training.inputs import TrainInputs
+from abflax.training.inputs import LoaderInputs, OrderedInputs, TrainInputs
 from abflax.training.parallel import InputSpec, compile_steps
 from abflax.training.record import environment
 from abflax.training.step import TrainState
@@ -56,48 +65,55 @@ class TrainingGroup:
     Args:
       config: of any of the runs: they have its `group_key` in common.
       teachers: the anchors in their order, and the teacher; empty where there is none.
-      data: the training data, of which the configuration's share is used.
-      test: the held-out data; None: nothing is measured.
+      data_sets: the training data, of which the configuration's share is used; and others.
       resources: see `abflax.Resources`.
       size: how many runs there are.
       keep_going: whether a run that fails leaves the others running.
       reporter: told when a run fails.
+      metrics: measured besides, by name.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - all that runs share
         self,
         config: RunConfig,
         teachers: Sequence[Network],
-        data: Dataset | ImageFiles,
-        test: Dataset | ImageFiles | None,
+        data_sets: DataSets,
         resources: Resources,
         *,
         size: int = 1,
         keep_going: bool = False,
         reporter: Reporter | None = None,
+        metrics: Mapping[str, Metric] | None = None,
     ) -> None:
         self.resources, self.size, self.keep_going = resources, size, keep_going
         self.reporter = reporter or NullReporter()
         devices = usable_devices(resources.devices)
         shard_batch(np.zeros((1, config.batch_size)), devices)  # raises if it does not divide
         self.environment = environment(devices)
-        self.data = subset(data, config.fraction, config.seeds.subset)
-        if config.per_class is not None:
-            self.data = few_shot_subset(self.data, config.per_class, config.seeds.subset)
-        streamed = isinstance(data, ImageFiles)
+        data, test, target = data_sets.train, data_sets.test, data_sets.target
+        self.data = _selected(data, config)
+        streamed = not isinstance(data, Dataset)
         default = default_steps_per_dispatch(devices, streamed)
         self.steps_per_dispatch = resources.steps_per_dispatch or default
         self.spec = InputSpec(
             dataclasses.replace(data.preprocessing, views=config.views), data.image_shape, devices,
-            streamed, self.steps_per_dispatch,
+            streamed, self.steps_per_dispatch, target.preprocessing if target is not None else None,
+            augment=None if config.augment is None else config.augment.made,
         )  # fmt: skip
         self.teachers = [_placed(each, config.precision, devices) for each in teachers]
         self.teachers = self.teachers or [Teacher()]
         self.key = jax.random.key(config.seeds.augmentation)
-        stream = Stream(len(self.data), config.batch_size, config.seeds.order)
-        seed = config.seeds.augmentation
-        self.inputs = TrainInputs(self.data, stream, self.spec, seed, resources.workers)
-        self.evaluation = None if test is None else Evaluation(test, devices, resources.workers)
+        self.inputs: TrainInputs
+        if isinstance(self.data, Batches):
+            self.inputs = LoaderInputs(self.data, self.spec)
+        else:
+            stream = Stream(len(self.data), config.batch_size, config.seeds.order)
+            self.inputs = OrderedInputs(
+                self.data, stream, self.spec, config.seeds.augmentation, resources.workers, target
+            )
+        self.evaluation = None
+        if test is not None:
+            self.evaluation = Evaluation(test, devices, resources.workers, metrics)
 
     def close(self) -> None:
         """Ends the processes that decode images."""
@@ -117,7 +133,7 @@ class TrainingGroup:
             *((run.program, run.state, run.cached_targets) for run in runs), strict=True
         )
         steps = compile_steps(programs, self.spec)
-        inputs = self.inputs(runs[0].step, count)
+        inputs = self.inputs(runs[0].step, count, runs[0].history.position)
         targets = cached if self.resources.cache_targets else None
         trained = steps(states, runs[0].teacher.params, inputs, self.key, count, targets)
         return tuple(zip(*trained, strict=True))
@@ -140,6 +156,16 @@ class TrainingGroup:
         for run, of_average in zip(averaged, measured[len(runs) :], strict=True):
             measured[runs.index(run)]["ema"] = of_average
         return measured[: len(runs)]
+
+
+def _selected(data: TrainData, config: RunConfig) -> TrainData:
+    """The share of the training data that a run uses."""
+    if isinstance(data, Batches):
+        return data
+    data = subset(data, config.fraction, config.seeds.subset)
+    if config.per_class is None:
+        return data
+    return few_shot_subset(data, config.per_class, config.seeds.subset)
 
 
 def _placed(network: Network, precision: str, devices: Sequence[jax.Device]) -> Teacher:

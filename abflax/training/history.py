@@ -32,6 +32,12 @@ class TrainHistory:
       counted: steps since the last evaluation.
       sums: the sums of their metrics.
       losses: phase -> the loss of its first step, and the highest of any.
+      position: where a loader's next batch is, as text; None: it follows from the step, or is not
+        known.
+      restarts: the steps at which another pass over a loader began, since its position was not
+        known when the run was resumed.
+      connectors: the digest of those that were kept last.
+      grown_from: the name of the shorter run whose end this one began with; None: there is none.
     """
 
     step: int = 0
@@ -42,6 +48,10 @@ class TrainHistory:
     counted: int = 0
     sums: dict[str, float] = dataclasses.field(default_factory=dict)
     losses: dict[str, list[float]] = dataclasses.field(default_factory=dict)
+    position: str | None = None
+    restarts: list[int] = dataclasses.field(default_factory=list)
+    connectors: str | None = None
+    grown_from: str | None = None
 
     def add(self, metrics: dict[str, np.ndarray], count: int) -> None:
         """Adds up the first `count` steps of metrics, `[steps]` each, in order."""
@@ -107,6 +117,30 @@ def phases_and_schedules(
             )
         before = after
     return phases, schedules
+
+
+def begins(shorter: RunConfig, longer: RunConfig, examples: int) -> bool:
+    """Whether all steps of a run are the first steps of one with more epochs.
+
+    The phases before the last have as many steps in both, and the learning rates of all its steps
+    are the same: so with a constant schedule or an optimizer that was given.
+    """
+    if sum(shorter.epochs) >= sum(longer.epochs):
+        return False
+    pairs = list(zip(*(phases_and_schedules(each, examples) for each in (shorter, longer)),
+                     strict=True))  # fmt: skip
+    (phases, others), (spans, longer_spans) = pairs
+    if len(phases) > len(others):
+        return False
+    for index, (phase, span, longer_span) in enumerate(
+        zip(phases, spans, longer_spans, strict=False)
+    ):
+        last = index == len(phases) - 1
+        more = span.steps <= longer_span.steps if last else span.steps == longer_span.steps
+        same = phase == others[index] and span.start == longer_span.start
+        if not (more and same and phase.optimizer.begins(span, longer_span)):
+            return False
+    return True
 
 
 def anchor_epochs(epochs: Iterable[int], count: int) -> set[int]:

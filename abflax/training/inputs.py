@@ -1,22 +1,23 @@
-"""The input pipeline: what each dispatch is given, from memory or from image files.
+"""The input pipeline: what each dispatch is given, from memory, image files or a loader.
 
 A data set in memory is copied to the devices once, and a dispatch gets the indices of its
 examples. Image files are decoded ahead of time by processes of their own
 (`abflax.data.DecodedBatches`) while the devices work, and each dispatch brings its batches, uint8.
 Either way an image is a function of (seed, epoch, example) and the order one of (seed, epoch), so a
-run can resume at any step.
+run can resume at any step. A loader of the user's is read batch by batch, and where it can be
+checkpointed its position is in a run's checkpoints.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import numpy as np
 
-from abflax.data import Dataset, DecodedBatches, ImageFiles, Stream
+from abflax.data import Batches, BatchReader, Dataset, DecodedBatches, ImageFiles, Stream
 from abflax.data.decoders import Decoders
 from abflax.training.devices import replicate, shard_batch
 from abflax.training.parallel import InputSpec, StepInputs
@@ -37,8 +38,36 @@ def padded_batches(examples: int, size: int) -> tuple[np.ndarray, np.ndarray]:
     return np.where(index < examples, index, 0), index < examples
 
 
-class TrainInputs:
+class TrainInputs(Protocol):
     """The training data, dispatch by dispatch.
+
+    Attributes:
+      resident: what of them is on the devices: images and labels, or nothing where they are
+        streamed.
+      position: where the next batch is, as text; None where its step alone says so, or nothing
+        does.
+    """
+
+    @property
+    def resident(self) -> dict[str, jax.Array]: ...  # noqa: D102
+    @property
+    def position(self) -> str | None: ...  # noqa: D102
+
+    def __call__(self, step: int, count: int, position: str | None = None) -> StepInputs:
+        """The inputs of a dispatch that makes `count` steps, the first of them `step`.
+
+        Args:
+          step: of the run.
+          count: how many steps, at most as many as a dispatch makes.
+          position: that of the step, where the last dispatch did not end there.
+        """
+
+    def close(self) -> None:
+        """Ends what runs in the background."""
+
+
+class OrderedInputs:
+    """Training data whose order is a function of the step: in memory, or image files.
 
     Args:
       data: the training data.
@@ -46,6 +75,8 @@ class TrainInputs:
       spec: how they reach the devices.
       seed: of the random crops.
       workers: processes that decode image files; None: one a core, 16 at most.
+      target: unlabelled data of another domain, of which each step gets as many images; None: there
+        are none.
     """
 
     def __init__(
@@ -55,6 +86,7 @@ class TrainInputs:
         spec: InputSpec,
         seed: int,
         workers: int | None,
+        target: Dataset | None = None,
     ) -> None:
         def crops(step: int) -> Crops:
             (examples,), (epochs,) = (each.tolist() for each in stream.batches(step, 1))
@@ -64,10 +96,16 @@ class TrainInputs:
         ahead = max(_BATCHES_AHEAD, 2 * spec.steps_per_dispatch)
         self._images = _Images(data, spec.devices, crops, stream.batch_size, ahead, workers)
         self.close = self._images.close
+        self.position = None
+        self._target: tuple[Stream, dict[str, jax.Array]] | None = None
+        if target is not None:
+            # A seed that no run has: in the order of the source, data in pairs would stay in pairs.
+            own = Stream(len(target), stream.batch_size, stream.seed + 2**32)
+            self._target = own, replicate(target.arrays(), spec.devices)
 
     @property
     def resident(self) -> dict[str, jax.Array]:
-        """The images and labels that are on the devices; labels alone where images are streamed."""
+        """The images and labels that are on the devices; empty where they are streamed."""
         return self._images.resident
 
     @property
@@ -75,12 +113,57 @@ class TrainInputs:
         """The processes that decode; None: there are none, or they have not started."""
         return self._images.batches.decoders if self._images.batches is not None else None
 
-    def __call__(self, step: int, count: int) -> StepInputs:
-        """The inputs of a dispatch that makes `count` steps, the first of them `step`."""
-        size = self._spec.steps_per_dispatch
+    def __call__(self, step: int, count: int, position: str | None = None) -> StepInputs:
+        """The inputs of a dispatch; see `TrainInputs`."""
+        target, size = None, self._spec.steps_per_dispatch
+        if self._target is not None:
+            stream, resident = self._target
+            target = StepInputs(**resident, **self._shared(stream.batches(step, size)))
         order = self._stream.batches(step, size)
+        images = self._images(step, count, order[0])
+        return StepInputs(**images, **self._shared(order), target=target)
+
+    def _shared(self, order: tuple[np.ndarray, np.ndarray]) -> dict[str, np.ndarray]:
+        """Examples and epochs of the steps, each device's share."""
         examples, epochs = (shard_batch(each, self._spec.devices) for each in order)
-        return StepInputs(**self._images(step, count, size), examples=examples, epochs=epochs)
+        return {"examples": examples, "epochs": epochs}
+
+
+class LoaderInputs:
+    """Training data from a loader. An example is known by its place in its epoch.
+
+    Args:
+      data: the loader.
+      spec: how batches reach the devices.
+    """
+
+    def __init__(self, data: Batches, spec: InputSpec) -> None:
+        self._data, self._spec, self._reader = data, spec, BatchReader(data)
+        self.resident: dict[str, jax.Array] = {}
+
+    @property
+    def position(self) -> str | None:
+        """Where the loader's next batch is; None where it cannot say."""
+        return self._reader.position
+
+    def __call__(self, step: int, count: int, position: str | None = None) -> StepInputs:
+        """The inputs of a dispatch; see `TrainInputs`."""
+        if step != self._reader.step:
+            self._reader.seek(step, position)
+        data, size = self._data, self._spec.steps_per_dispatch
+        images = np.zeros((size, data.batch_size, *data.image_shape), data.dtype)
+        labels = np.zeros((size, data.batch_size), np.int32)
+        for index in range(count):
+            images[index], labels[index] = self._reader.next()
+        places = np.arange(step * data.batch_size, (step + size) * data.batch_size)
+        order = np.divmod(places.reshape(size, data.batch_size), len(data))
+        epochs, examples = (each.astype(np.int32) for each in order)
+        return StepInputs(
+            *(shard_batch(each, self._spec.devices) for each in (images, labels, examples, epochs))
+        )
+
+    def close(self) -> None:
+        """Leaves the loader to its owner."""
 
 
 class EvaluationInputs:
@@ -120,7 +203,7 @@ class EvaluationInputs:
             part = slice(start, start + self._per_dispatch)
             order = (self._examples[part], self._mask[part])
             examples, mask = (shard_batch(each, self._devices) for each in order)
-            images = self._images(first + start, self._per_dispatch, self._per_dispatch)
+            images = self._images(first + start, self._per_dispatch, order[0])
             yield StepInputs(**images, examples=examples, mask=mask)
 
 
@@ -158,21 +241,24 @@ class _Images:
         if isinstance(self.data, Dataset):
             self.resident = replicate(self.data.arrays(), self.devices)
         else:
-            self.resident = {"labels": replicate(self.data.labels, self.devices)}
+            self.resident = {}
             self.batches = DecodedBatches(
                 self.data, local_crops, places.size, self.ahead, self.workers
             )
 
-    def __call__(self, first: int, count: int, size: int) -> dict[str, Any]:
-        """Images and labels for `count` batches, the first of them `first`, padded to `size`."""
+    def __call__(self, first: int, count: int, examples: np.ndarray) -> dict[str, Any]:
+        """Images and labels for `count` batches, the first of them `first`.
+
+        They are padded to as many as `examples` has rows, which are those of the batches.
+        """
         if self.batches is None:
             return self.resident
-        devices, share = self._shares
+        (devices, share), size = self._shares, len(examples)
         images = np.zeros((size, devices * share, *self.data.image_shape), np.uint8)
         for index in range(count):
             self.batches.into(first + index, images[index])
         shares = images.reshape(size, devices, share, *self.data.image_shape).swapaxes(0, 1)
-        return {"images": shares, **self.resident}
+        return {"images": shares, "labels": shard_batch(self.data.labels[examples], self.devices)}
 
     def close(self) -> None:
         """Ends the processes that decode."""

@@ -19,11 +19,12 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 
-from abflax.data import Preprocessing, augment, draw_views, normalize, view
+from abflax.data import Augment, Preprocessing, augment, draw_views, normalize, view
 from abflax.methods import Objective, Phase, PhaseSchedule, bind
 from abflax.methods.objective import make_all_targets, make_targets, trainable_mask
+from abflax.metrics import Metric
 from abflax.models.variables import init_variables
-from abflax.taps import Model
+from abflax.taps import Model, run_model
 from abflax.training.devices import AXIS, local_devices
 from abflax.training.diagnosis import find_nonfinite
 from abflax.training.step import (
@@ -34,8 +35,10 @@ from abflax.training.step import (
     train_step,
 )
 
-_VIEW = 2  # likewise, for views
 _DROPOUT = 1  # folded into an example's key; the augmentation has the key before this fold
+_VIEW = 2  # likewise, for views
+_AUGMENT = 3  # likewise, for an augmentation of the user's
+_TARGET = 2**32 - 1  # folded into the augmentation's key, for target data; no epoch is as late
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,9 +49,13 @@ class InputSpec:
       preprocessing: normalization and augmentation.
       image_shape: (height, width, channels).
       devices: those that share each batch.
-      streamed: whether each dispatch brings its own images; else the data set is on the devices.
+      streamed: whether each dispatch brings its own images and labels; else the data set is on the
+        devices.
       steps_per_dispatch: the most steps that one dispatch makes.
+      target: likewise of the unlabelled images of another domain; None: there are none.
       dtype: the default floating dtype when the program is traced.
+      augment: of the user's, of training images; None: there is none.
+      metrics: of the user's, by name: what an evaluation measures besides.
     """
 
     preprocessing: Preprocessing
@@ -56,7 +63,10 @@ class InputSpec:
     devices: tuple[jax.Device, ...]
     streamed: bool = False
     steps_per_dispatch: int = 1
+    target: Preprocessing | None = None
     dtype: Any = dataclasses.field(default_factory=lambda: jnp.result_type(float))
+    augment: Augment | None = None
+    metrics: tuple[tuple[str, Metric], ...] = ()
 
 
 @struct.dataclass
@@ -66,10 +76,11 @@ class StepInputs:
     Attributes:
       images: `[examples, height, width, channels]`, the whole data set; or, where images are
         streamed, those of the dispatch, `[devices, steps, share, height, width, channels]`.
-      labels: integers `[examples]`.
+      labels: integers `[examples]`; or, where images are streamed, `[devices, steps, share]`.
       examples: which examples each step sees, `[devices, steps, share]`.
       epochs: the epoch of each of them, likewise; None in evaluation.
       mask: False for padding, likewise; None in training.
+      target: likewise of the other domain, whose data set is on the devices; None: there is none.
     """
 
     images: Any
@@ -77,12 +88,14 @@ class StepInputs:
     examples: Any
     epochs: Any = None
     mask: Any = None
+    target: Any = None
 
 
 def _axes(spec: InputSpec) -> StepInputs:
     """The axis of each input that is split over the devices."""
-    images = 0 if spec.streamed else None
-    return StepInputs(images, labels=None, examples=0, epochs=0, mask=0)
+    data = 0 if spec.streamed else None
+    target = None if spec.target is None else StepInputs(None, None, 0, 0, 0)
+    return StepInputs(images=data, labels=data, examples=0, epochs=0, mask=0, target=target)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -93,7 +106,8 @@ class PhaseProgram:
       objective, optimizer: what a step is made of.
       init: key -> variables of a new student.
       begin: (student variables, teacher statistics, key, teacher params, the connectors' params of
-        the phase before) -> the phase's first `TrainState`; without the last two, its shapes.
+        the phase before) -> the phase's first `TrainState`. Without the last two, its shapes,
+        unless the teacher is trained along.
       targets: (teacher params, teacher statistics, images, examples, views) -> the targets of
         those views of those examples, booleans packed into bytes; all `[devices, share, ...]`.
         Each process computes its own share, on its own devices.
@@ -122,7 +136,13 @@ def compile_phase(
     """
     shape = spec.image_shape
     objective = bind(
-        student, teacher, phase, shape, axis_name=AXIS, steps_per_epoch=schedule.steps_per_epoch
+        student,
+        teacher,
+        phase,
+        shape,
+        axis_name=AXIS,
+        steps_per_epoch=schedule.steps_per_epoch,
+        epochs=schedule.epochs,
     )
     optimizer = phase.transformation(schedule, trainable_mask(objective, shape))
 
@@ -143,7 +163,7 @@ def compile_phase(
             devices=local_devices(spec.devices),
         ),
         find_nonfinite=jax.pmap(
-            functools.partial(_find_nonfinite, objective, spec.preprocessing),
+            functools.partial(_find_nonfinite, objective, spec),
             axis_name=AXIS,
             in_axes=(None, None, _axes(spec), None),
             out_axes=None,
@@ -186,7 +206,7 @@ def compile_evaluation(
       (params, batch_stats).
     """
     return jax.pmap(
-        functools.partial(_evaluate, programs, spec.preprocessing),
+        functools.partial(_evaluate, programs, spec),
         axis_name=AXIS,
         in_axes=(None, None, _axes(spec)),
         out_axes=None,
@@ -209,12 +229,12 @@ def _train_steps(
 
     def step(index: Any, states: tuple[TrainState, ...]) -> Any:
         examples, epochs = all_examples[index], all_epochs[index]
-        images, labels = _training_batch(inputs, index, key, spec.preprocessing)
-        dropout_key = _dropout_key(examples, epochs, key)
+        images, labels = _training_batch(inputs, index, key, spec)
+        dropout_key = _batch_key(examples, epochs, key, _DROPOUT)
         # The teacher's statistics are the same in all states: it saw the same batches.
         targets, stats = _targets_of_all(
             programs, teacher_params, states[0].batch_stats["teacher"], images, labels,
-            _view_keys(examples, epochs, key),
+            _view_keys(examples, epochs, key), _target_batch(inputs, index, key, spec),
             _cached_rows(cached, examples, epochs, key, spec.preprocessing),
         )  # fmt: skip
         trained = (
@@ -248,13 +268,14 @@ def _targets_of_all(
     images: jax.Array,
     labels: jax.Array,
     keys: jax.Array | None,
+    target_images: jax.Array | None,
     packed: Any | None,
 ) -> tuple[tuple[Any, ...], Any]:
     """The targets for each student, from the cache or from one pass of the teacher."""
     objectives = tuple(program.objective for program in programs)
     compute = functools.partial(make_all_targets, objectives, teacher_params, teacher_stats)
     if packed is None:
-        return compute(images, labels, keys)
+        return compute(images, labels, keys, target_images)
     return _unpack(packed, jax.eval_shape(compute, images)[0]), teacher_stats
 
 
@@ -306,12 +327,38 @@ def _unpack(packed: Any, like: Any) -> Any:
 
 
 def _training_batch(
-    inputs: StepInputs, index: Any, key: jax.Array, preprocessing: Preprocessing
+    inputs: StepInputs, index: Any, key: jax.Array, spec: InputSpec
 ) -> tuple[jax.Array, jax.Array]:
     """Augmented and normalized images, and labels, of the step with that index."""
     examples, epochs = inputs.examples[index], inputs.epochs[index]
-    images = augment(_images(inputs, index), examples, epochs, key, preprocessing)
-    return normalize(images, preprocessing), inputs.labels[examples]
+    images = augment(_images(inputs, index), examples, epochs, key, spec.preprocessing)
+    if spec.augment is not None:
+        images = _augment_whole(spec.augment, images, examples, epochs, key)
+    return normalize(images, spec.preprocessing), _labels(inputs, index)
+
+
+def _augment_whole(
+    own: Augment, images: jax.Array, examples: jax.Array, epochs: jax.Array, key: jax.Array
+) -> jax.Array:
+    """Augments the whole batch on every device, so that their number changes nothing.
+
+    Returns this device's share.
+    """
+    share = len(images)
+    images, examples, epochs = jax.lax.all_gather((images, examples, epochs), AXIS, tiled=True)
+    batch_key = _batch_key(examples, epochs, key, _AUGMENT)
+    augmented = own(batch_key, images.astype(jnp.result_type(float)))
+    return jax.lax.dynamic_slice_in_dim(augmented, jax.lax.axis_index(AXIS) * share, share)
+
+
+def _target_batch(
+    inputs: StepInputs, index: Any, key: jax.Array, spec: InputSpec
+) -> jax.Array | None:
+    """The images of the other domain, likewise; None: there is none."""
+    if spec.target is None:
+        return None
+    own = dataclasses.replace(spec, preprocessing=spec.target)
+    return _training_batch(inputs.target, index, jax.random.fold_in(key, _TARGET), own)[0]
 
 
 def _images(inputs: StepInputs, index: Any) -> jax.Array:
@@ -320,10 +367,16 @@ def _images(inputs: StepInputs, index: Any) -> jax.Array:
     return inputs.images[inputs.examples[index] if resident else index]
 
 
-def _dropout_key(examples: jax.Array, epochs: jax.Array, key: jax.Array) -> jax.Array:
+def _labels(inputs: StepInputs, index: Any) -> jax.Array:
+    """The labels of the step with that index."""
+    resident = inputs.labels.ndim == 1
+    return inputs.labels[inputs.examples[index] if resident else index]
+
+
+def _batch_key(examples: jax.Array, epochs: jax.Array, key: jax.Array, use: int) -> jax.Array:
     """The key of a batch, from its first example in its epoch, which no other batch begins with."""
     example_key = jax.random.fold_in(jax.random.fold_in(key, epochs[0]), examples[0])
-    return jax.random.fold_in(example_key, _DROPOUT)
+    return jax.random.fold_in(example_key, use)
 
 
 def _view_keys(examples: jax.Array, epochs: jax.Array, key: jax.Array) -> jax.Array:
@@ -338,22 +391,31 @@ def _view_keys(examples: jax.Array, epochs: jax.Array, key: jax.Array) -> jax.Ar
 
 def _find_nonfinite(
     objective: Objective,
-    preprocessing: Preprocessing,
+    spec: InputSpec,
     state: TrainState,
     teacher_params: Any,
     inputs: StepInputs,
     key: jax.Array,
 ) -> dict[str, Any]:
     """`find_nonfinite` for the first of the inputs' steps."""
-    images, labels = _training_batch(inputs, 0, key, preprocessing)
-    dropout_key = _dropout_key(inputs.examples[0], inputs.epochs[0], key)
+    images, labels = _training_batch(inputs, 0, key, spec)
+    dropout_key = _batch_key(inputs.examples[0], inputs.epochs[0], key, _DROPOUT)
     view_keys = _view_keys(inputs.examples[0], inputs.epochs[0], key)
-    return find_nonfinite(objective, state, teacher_params, images, labels, dropout_key, view_keys)
+    targets, _ = make_targets(
+        objective,
+        teacher_params,
+        state.batch_stats["teacher"],
+        images,
+        labels,
+        view_keys,
+        _target_batch(inputs, 0, key, spec),
+    )
+    return find_nonfinite(objective, state, teacher_params, images, labels, targets, dropout_key)
 
 
 def _evaluate(
     programs: tuple[PhaseProgram, ...],
-    preprocessing: Preprocessing,
+    spec: InputSpec,
     students: tuple[tuple[Any, Any], ...],
     teacher_params: Any,
     inputs: StepInputs,
@@ -363,11 +425,27 @@ def _evaluate(
     teacher_stats = students[0][1]["teacher"]  # the same beside all of them
 
     def step(index: jax.Array, mask: jax.Array) -> tuple[dict[str, Any], ...]:
-        images = normalize(_images(inputs, index), preprocessing)
-        labels = inputs.labels[inputs.examples[index]]
+        images = normalize(_images(inputs, index), spec.preprocessing)
+        labels = _labels(inputs, index)
         teacher = teacher_forward(objectives, teacher_params, teacher_stats, images)
+
+        def moved(objective: Objective, params: Any, stats: Any) -> Any:
+            if objective.teacher is None or not objective.phase.trains_teacher:
+                return teacher
+            variables = {"params": params["teacher"], **stats["teacher"]}
+            return run_model(objective.teacher, variables, images, train=False)
+
         return tuple(
-            eval_step(objective, params, stats, teacher, images, labels, mask)
+            eval_step(
+                objective,
+                params,
+                stats,
+                moved(objective, params, stats),
+                images,
+                labels,
+                mask,
+                spec.metrics,
+            )
             for objective, (params, stats) in zip(objectives, students, strict=True)
         )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import time
 import warnings
 from typing import Any
@@ -12,7 +13,9 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from abflax.config import RunConfig
+from abflax.data import Batches
 from abflax.errors import DiskError, InputError, NonFiniteError
+from abflax.methods.objective import connectors_in
 from abflax.models.network import Network, configure_model, digest
 from abflax.runtime.distributed import max_over_processes
 from abflax.runtime.preemption import Interrupted
@@ -25,11 +28,12 @@ from abflax.training.group import Teacher, TrainingGroup
 from abflax.training.history import (
     TrainHistory,
     anchor_epochs,
+    begins,
     evaluation_steps,
     phases_and_schedules,
 )
 from abflax.training.parallel import compile_phase
-from abflax.training.record import make_diverged, make_record
+from abflax.training.record import describe_images, make_diverged, make_record
 from abflax.training.run_directory import Result, RunDirectory
 from abflax.training.step import TrainState
 from abflax.training.target_cache import cached_targets
@@ -52,6 +56,7 @@ class Run:
       program, state: of the current phase.
       cached_targets: of the current phase, if they are cached.
       snapshot: (step, state) of the newest copy on the host: plain arrays, safe from donation.
+      snapshot_position: that of a loader then.
       result: once the run is finished.
       error: what ended it early.
     """
@@ -69,10 +74,10 @@ class Run:
         if isinstance(student, Network):
             self._given_variables = student.variables
             student = student.model
-        examples = len(group.data)
+        self._examples = examples = len(group.data)
         self.phases, self.schedules = phases_and_schedules(config, examples)
         if group.resources.cache_targets:
-            require_cacheable(self.phases, config.views)
+            require_cacheable(self.phases, config.views, config.augment)
         self.evaluations = evaluation_steps(config, self.schedules, examples)
         self._anchor_epochs: set[int] = set()
         if keep := group.resources.keep_anchors:
@@ -91,6 +96,7 @@ class Run:
         self.state: Any = None
         self.cached_targets: Any = None
         self.snapshot: tuple[int, Any] = (0, None)
+        self.snapshot_position: str | None = None
         self.result: Result | None = None
         self.error: BaseException | None = None
         self._trend = Trend(0.0)
@@ -129,9 +135,11 @@ class Run:
           BusyError: if another process is training the run.
           ValueError: if no checkpoint can be read, or it is of another configuration.
         """
-        self.result = self.directory.open()
+        self.result = self.directory.open(self._begins_with)
         if self.result is not None:
             return
+        if self.directory.note:
+            self._say(self.directory.note)
         description = self.directory.latest()
         if description is None:
             self._begin_phase(0, None)
@@ -154,6 +162,7 @@ class Run:
         self.state = state
         self._pending.append((self.step, metrics, count))
         self.history.step += count
+        self.history.position = self.group.inputs.position
         loss = self._read_metrics(leave=0 if self.at_evaluation else 1)
         schedule = self.schedules[self.history.phase]
         epoch = float((self.step - schedule.start) / schedule.steps_per_epoch)
@@ -232,8 +241,9 @@ class Run:
         else:
             student, teacher_stats = before.student, before.batch_stats["teacher"]
         teacher = self.phases[index].teacher
+        last = self.phases[index - 1]
         connectors = {} if before is None else before.params["connectors"]
-        if before is None or teacher != self.phases[index - 1].teacher:
+        if before is None or teacher != last.teacher or last.trains_teacher:
             teacher_stats = self.group.teachers[teacher].stats
         params = jax.tree.map(np.asarray, self.group.teachers[teacher].params)
         key = jax.random.fold_in(key, 1 + index)
@@ -262,7 +272,11 @@ class Run:
         self.reporter.phase(self._label(), phase.name, schedule.steps, done, schedule.epochs)
 
     def _next_phase(self) -> None:
-        """Begins the next phase, or finishes the run after the last."""
+        """Begins the next phase, or finishes the run after the last. Keeps the connectors."""
+        objective, end = self._programs[self.history.phase].objective, self.snapshot[1]
+        if connectors := connectors_in(objective, end.params, end.batch_stats):
+            self.history.connectors = digest(connectors)
+            self.directory.keep_connectors(connectors)
         if self.history.phase + 1 < len(self.phases):
             self._begin_phase(self.history.phase + 1, self.state)
             self._enter_phase()
@@ -276,7 +290,13 @@ class Run:
                     warnings.warn(f"{self.config.hash}: {warning}", RuntimeWarning, stacklevel=1)
             if average is not None:
                 record["ema_weights"] = digest(average)
-            self.result = self.directory.finish(record, variables, average)
+            if self.history.connectors is not None:
+                record["connectors"] = self.history.connectors
+            if self.history.grown_from is not None:
+                record["grown_from"] = self.history.grown_from
+            self.result = self.directory.finish(
+                record, variables, average, self.phases[-1].optimizer.endless
+            )
 
     def _restore_checkpoint(self, description: dict[str, Any]) -> None:
         """Sets history and state to those of the newest checkpoint."""
@@ -287,7 +307,8 @@ class Run:
             )
         saved, own = description["config"], self.config.as_json()
         differing = sorted(k for k in {*saved, *own} if saved.get(k) != own.get(k))
-        if differing:
+        grown = differing == ["epochs"] and self._begins_with(tuple(saved["epochs"]))
+        if differing and not grown:
             raise InputError(
                 f"the checkpoint in {self.directory.path} is of another configuration: "
                 f"{', '.join(f'{k} is {saved.get(k)!r}, not {own.get(k)!r}' for k in differing)}"
@@ -296,17 +317,31 @@ class Run:
             lambda found: jax.eval_shape(lambda: self._abstract_state(found["history"]["phase"]))
         )
         self.history = TrainHistory(**description["history"])
-        self.snapshot = (self.step, state)
+        if grown:
+            self.history.grown_from = RunConfig.from_json(saved).hash
+        self.snapshot, self.snapshot_position = (self.step, state), self.history.position
+        if isinstance(self.group.data, Batches) and self.history.position is None:
+            self.history.restarts.append(self.step)
         self.state = replicate(state, self.group.spec.devices)
+
+    def _begins_with(self, epochs: tuple[int, ...]) -> bool:
+        """Whether the same run of so many epochs makes the first steps of this one."""
+        return begins(dataclasses.replace(self.config, epochs=epochs), self.config, self._examples)
 
     def _abstract_state(self, index: int) -> TrainState:
         key, program = jax.random.key(0), self._programs[index]
-        stats = self.group.teachers[self.phases[index].teacher].stats
-        return program.begin(program.init(key), stats, key)
+        teacher = self.group.teachers[self.phases[index].teacher]
+        return program.begin(program.init(key), teacher.stats, key, self._trained_teacher(index))
+
+    def _trained_teacher(self, index: int) -> Any:
+        """The weights that the teacher starts a phase with; None: it is not trained there."""
+        phase = self.phases[index]
+        return self.group.teachers[phase.teacher].params if phase.trains_teacher else None
 
     def _take_snapshot(self) -> None:
         """Copies the state to the host."""
         self.snapshot = (self.step, jax.tree.map(np.array, self.state))
+        self.snapshot_position = self.history.position
 
     def _read_metrics(self, leave: int) -> float | None:
         """Fetches the metrics of all dispatches but the last `leave`, and checks them.
@@ -344,13 +379,15 @@ class Run:
         They have the same bits again; in a group, to rounding.
         """
         group, program = self.group, self.program
-        self.history.step, state = self.snapshot
+        if isinstance(group.data, Batches) and not group.data.resumes:
+            return "the loader cannot give that batch again, so the first such array is not known"
+        (self.history.step, state), self.history.position = self.snapshot, self.snapshot_position
         self.state = replicate(state, group.spec.devices)
         while self.step < step:
             count = min(group.steps_per_dispatch, step - self.step)
             ((self.state, _),) = group.train_steps([self], count)
             self.history.step += count
-        inputs = group.inputs(step, 1)
+        inputs = group.inputs(step, 1, self.history.position)
         nonfinite = program.find_nonfinite(self.state, self.teacher.params, inputs, group.key)
         norm = norm_of(jax.tree.map(np.asarray, self.state.params["student"]))
         rate = float(program.schedule(step - self.schedules[self.history.phase].start))
@@ -383,6 +420,7 @@ class Run:
             return entry
         numbers = {"cross-entropy": measured["test_cross_entropy"]}
         numbers |= {f"agreement of {name}": each for name, each in measured["agreement"].items()}
+        numbers |= {f"metric {name}": each for name, each in measured.get("metrics", {}).items()}
         if none := [name for name, number in numbers.items() if not np.isfinite(number)]:
             norm = norm_of(jax.tree.map(np.asarray, self.state.params["student"]))
             diverged = self._trend.divergence(norm, rate)
@@ -390,8 +428,11 @@ class Run:
                 f"the {none[0]} on held-out data is not finite after step {self.step} of the "
                 f"run; {diverged + '; ' if diverged else ''}{self._last_checkpoint()}"
             )
-        names = ("test_error", "test_cross_entropy", "agreement", "silent")
+        names = ["test_error", "test_cross_entropy", "agreement", "silent"]
+        names += ["metrics"] * ("metrics" in measured)
         entry |= {name: measured[name] for name in names}
+        if "teacher_test_error" in measured:
+            entry["teacher_test_error"] = measured["teacher_test_error"]
         if "ema" in measured:
             finite = np.isfinite(measured["ema"]["test_cross_entropy"])
             entry["ema"] = {name: measured["ema"][name] for name in names} if finite else {}
@@ -414,7 +455,21 @@ class Run:
         if history.group_size > 1:
             made_by["abreast"] = history.group_size
         seconds = sum(history.seconds.values())
-        return make_record(self.config, phases, history.entries, weights, seconds, made_by)
+        images = describe_images(self.group.data)
+        record = make_record(
+            self.config, phases, history.entries, images, weights, seconds, made_by
+        )
+        if isinstance(self.group.data, Batches):
+            resumes = self.group.data.resumes
+            record["loader"] = {"resumes_exactly": resumes, "restarted_at": history.restarts}
+        return record
+
+    def _say(self, note: str) -> None:
+        """Tells the reporter, or the log where there is none."""
+        said = f"{self.config.hash}: {note}"
+        self.group.reporter.finished(said)
+        if isinstance(self.group.reporter, NullReporter):
+            logging.getLogger("abflax").info("%s", said)
 
     def _label(self) -> str:
         name = f"{self.config.method} seed {self.config.seeds.weights}"

@@ -14,13 +14,14 @@ from typing import Any
 from flax.traverse_util import unflatten_dict
 
 from abflax.config import RunConfig
-from abflax.errors import InputError, local_path
+from abflax.errors import InputError, local_path, path_error
 from abflax.models.network import Network, digest
 from abflax.runtime.distributed import is_first, on_process_zero
 from abflax.storage.checkpoint import Checkpoints
+from abflax.storage.files import read_json
 from abflax.storage.lock import Lock
 from abflax.storage.tensorboard import EventLog
-from abflax.taps import Nnx, side_of
+from abflax.taps import side_of
 from abflax.training.fingerprint import (
     Fingerprint,
     is_same_run,
@@ -32,6 +33,12 @@ from abflax.weights import read_state_dict, read_variables, save_variables
 
 ANCHORS = "anchors"
 """The folder of a run for the students that were kept along it."""
+
+END = "end"
+"""The folder of a finished run for its last checkpoint, where more epochs may come."""
+
+CONNECTORS = "connectors"
+"""The name of a run's file for its connectors."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +52,7 @@ class Result:
       model: the student without its weights.
       average: as `variables`, with the averaged weights, where `ema` was given
         (`directory / "student-ema.safetensors"` has them).
+      kept: the connectors of a run without a directory.
     """
 
     record: dict[str, Any]
@@ -52,6 +60,7 @@ class Result:
     directory: Path | None
     model: Any = dataclasses.field(default=None, repr=False)
     average: Any | None = dataclasses.field(default=None, repr=False)
+    kept: Any | None = dataclasses.field(default=None, repr=False)
 
     @functools.cached_property
     def variables(self) -> dict[str, Any]:
@@ -66,11 +75,25 @@ class Result:
             raise InputError("the result has neither weights nor a directory to read them from")
         return read_variables(self.directory / "student.safetensors")
 
+    @functools.cached_property
+    def connectors(self) -> dict[str, Any] | None:
+        """`params` and `batch_stats` of the connectors, as the last phase that had some left them.
+
+        They map the taps of a student to the teacher's widths, for `abflax.analysis.examine`. None:
+        no phase had connectors.
+
+        Raises:
+          ValueError: if they are to be read from the directory, and cannot be.
+        """
+        if self.directory is None or "connectors" not in self.record:
+            return self.kept
+        return read_variables(self.directory / f"{CONNECTORS}.safetensors")
+
     @property
     def student(self) -> Any:
         """The trained student: a new NNX module where one was given, else a `Network`."""
         network = Network(self.model, self.variables)
-        return network.module if isinstance(side_of(self.model), Nnx) else network
+        return network if side_of(self.model).digest is None else network.module
 
     def save(self, path: str | Path) -> None:
         """Writes the student's weights as `.safetensors`; `abflax.weights.read_variables` reads it.
@@ -100,7 +123,8 @@ def finished_record(directory: Path) -> dict[str, Any] | None:
 
 def _read_finished(directory: Path) -> dict[str, Any] | None:
     record = read_record(directory / "record.json", directory.name)
-    for key, name in (("weights", "student"), ("ema_weights", "student-ema")):
+    files = {"weights": "student", "ema_weights": "student-ema", "connectors": CONNECTORS}
+    for key, name in files.items():
         if record is not None and key in record:
             weights = directory / f"{name}.safetensors"
             if digest(unflatten_dict(read_state_dict(weights), sep="/")) != record[key]:
@@ -119,6 +143,9 @@ class RunDirectory:
       config: the run's configuration.
       force: whether a finished run is trained again.
       fingerprint: of the run, see `abflax.training.fingerprint`; not needed without a path.
+
+    Attributes:
+      note: a sentence for the user, where `open` has found something to say.
     """
 
     def __init__(
@@ -133,9 +160,17 @@ class RunDirectory:
         self._lock, self._writers = contextlib.ExitStack(), contextlib.ExitStack()
         self._checkpoints: Checkpoints | None = None
         self._events: EventLog | None = None
+        self._connectors: Any | None = None
+        self.note = ""
 
-    def open(self) -> Result | None:
+    def open(self, begins: Callable[[tuple[int, ...]], bool] | None = None) -> Result | None:
         """Locks and tidies the folder. Returns the result if the run was finished meanwhile.
+
+        A folder without a checkpoint gets the last one of a finished run beside it that differs in
+        nothing but its epochs, where that makes the first steps of this one.
+
+        Args:
+          begins: epochs of another run -> whether its steps are the first of this one.
 
         Raises:
           BusyError: if another process is training the run.
@@ -156,6 +191,9 @@ class RunDirectory:
         if record is not None:
             self.close()
             return Result(record, None, self.path)
+        begun = any((self.path / "checkpoints").glob("[0-9]*"))
+        if begins is not None and not begun and not self._force:
+            self.note = self._adopt(begins)
         checkpoints = Checkpoints(self.path / "checkpoints")
         self._checkpoints = self._writers.enter_context(checkpoints)
         return None
@@ -192,17 +230,68 @@ class RunDirectory:
         self._checkpoints.wait()
         return self._checkpoints.latest_step()
 
-    def finish(self, record: dict[str, Any], variables: Any, average: Any | None = None) -> Result:
-        """Replaces the checkpoints by the record and the student's weights, averaged ones too."""
-        self.wait()
+    @on_process_zero
+    def _adopt(self, begins: Callable[[tuple[int, ...]], bool]) -> str:
+        """Copies the last checkpoint, and the connectors, of the longest run that begins this one.
+
+        Returns a sentence where there is a shorter run with the same settings, but none that begins
+        this one; else "".
+        """
+        assert self.path is not None
+        own = self._config.as_json()
+        found: dict[int, Path] = {}
+        note = ""
+        for path in sorted(self.path.parent.glob("*/config.json")):
+            with contextlib.suppress(FileNotFoundError, ValueError):
+                config, other = read_json(path), path.parent
+                if {**config, "epochs": None} != {**own, "epochs": None} or other == self.path:
+                    continue
+                epochs = tuple(config["epochs"])
+                if not begins(epochs):
+                    if epochs[:-1] == self._config.epochs[:-1] and epochs < self._config.epochs:
+                        note = (
+                            f"{other.name} has fewer epochs, but its learning rate fell to its own "
+                        )
+                        note += "end, so this run begins anew"
+                elif (other / END).exists() and is_same_run(other, self._fingerprint):
+                    found[sum(epochs)] = other
+        if not found:
+            return note
+        other = found[max(found)]
+        shutil.copytree(other / END, self.path / "checkpoints", dirs_exist_ok=True)
+        with contextlib.suppress(FileNotFoundError):
+            shutil.copy(other / f"{CONNECTORS}.safetensors", self.path)
+        return ""
+
+    def finish(
+        self,
+        record: dict[str, Any],
+        variables: Any,
+        average: Any | None = None,
+        may_grow: bool = False,
+    ) -> Result:
+        """Replaces the checkpoints by the record and the student's weights, averaged ones too.
+
+        Where the run may be the beginning of a longer one, its last checkpoint stays as `end`.
+        """
+        last = self.wait()
         self._writers.close()
         if self.path is not None:
+            if may_grow:
+                assert last is not None
+                on_process_zero(_keep_end)(self.path, last)
             _finish(self.path, record, variables, average)
             if self._fingerprint:
                 write_fingerprint(self.path, self._fingerprint)
             on_process_zero(shutil.rmtree)(self.path / "checkpoints", ignore_errors=True)
         self.close()
-        return Result(record, variables, self.path, average=average)
+        return Result(record, variables, self.path, average=average, kept=self._connectors)
+
+    def keep_connectors(self, variables: Any) -> None:
+        """Keeps the connectors of a phase that is over, for the analysis."""
+        self._connectors = variables
+        if self.path is not None:
+            on_process_zero(_keep)(self.path / f"{CONNECTORS}.safetensors", variables)
 
     def keep_anchor(self, epoch: int, variables: Any) -> None:
         """Writes the student after an epoch, which stays beside that of the end."""
@@ -218,6 +307,14 @@ class RunDirectory:
         """Waits for what is written in the background, and releases the lock."""
         with self._lock, self._writers:
             pass
+
+
+def _keep_end(directory: Path, step: int) -> None:
+    shutil.rmtree(directory / END, ignore_errors=True)
+    try:
+        shutil.copytree(directory / "checkpoints" / str(step), directory / END / str(step))
+    except OSError as error:
+        raise path_error(f"cannot write to {directory / END}", error) from error
 
 
 def _keep(path: Path, variables: Any) -> None:

@@ -15,6 +15,7 @@ import optax
 from flax import struct
 
 from abflax.losses import activation_indicator, cross_entropy
+from abflax.losses.dtypes import at_least_float32
 from abflax.methods.objective import (
     Objective,
     apply_connectors,
@@ -24,7 +25,7 @@ from abflax.methods.objective import (
     student_loss,
 )
 from abflax.methods.optimizer import average_in
-from abflax.metrics import activation_agreement, misclassified
+from abflax.metrics import Metric, activation_agreement, misclassified
 from abflax.taps import Forward, run_model
 
 
@@ -34,7 +35,7 @@ class TrainState:
 
     Attributes:
       step: of the phase, from 0.
-      params: {"student": …, "connectors": {term: …}}.
+      params: {"student": …, "connectors": {term: …}}, and the "teacher" where it is trained along.
       batch_stats: what else changes, of "student" and "teacher" collection by collection, such as
         `batch_stats`; and the running statistics of the "connectors".
       opt_state: optax's.
@@ -67,7 +68,7 @@ def create_train_state(
     teacher_stats: Any,
     key: jax.Array,
     image_shape: tuple[int, ...],
-    teacher: Any | None = None,
+    teacher_params: Any | None = None,
     before: Any | None = None,
 ) -> TrainState:
     """Creates the state at the start of a phase: the given student, new connectors and optimizer.
@@ -79,9 +80,10 @@ def create_train_state(
       teacher_stats: the teacher's variables but `params`.
       key: of the connectors' initial weights.
       image_shape: (height, width, channels).
-      teacher: its parameters; None: only the shapes of the state matter (see `begin`).
+      teacher_params: None: only the shapes of the state matter (see `begin`).
       before: the parameters of the connectors of the phase before; None: there is none.
     """
+    teacher = None if teacher_params is None else {"params": teacher_params, **teacher_stats}
     params, stats = begin(objective, student, key, image_shape, teacher, before)
     stats = stats | {"teacher": teacher_stats}
     return TrainState(jnp.zeros((), jnp.int32), params, stats, optimizer.init(params))
@@ -124,7 +126,7 @@ def train_step(
         ),
         has_aux=True,
     )(state.params)
-    stats = stats | {"teacher": teacher_stats}
+    stats = {"teacher": teacher_stats} | stats
     if (finite := targets[-1]) is not None:
         loss = jnp.where(jax.lax.optimization_barrier(finite).all(), loss, jnp.nan)
     metrics = {"loss": loss, **measures}
@@ -150,8 +152,12 @@ def train_step(
 def teacher_forward(
     objectives: Sequence[Objective], teacher_params: Any, teacher_stats: Any, images: jax.Array
 ) -> Forward | None:
-    """Runs the teacher in evaluation mode; None where no objective can be compared with it."""
-    teacher = next((each.teacher for each in objectives if each.measured), None)
+    """Runs the teacher that stays as it is, in evaluation mode.
+
+    None where no objective can be compared with it.
+    """
+    compared = (each for each in objectives if each.measured and not each.phase.trains_teacher)
+    teacher = next((each.teacher for each in compared), None)
     if teacher is None:
         return None
     variables = {"params": teacher_params, **teacher_stats}
@@ -166,6 +172,7 @@ def eval_step(
     images: jax.Array,
     labels: jax.Array,
     mask: jax.Array,
+    metrics: Sequence[tuple[str, Metric]] = (),
 ) -> dict[str, Any]:
     """Sums errors and agreement over the unmasked examples of a device's share, in evaluation mode.
 
@@ -177,18 +184,25 @@ def eval_step(
       images: normalized, `[share, height, width, channels]`.
       labels: integers `[share]`.
       mask: booleans `[share]`; False for padding.
+      metrics: of the user's, by name.
 
     Returns:
-      "examples", "errors", "cross_entropy"; "agreement": layer -> the sum of the examples'
-      agreements; and "fired": layer -> booleans, whether each neuron of the student (before any
-      connector, which belongs to a phase and not to the student) fires on one of the examples.
+      "examples", "errors", "cross_entropy"; "metrics": name -> sum; "agreement": layer -> the sum
+      of the examples' agreements; "teacher_errors" of one that is trained along; and "fired": layer
+      -> booleans, whether each neuron of the student (before any connector, which belongs to a
+      phase and not to the student) fires on one of the examples.
     """
     variables = {"params": params["student"], **batch_stats["student"]}
     student = run_model(objective.student, variables, images, train=False)
+    logits = at_least_float32(student.logits)
     sums: dict[str, Any] = {
         "examples": mask.sum(),
         "errors": (misclassified(student.logits, labels) & mask).sum(),
         "cross_entropy": jnp.where(mask, cross_entropy(student.logits, labels), 0).sum(),
+        "metrics": {
+            name: jnp.where(mask, jnp.asarray(metric(logits, labels), float), 0).sum()
+            for name, metric in metrics
+        },
         "agreement": {},
         "fired": {
             layer: jax.vmap(jnp.logical_and)(activation_indicator(tap), mask).any(axis=0)
@@ -197,6 +211,8 @@ def eval_step(
     }
     if teacher is None:
         return sums
+    if objective.phase.trains_teacher:
+        sums["teacher_errors"] = (misclassified(teacher.logits, labels) & mask).sum()
     connected: dict[str, jax.Array] = {}
     for index, connectors in enumerate(objective.connectors):
         # Where several terms connect a layer, the first term's connector counts.

@@ -1,7 +1,7 @@
 """Examines networks, and gives what it measures as arrays, as JSON and as tables."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -46,9 +46,13 @@ def examine_all(
     test: Dataset,
     distance_images: int = 0,
     distance_neurons: int = 32,
+    connectors: Sequence[Mapping[str, Any] | None] | None = None,
 ) -> Findings:
-    """Examines networks that are seeds of one."""
-    examinations = [examine(network, test, teacher) for network in networks]
+    """Examines networks that are seeds of one, each with its connectors where they were kept."""
+    examinations = [
+        examine(network, test, teacher, own)
+        for network, own in zip(networks, connectors or [None] * len(networks), strict=True)
+    ]
     shapes = [
         {layer: rate.shape for layer, rate in each.student.firing_rate.items()}
         for each in examinations

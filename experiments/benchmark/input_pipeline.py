@@ -29,7 +29,7 @@ from abflax.methods.optimizer import PhaseSchedule
 from abflax.models import MODELS
 from abflax.training import parallel
 from abflax.training.devices import AXIS, replicate, usable_devices
-from abflax.training.inputs import TrainInputs
+from abflax.training.inputs import OrderedInputs
 from experiments.common import cli
 
 
@@ -98,14 +98,14 @@ def main(console: Console) -> None:
     data = folder.train
     stream = Stream(len(data), arguments.batch_size, seed=0)
     spec = parallel.InputSpec(data.preprocessing, data.image_shape, usable_devices(), True, 1)
-    with contextlib.closing(TrainInputs(data, stream, spec, 0, arguments.workers)) as inputs:
+    with contextlib.closing(OrderedInputs(data, stream, spec, 0, arguments.workers)) as inputs:
         _report(console, arguments, inputs, data.num_classes, spec)
 
 
 def _report(
     console: Console,
     arguments: Arguments,
-    inputs: TrainInputs,
+    inputs: OrderedInputs,
     num_classes: int,
     spec: parallel.InputSpec,
 ) -> None:

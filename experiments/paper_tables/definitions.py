@@ -92,7 +92,9 @@ def _table(scale: str, values: Mapping[str, Any]) -> Table:
             if column in shown
         },
         paper_setting=paper["setting"],
-        teacher_run=None if transfers else dataclasses.replace(TEACHER, **teacher),
+        teacher_run=None
+        if transfers
+        else dataclasses.replace(TEACHER, **(teacher | _fields(values.get("teacher_run", {})))),
         picture=values.get("picture", "points") or None,
         examples=values.get("examples", 50_000),
         classes=values.get("classes", 10),

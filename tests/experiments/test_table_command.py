@@ -15,7 +15,7 @@ from experiments.common import cli
 from experiments.paper_tables import records as stored
 from experiments.paper_tables.definitions import TABLES
 from tests.experiments.conftest import plain
-from tests.tiny_tables import GRID, TABLE, record, run_of
+from tests.tiny_tables import GRID, ROUTE, TABLE, record, run_of
 
 
 @pytest.fixture
@@ -86,6 +86,26 @@ def test_a_table_from_nothing_to_the_end(command, tmp_path, monkeypatch):
     monkeypatch.setattr(table, "distill_group", None)  # nothing is run again
     code, again, err = command(*TINY)
     assert code == 0 and err == "" and again.strip() in out
+
+
+@pytest.mark.slow
+def test_a_route_from_nothing_to_the_end(command, tmp_path, monkeypatch):
+    monkeypatch.setitem(TABLES["small"], "1", ROUTE)
+    code, out, err = command(*TINY, "--steps", "1")
+    assert code == 0, err
+    assert "rco, wrn10-1@2 → wrn10-1 (2 runs): joint 1 2 steps" in out
+    code, out, err = command(*TINY, "--seeds", "1")
+    assert code == 0, err
+    found = stored.finished(tmp_path / "workdir").values()
+    teachers = {
+        r["config"]["method"]: (r["config"]["anchors"], r["config"]["teacher"]) for r in found
+    }
+    (anchor,), last = teachers["rco"]
+    assert teachers["kd"] == (None, last) and teachers["cross-entropy"] == (None, None)
+    assert anchor != last and anchor.startswith("wrn10-1:")
+    monkeypatch.setattr(table, "distill_group", None)  # nothing is run again
+    code, again, err = command(*TINY, "--seeds", "1")
+    assert code == 0 and again.strip() in out
 
 
 def test_one_run_that_goes_wrong_does_not_stop_the_others(command, monkeypatch):

@@ -82,12 +82,11 @@ def test_transfer_loss_falls(pair, name):
 
     @jax.jit
     def losses(first, images, labels):
-        state = create_train_state(
-            objective, optimizer, first, stats, key, shape, variables["params"], {}
-        )
+        state = create_train_state(objective, optimizer, first, stats, key, shape, *weights, {})
 
         def step(state, _):
-            made = make_targets(objective, *weights, state.batch_stats["teacher"], images, *drawn)
+            theirs = state.batch_stats["teacher"]
+            made = make_targets(objective, *weights, theirs, images, *drawn, images[::-1])
             return train_step(
                 objective, optimizer, state, *weights, images, labels, precomputed_targets=made
             )
@@ -119,7 +118,7 @@ def _modules(student, teacher, name, index):
 def test_the_whole_batch_on_one_device_and_on_eight(name, index, x64):
     """Two examples a device; each term sees the sixteen, and gradients are those of one device.
 
-    So are those of methods that mix their batch norms with modules of the teacher.
+    Likewise for `ft` and `srrl`, whose modules have batch norms and weights that they are given.
     """
     student, teacher = (configure_model(Tiny(width), "float64", AXIS) for width in (6, 12))
     phase = METHODS[name]()[index]
@@ -143,7 +142,7 @@ def test_the_whole_batch_on_one_device_and_on_eight(name, index, x64):
                 images,
                 labels,
                 precomputed_targets=make_targets(
-                    objective, variables["params"], stats, images, labels, keys
+                    objective, variables["params"], stats, images, labels, keys, -images
                 ),
             ),
             axis_name=AXIS,

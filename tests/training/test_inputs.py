@@ -16,7 +16,7 @@ from abflax.data.decoding import centre_crop, random_crop
 from abflax.models.variables import init_variables
 from abflax.runtime.preemption import Interrupted
 from abflax.runtime.reporter import NullReporter
-from abflax.training.inputs import EvaluationInputs, TrainInputs
+from abflax.training.inputs import EvaluationInputs, OrderedInputs
 from abflax.training.parallel import InputSpec
 from tests.conftest import Small
 from tests.image_files import make_folder
@@ -60,7 +60,7 @@ def _image(folder, example):
 def test_a_dispatch_has_the_crops_of_its_seed_epochs_and_examples(folder):
     stream, devices = Stream(30, 8, seed=3), jax.local_devices()[:2]
     spec = InputSpec(folder.train.preprocessing, (SIDE, SIDE, 3), devices, True, 3)
-    inputs = TrainInputs(folder.train, stream, spec, 5, 2)
+    inputs = OrderedInputs(folder.train, stream, spec, 5, 2)
     try:
         for step, count in ((4, 3), (7, 2), (0, 1), (1, 3)):  # it goes on, and anywhere else
             dispatch = inputs(step, count)
@@ -76,7 +76,8 @@ def test_a_dispatch_has_the_crops_of_its_seed_epochs_and_examples(folder):
                     example, epoch = (int(each[index, place]) for each in expected)
                     wanted = random_crop(_image(folder, example), SIDE, 5, epoch, example)
                     chex.assert_trees_all_equal(images[index, place], wanted)
-            chex.assert_trees_all_equal(np.asarray(dispatch.labels), folder.train.labels)
+            labels = dispatch.labels.swapaxes(0, 1).reshape(3, 8)
+            chex.assert_trees_all_equal(labels, folder.train.labels[expected[0]])
     finally:
         inputs.close()
 

@@ -96,7 +96,8 @@ def test_record(whole):
     assert record["result"]["test_error"] == last["test_error"]
     assert set(record["environment"]) >= {"jax", "jaxlib", "flax", "optax", "device", "commit"}
     assert sorted(p.name for p in whole.directory.iterdir()) == [
-        "config.json", "fingerprint.json", "record.json", "student.safetensors",
+        "config.json", "connectors.safetensors", "fingerprint.json", "record.json",
+        "student.safetensors",
     ]  # fmt: skip
 
 

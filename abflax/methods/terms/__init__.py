@@ -3,6 +3,11 @@
 from abflax.methods.terms.activation_boundary import ActivationBoundary
 from abflax.methods.terms.base import LayerTerm, Term
 from abflax.methods.terms.boundary import BoundarySupport
+from abflax.methods.terms.domains import (
+    DomainDiscrepancy,
+    TeacherCrossEntropy,
+    TwoDomainDistillation,
+)
 from abflax.methods.terms.factors import FactorTransfer, Paraphrasing
 from abflax.methods.terms.features import FeatureDifference
 from abflax.methods.terms.jacobian import JacobianMatching
@@ -35,6 +40,7 @@ __all__ = [
     "CorrelationDistillation",
     "CrossEntropy",
     "DecoupledDistillation",
+    "DomainDiscrepancy",
     "FactorTransfer",
     "FeatureDifference",
     "FlowOfSolution",
@@ -50,6 +56,8 @@ __all__ = [
     "RelationalDistillation",
     "SimilarityPreserving",
     "SoftmaxRegression",
+    "TeacherCrossEntropy",
     "Term",
+    "TwoDomainDistillation",
     "VariationalInformation",
 ]

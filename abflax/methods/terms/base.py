@@ -35,8 +35,10 @@ class Term:
       relates: "batch" for a term that compares examples with each other: `loss` gets the student's
         values, targets and labels of the whole batch, gathered over the devices; None: those of a
         device's share.
-      view: the view that the term reads besides the images, a name in `abflax.methods.VIEWS`; its
-        passes are in `Forward.views`.
+      view: the view that the term reads besides the images, a name in `abflax.methods.VIEWS` or
+        `TARGET_DOMAIN`; its passes are in `Forward.views`.
+      trains_teacher: True for a term whose gradient flows into its targets: the teacher is trained
+        along with the student, in training mode.
       same_classes: True for a term that compares logits over classes that both networks tell apart.
     """
 
@@ -47,6 +49,7 @@ class Term:
     positions: ClassVar[Literal["same", "pooled", "free"]] = "same"
     relates: ClassVar[Literal["batch"] | None] = None
     view: ClassVar[str | None] = None
+    trains_teacher: ClassVar[bool] = False
     same_classes: ClassVar[bool] = False
 
     def chosen(self, taps: Iterable[str]) -> tuple[str, ...]:
