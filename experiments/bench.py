@@ -190,22 +190,27 @@ def steps(bench: Bench, repetitions: int) -> Rows:
         "classify": bench.train(classify),
         "evaluate": bench.evaluate(),
     }
-    theirs: Mapping[str, Callable[[], None]] = {}
+    theirs: dict[str, Mapping[str, Callable[[], None]]] = {}
     if _torch_version() and bench.devices[0].platform == "cpu" and bench.precision == "float32":
         from experiments.benchmark import torch_work
 
-        held_out = works["evaluate"].images
-        theirs = torch_work.work(bench.teacher, bench.student, bench.batch, held_out)
-    pairs = [(name, work, theirs.get(name)) for name, work in works.items()]
+        made = (bench.teacher, bench.student, bench.batch, works["evaluate"].images)
+        theirs = {
+            name: torch_work.work(*made, variant) for name, variant in torch_work.variants().items()
+        }
+    pairs = [(name, name) for name in works]
     if theirs:
-        name = "initialise, kept bits"
-        pairs.append((f"{name}; PyTorch asks its teacher", works[name], theirs["initialise"]))
+        pairs.append(("initialise, kept bits", "initialise"))
     rows = []
-    for name, work, torch in pairs:
-        row, seconds, torch_seconds = _in_turn(name, work, torch, repetitions)
-        if torch is not None:
-            ratio = median_ratio(seconds, torch_seconds)
-            row |= {"torch_seconds": torch_seconds, "ratio": ratio}
+    for name, of_torch in pairs:
+        tried = {f"torch_{kind}": made[of_torch] for kind, made in theirs.items()}
+        found = alternate({"own": works[name].run, **tried}, repetitions)
+        seconds = found.pop("own")
+        asks = "; PyTorch asks its teacher" * (name != of_torch)
+        row = _described(name + asks, works[name], seconds) | found
+        if found:
+            ratios = {kind: median_ratio(seconds, each) for kind, each in found.items()}
+            row |= {"ratio": ratios["torch_seconds"], "ratio_to_best": min(ratios.values())}
         rows.append(row)
     return rows
 

@@ -140,7 +140,12 @@ def _number(digits: int, scale: float = 1) -> Callable[[float], str]:
 _COLUMNS: Mapping[str, tuple[str, Callable[[Any], str]]] = {
     "ms": ("seconds", _milliseconds),
     "PyTorch, ms": ("torch_seconds", _milliseconds),
+    "channels_last, ms": ("torch_channels_last", _milliseconds),
+    "compiled, ms": ("torch_compiled", _milliseconds),
+    "both, ms": ("torch_compiled_channels_last", _milliseconds),
+    "both, bfloat16, ms": ("torch_compiled_channels_last_bfloat16", _milliseconds),
     "ratio": ("ratio", _number(2)),
+    "to its best": ("ratio_to_best", _number(2)),
     "lax.conv, ms": ("convolved_seconds", _milliseconds),
     "times as fast": ("times_convolved", _number(1)),
     "time, × cross-entropy": ("times_cross_entropy", _number(2)),

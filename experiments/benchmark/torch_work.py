@@ -1,14 +1,68 @@
-"""The same work in plain PyTorch, written as its users write it: the column to compare with.
+"""The same work in PyTorch, written as its users write it: the columns to compare with.
 
 Wide ResNets whose forward pass returns the pre-activations, 1×1 connectors with batch norm, the
 hinge, KD, SGD with Nesterov momentum. Images wait normalised in memory: no augmentation is timed.
 """
 
+import dataclasses
 from collections.abc import Callable
 
 import torch
 from torch import nn
 from torch.nn import functional
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """What a user may ask of PyTorch on a CPU, beside the plain program.
+
+    Attributes:
+      channels_last: images and weights lie in memory with their channels last.
+      compiled: the networks are compiled by `torch.compile`.
+      bfloat16: forward passes run under `torch.autocast`.
+    """
+
+    channels_last: bool = False
+    compiled: bool = False
+    bfloat16: bool = False
+
+    def network(self, name: str) -> nn.Module:
+        """Makes the network of a name such as "wrn22-4"."""
+        depth, width = name.removeprefix("wrn").split("-")
+        made: nn.Module = WideResNet(int(depth), int(width))
+        if self.channels_last:
+            made = made.to(memory_format=torch.channels_last)
+        return torch.compile(made) if self.compiled else made
+
+    def images(self, count: int) -> torch.Tensor:
+        """Draws images."""
+        drawn = torch.randn(count, 3, 32, 32)
+        return drawn.to(memory_format=torch.channels_last) if self.channels_last else drawn
+
+    def forward(
+        self, network: nn.Module, images: torch.Tensor
+    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """Runs a network: logits and taps, in float32."""
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.bfloat16):
+            logits, taps = network(images)
+        return logits.float(), [tap.float() for tap in taps]
+
+
+PLAIN = Variant()
+VARIANTS = {  # by the ends of their keys in a record
+    "seconds": PLAIN,
+    "channels_last": Variant(channels_last=True),
+    "compiled": Variant(compiled=True),
+    "compiled_channels_last": Variant(channels_last=True, compiled=True),
+}
+HALF = {  # where the processor multiplies matrices of bfloat16
+    "compiled_channels_last_bfloat16": Variant(channels_last=True, compiled=True, bfloat16=True),
+}
+
+
+def variants() -> dict[str, Variant]:
+    """What is worth a try on this processor, by name."""
+    return VARIANTS | (HALF if torch.cpu._is_amx_tile_supported() else {})
 
 
 class Block(nn.Module):
@@ -68,26 +122,21 @@ def hinge(student: torch.Tensor, teacher: torch.Tensor, margin: float = 1.0) -> 
     ).sum()
 
 
-def network(name: str) -> WideResNet:
-    """Makes the network of a name such as "wrn22-4"."""
-    depth, width = name.removeprefix("wrn").split("-")
-    return WideResNet(int(depth), int(width))
-
-
 def work(
-    teacher_name: str, student_name: str, batch: int, held_out: int
+    teacher_name: str, student_name: str, batch: int, held_out: int, variant: Variant = PLAIN
 ) -> dict[str, Callable[[], None]]:
     """Name of a piece of work -> what does it once: a step, or evaluation on `held_out` images."""
     torch.manual_seed(0)
-    teacher, student = network(teacher_name).eval(), network(student_name)
+    teacher, student = variant.network(teacher_name).eval(), variant.network(student_name)
+    forward = variant.forward
     connectors = nn.ModuleList(
         nn.Sequential(nn.Conv2d(ours, theirs, 1, bias=False), nn.BatchNorm2d(theirs))
         for ours, theirs in zip(student.widths, teacher.widths, strict=True)
     )
-    images = torch.randn(batch, 3, 32, 32)
-    unseen, classes = torch.randn(held_out, 3, 32, 32), torch.randint(10, (held_out,))
+    images = variant.images(batch)
+    unseen, classes = variant.images(held_out), torch.randint(10, (held_out,))
     with torch.no_grad():
-        cached = [tap > 0 for tap in teacher(images)[1]]
+        cached = [tap > 0 for tap in forward(teacher, images)[1]]
 
     def sgd(modules: list[nn.Module]) -> torch.optim.Optimizer:
         parameters = [p for module in modules for p in module.parameters()]
@@ -97,7 +146,7 @@ def work(
 
     def teach() -> tuple[torch.Tensor, list[torch.Tensor]]:
         with torch.no_grad():
-            return teacher(images)
+            return forward(teacher, images)
 
     def update(optimizer: torch.optim.Optimizer, loss: torch.Tensor) -> None:
         optimizer.zero_grad()
@@ -107,21 +156,21 @@ def work(
     def initialise(targets: Callable[[], list[torch.Tensor]]) -> None:
         student.train()
         theirs = targets()
-        pairs = zip(connectors, student(images)[1], theirs, strict=True)
+        pairs = zip(connectors, forward(student, images)[1], theirs, strict=True)
         loss = sum((hinge(r(s), t) for r, s, t in pairs), start=torch.zeros(()))
         update(initialiser, 3 / 4000 / batch * loss)
 
     def classify() -> None:
         student.train()
         softened = functional.softmax(teach()[0] / 3, dim=1)
-        ours = functional.log_softmax(student(images)[0] / 3, dim=1)
+        ours = functional.log_softmax(forward(student, images)[0] / 3, dim=1)
         update(classifier, functional.kl_div(ours, softened, reduction="batchmean"))
 
     def evaluate() -> None:
         student.eval()
         with torch.no_grad():
             for images, labels in zip(unseen.split(250), classes.split(250), strict=True):
-                logits = student(images)[0]
+                logits = forward(student, images)[0]
                 (logits.argmax(dim=1) != labels).sum().item()
                 functional.cross_entropy(logits, labels, reduction="sum").item()
 
