@@ -13,6 +13,9 @@ TFDS = [
 DIGITS = ["scikit-learn>=1.5"]
 TENSORBOARD = ["tensorboardX>=2.6"]
 EXPORT = ["flatbuffers>=24"]  # jax.export writes files with it, but JAX does not install it
+# With jax2onnx, which no extra can name: 0.17.1 asks for an Orbax older than abflax's. It runs with
+# this one after `pip install --no-deps jax2onnx`.
+ONNX = ["onnx>=1.20", "onnx-ir>=0.2.1", "onnxruntime>=1.24"]
 EXPERIMENTS = [
     *TFDS, *DIGITS, *TENSORBOARD, *EXPORT,
     "matplotlib>=3.9", "rich>=13.9", "tyro>=1.0", "docstring-parser>=0.16", "scipy>=1.13",
@@ -48,6 +51,7 @@ setup(
         "digits": DIGITS,
         "tensorboard": TENSORBOARD,
         "export": EXPORT,
+        "onnx": ONNX,
         "experiments": EXPERIMENTS,
         "test": [
             *EXPERIMENTS,

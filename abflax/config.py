@@ -96,6 +96,8 @@ class RunConfig:
       ema: the decay of an exponential moving average of the student's weights, such as 0.999, which
         is evaluated and saved beside them; None: there is none.
       optimizer: an optax transformation in place of the protocol's SGD; None: it stays.
+      target_data: name of the unlabelled images of another domain, for methods that learn from them
+        too; None: there are none.
       anchors: names of the teachers before `teacher`, checkpoints of its own training, each
         followed for an equal share of the epochs (Jin et al., ICCV 2019); None: there are none.
       augment: a pure function (key, images) -> images of each batch, behind the crops and flips of
@@ -130,6 +132,7 @@ class RunConfig:
     optimizer: OwnOptimizer | None = None
     anchors: tuple[str, ...] | None = None
     augment: OwnAugmentation | None = None
+    target_data: str | None = None
 
     def __post_init__(self) -> None:
         require_field_types(self)
@@ -292,7 +295,7 @@ class RunConfig:
         The teacher's running statistics drift in the phases in which it uses batch statistics.
         """
         names = ("dataset", "fraction", "per_class", "views", "batch_size", "test", "teacher",
-                 "precision", "augment")  # fmt: skip
+                 "precision", "augment", "target_data")  # fmt: skip
         key: dict[str, Any] = {name: getattr(self, name) for name in names}
         for name in ("order", "augmentation", "subset"):
             key[f"the seed of {name}"] = getattr(self.seeds, name)
@@ -300,9 +303,9 @@ class RunConfig:
         lengths = [self.phase_epochs[phase.name] for phase in phases]
         ends = itertools.accumulate(lengths)
         key["the epochs in which the teacher's statistics drift"] = tuple(
-            (end - length, end)
+            (end - length, end, *(["and it is trained"] if phase.trains_teacher else []))
             for phase, length, end in zip(phases, lengths, ends, strict=True)
-            if phase.teacher_batch_statistics and length
+            if (phase.teacher_batch_statistics or phase.trains_teacher) and length
         )
         if self.anchors is not None:
             key["the anchors, and the epochs with each"] = (
@@ -315,7 +318,7 @@ class RunConfig:
     def settings(self) -> dict[str, Any]:
         """The settings with which `abflax.distill` trains this run, given its networks and data."""
         given = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        for name in ("dataset", "student", "teacher", "test", "options", "anchors"):
+        for name in ("dataset", "student", "teacher", "test", "options", "anchors", "target_data"):
             del given[name]
         return given | dict(self.options)
 

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 
 from abflax.config import NO_TEST, Resources, RunConfig
-from abflax.data import Batches, Dataset, ImageFiles, TrainData
+from abflax.data import Batches, Dataset, DataSets, ImageFiles, TrainData
 from abflax.errors import InputError, brief, local_path, require_instances
 from abflax.metrics import Metric
 from abflax.models import model_name
@@ -26,7 +26,7 @@ from abflax.runtime.distributed import (
 from abflax.runtime.jax_checks import jax_defaults, require_devices
 from abflax.runtime.preemption import Interrupted, Preemption
 from abflax.runtime.reporter import NullReporter, Reporter
-from abflax.taps import Model
+from abflax.taps import Model, require_model
 from abflax.training.compatibility import require_compatible, require_groupable, require_metrics
 from abflax.training.fingerprint import Fingerprint, fingerprints, require_same_run
 from abflax.training.group import TrainingGroup
@@ -42,6 +42,7 @@ def distill(  # noqa: PLR0913 - the front door
     data: TrainData,
     *,
     test: Dataset | ImageFiles | None = None,
+    target_data: Dataset | None = None,
     config: RunConfig | None = None,
     workdir: str | Path | None = None,
     force: bool = False,
@@ -67,6 +68,8 @@ def distill(  # noqa: PLR0913 - the front door
       data: the training data, as `abflax.load` or `abflax.data.read_folder` gives it, or
         `Dataset(images, labels)`; or `Batches(loader, num_classes)`.
       test: held-out data for error and agreement; None: neither is measured.
+      target_data: unlabelled images of another domain, `Dataset(images)`, for methods that learn
+        from both (`progressive-uda`); `test` is then of that domain, as a rule.
       config: settings to start from; None: the defaults of `abflax.RunConfig`. The names of
         networks and data are replaced by those that are given here.
       workdir: where `runs/HASH/` with checkpoints, record and weights goes; None: nothing is
@@ -117,8 +120,8 @@ def distill(  # noqa: PLR0913 - the front door
       {'bias': (10,), 'kernel': (4, 10)}
     """
     (result,) = distill_group(
-        [settings], student, teacher, data, test=test, config=config, workdir=workdir, force=force,
-        resources=resources, reporter=reporter, metrics=metrics,
+        [settings], student, teacher, data, test=test, target_data=target_data, config=config,
+        workdir=workdir, force=force, resources=resources, reporter=reporter, metrics=metrics,
     )  # fmt: skip
     return result
 
@@ -131,6 +134,7 @@ def distill_group(  # noqa: PLR0913 - the front door
     data: TrainData,
     *,
     test: Dataset | ImageFiles | None = None,
+    target_data: Dataset | None = None,
     config: RunConfig | None = None,
     workdir: str | Path | None = None,
     force: bool = False,
@@ -152,6 +156,7 @@ def distill_group(  # noqa: PLR0913 - the front door
       teacher: as `distill` takes it and all that follows; the same for all runs.
       data: the training data.
       test: held-out data.
+      target_data: unlabelled images of another domain.
       config: settings to start from.
       workdir: where runs are saved.
       force: train finished runs again.
@@ -175,14 +180,16 @@ def distill_group(  # noqa: PLR0913 - the front door
     require_instances({
         "data": (data, TrainData),
         "test": (test, Dataset | ImageFiles | None),
+        "target_data": (target_data, Dataset | None),
         "config": (config, RunConfig | None),
         "workdir": (workdir, str | Path | None),
         "force": (force, bool),
         "reporter": (reporter, Reporter | None),
         "resources": (resources, Resources | None),
     })  # fmt: skip
+    data_sets = DataSets(data, test, target_data)
     members = [
-        _configure(run, student, teachers, data, test, config, settings)
+        _configure(run, student, teachers, data_sets, config, settings)
         for run in _checked_runs(runs)
     ]
     configs = [run_config for run_config, _ in members]
@@ -200,17 +207,17 @@ def distill_group(  # noqa: PLR0913 - the front door
         require_same("its arguments", repr((configs, resources, force, workdir is None)))
         for run_config, run_student in members:
             for network in teachers or (None,):
-                require_compatible(run_config, run_student, network, data, test)
+                require_compatible(run_config, run_student, network, data_sets)
         own = {}
         if workdir is not None:
             last = teachers[-1] if teachers else None
-            own = fingerprints(members, last, data, test, teachers[:-1], metrics)
+            own = fingerprints(members, last, data_sets, teachers[:-1], metrics)
         require_same("the data, the networks or the versions", repr(own))
         results = {} if force else _finished(paths, own, reporter)
         left = [member for member in members if member[0].hash not in results]
         if left:
             group = TrainingGroup(
-                configs[0], teachers, data, test, resources, size=len(left), metrics=metrics,
+                configs[0], teachers, data_sets, resources, size=len(left), metrics=metrics,
                 keep_going=workdir is not None, reporter=reporter or NullReporter(),
             )  # fmt: skip
             with contextlib.closing(group):
@@ -272,23 +279,25 @@ def _configure(
     run: Mapping[str, Any],
     student: Model | Network,
     teachers: Sequence[Network],
-    data: TrainData,
-    test: Dataset | ImageFiles | None,
+    data_sets: DataSets,
     config: RunConfig | None,
     settings: Mapping[str, Any],
 ) -> tuple[RunConfig, Model | Network]:
     """The configuration and the student of one run of a group."""
     student = as_network(run.get("student", student))
-    require_instances({"student": (student, Model | Network)})
+    if not isinstance(student, Network):
+        require_model("student", student)
     own = {name: value for name, value in run.items() if name != "student"}
+    data, test, target = data_sets.train, data_sets.test, data_sets.target
     names: dict[str, Any] = {
         "dataset": data.name,
         "student": str(student.name) if isinstance(student, Network) else model_name(student),
         "teacher": teachers[-1].name if teachers else None,
         "anchors": tuple(str(each.name) for each in teachers[:-1]) or None,
         "test": NO_TEST if test is None else test.name if test.name != data.name else None,
+        "target_data": None if target is None else target.name,
     }
-    for name in {*settings, *own} & {"dataset", "teacher", "test", "anchors"}:
+    for name in {*settings, *own} & {"dataset", "teacher", "test", "anchors", "target_data"}:
         raise InputError(f"{name} is the same for all runs, and follows from the arguments")
     if isinstance(data, Batches):
         names = {"batch_size": data.batch_size, **names}

@@ -1,8 +1,10 @@
-"""Writes networks as functions that run without abflax (`jax.export`), and checks written files."""
+"""Writes networks as functions that run without abflax, for JAX and ONNX, and checks the files."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import importlib
+import logging
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +55,37 @@ def serialize(
         ) from error
 
 
+def serialize_onnx(
+    network: Network, image_shape: tuple[int, ...], dtype: Any, preprocessing: Preprocessing
+) -> bytes:
+    """Serializes a network as `serialize` does, for runtimes of ONNX: phones, pages, servers.
+
+    The graph has one input, `images`, and one output, `logits`. The package jax2onnx writes it.
+
+    Raises:
+      ValueError: if jax2onnx is not installed.
+    """
+    logging.getLogger("jax2onnx").setLevel(logging.ERROR)  # hides notes on its unused plugins
+    model = _import_onnx("jax2onnx").to_onnx(
+        _logits_of(network, preprocessing),
+        [jax.ShapeDtypeStruct(("batch", *image_shape), dtype)],
+        model_name="abflax",
+        input_names=["images"],
+        output_names=["logits"],
+    )
+    return bytes(model.SerializeToString())
+
+
+def _import_onnx(package: str) -> Any:
+    try:
+        return importlib.import_module(package)
+    except ModuleNotFoundError as error:
+        raise InputError(
+            f"{error.name} is not installed: pip install 'abflax[onnx]' && "
+            "pip install --no-deps jax2onnx"
+        ) from error
+
+
 def signature_of(function: bytes) -> dict[str, Any]:
     """Describes what a serialized function takes, returns and runs on."""
     exported = jax.export.deserialize(bytearray(function))
@@ -84,15 +117,16 @@ def require_same_logits(
 ) -> float:
     """Raises `DiskError` if a serialized function does not compute the network's logits.
 
-    It is called with all the images in one batch, and with the first alone.
+    The file's name ends in `.jaxexport` or `.onnx`. The function is called with all the images in
+    one batch, and with the first alone.
 
     Returns:
       The largest difference, as a share of the largest logit.
     """
-    exported = jax.export.deserialize(bytearray(path.read_bytes()))
+    function = _READERS[path.suffix](path)
     with jax.default_device(jax.devices("cpu")[0]):  # where float32 is float32
         expected = np.asarray(jax.jit(_logits_of(network, preprocessing))(jnp.asarray(images)))
-        batches = [np.asarray(exported.call(jnp.asarray(part))) for part in (images, images[:1])]
+        batches = [function(part) for part in (images, images[:1])]
     difference = max(np.abs(logits - expected[: len(logits)]).max() for logits in batches)
     share = float(difference / np.abs(expected).max())
     if not share <= _TOLERANCE:
@@ -100,6 +134,23 @@ def require_same_logits(
             f"{path} gives other logits than the student: by {share:.1e} of the largest"
         )
     return share
+
+
+def _read_jaxexport(path: Path) -> Callable[[np.ndarray], np.ndarray]:
+    exported = jax.export.deserialize(bytearray(path.read_bytes()))
+    return lambda images: np.asarray(exported.call(jnp.asarray(images)))
+
+
+def _read_onnx(path: Path) -> Callable[[np.ndarray], np.ndarray]:
+    runtime = _import_onnx("onnxruntime")
+    session = runtime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    return lambda images: np.asarray(session.run(["logits"], {"images": images})[0])
+
+
+_READERS: Mapping[str, Callable[[Path], Callable[[np.ndarray], np.ndarray]]] = {
+    ".jaxexport": _read_jaxexport,
+    ".onnx": _read_onnx,
+}
 
 
 def _logits_of(network: Network, preprocessing: Preprocessing) -> Callable[[jax.Array], jax.Array]:

@@ -27,7 +27,7 @@ napoleon_use_ivar = True
 napoleon_use_rtype = False
 
 COMMANDS = ("quickstart", "run", "table", "results", "search", "transfer", "analyse", "export",
-            "probe", "dream", "figure1", "bench")  # fmt: skip
+            "probe", "emoji", "dream", "relatives", "figure1", "pictures", "bench")  # fmt: skip
 
 
 def write_commands(app: object) -> None:

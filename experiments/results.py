@@ -5,7 +5,7 @@ No number is typed by hand: all of them come from records under experiments/reco
 Examples:
   python -m experiments.results
   python -m experiments.results --add workdir
-      copy the finished CIFAR-10 runs of a workdir into the records first
+      copy the finished runs of a workdir on CIFAR-10 into the records first
 """
 
 import dataclasses

@@ -13,6 +13,8 @@ Examples:
       up to four runs of a seed in one program, with one forward pass of the teacher for all
   python -m experiments.table 1,3,8,6 --scale paper --budget 30 --group 4
       what thirty minutes allow, seed 0 of everything first; the same command resumes it
+  python -m experiments.table repdistiller --seeds 1
+      RepDistiller's methods and later ones by its recipe, on CIFAR-100
   python -m experiments.table 6 --teacher-weights wrn22-4=teacher.safetensors
   python -m experiments.table 4,5 --teacher-weights resnet50=resnet50.pth
       transfer learning; --student-weights mobilenet-v1=FILE for the row of pre-trained students
@@ -22,9 +24,10 @@ Examples:
 
 Runs that are finished, in the workdir or among the committed records, are not run again, and the
 same command resumes the others. A teacher that is neither given nor shipped is trained once, before
-its students. ImageNet teachers must be given; "all" leaves out tables 4 and 5. Runs that another
-process is training, and students whose teacher is not trained yet, are left for the next call, with
-exit code 75. Markdown and a picture of the whole table go to WORKDIR/tables.
+its students. ImageNet teachers must be given; "all" leaves out tables 4 and 5, and repdistiller,
+which needs CIFAR-100. Runs that another process is training, and students whose teacher is not
+trained yet, are left for the next call, with exit code 75. Markdown and a picture of the whole
+table go to WORKDIR/tables.
 """
 
 import dataclasses
@@ -49,6 +52,7 @@ from abflax.weights import load_network
 from experiments.common import cli
 from experiments.common.networks import (
     architecture,
+    find_anchors,
     find_teacher,
     is_packaged,
     is_shipped,
@@ -200,7 +204,11 @@ def find_tables(names: str, scale: str) -> list[Table]:
     if scale not in TABLES:
         raise unknown("scale", scale, TABLES)
     known = TABLES[scale]
-    every = [name for name, table in known.items() if table.teacher_run is not None]
+    every = [
+        name
+        for name, table in known.items()
+        if table.teacher_run is not None and table.run.dataset == "cifar10"
+    ]
     tables: dict[str, Table] = {}
     for name in cli.read_names(names):
         if name not in known and name != "all":
@@ -234,11 +242,16 @@ def find_networks(
     for job in [job for table in tables for job in teacher_jobs(table)]:
         name, dataset = job.run.student, job.run.dataset
         trained = job.configuration({})
-        if name in networks or trained is None:
+        if set(job.taught) <= set(networks) or trained is None:
             continue
-        if name in given or is_shipped(name, dataset):
+        is_finished = trained.hash in stored.finished(workdir)
+        if job.anchors:
+            if is_finished:
+                anchors = find_anchors(name, trained.hash, workdir, len(job.anchors))
+                networks |= dict(zip(job.anchors, anchors, strict=True))
+        elif name in given or is_shipped(name, dataset):
             networks[name] = find_teacher(name, dataset, given.get(name), workdir)
-        elif trained.hash in stored.finished(workdir):
+        elif is_finished:
             networks[name] = find_teacher(name, dataset, trained.hash, workdir)
     return networks
 
@@ -295,14 +308,18 @@ def train(
     run = group[0].run
     data, test = (read(run.dataset, split, arguments.data_dir) for split in ("train", "test"))
     settings = [_settings(job, teachers, data.num_classes) for job in group]
+    names = [name for name in (*(run.anchors or ()), run.teacher) if name is not None]
+    resources = arguments.resources
+    if anchors := len(group[0].anchors):
+        resources = dataclasses.replace(resources, keep_anchors=anchors)
     distill_group(
         settings,
         student=settings[0]["student"],
-        teacher=teachers[run.teacher] if run.teacher is not None else None,
+        teacher=[teachers[name] for name in names] or None,
         data=data,
         test=test,
         workdir=arguments.workdir,
-        resources=arguments.resources,
+        resources=resources,
         reporter=reporter,
     )
 

@@ -37,7 +37,7 @@ from abflax.data import ImageFiles, load_image_files, read_folder
 from abflax.data.folder import MOST_BROKEN
 from abflax.models import MODELS
 from abflax.storage.files import as_json
-from experiments.common import cli
+from experiments.common import cli, plots
 from experiments.common.networks import (
     PACKAGED,
     find_teacher,
@@ -104,7 +104,7 @@ _HIDDEN = ("dataset", "teacher", "method", "options", "fraction", "views", "per_
 
 
 def main(console: Console) -> None:
-    """Trains all runs, and prints their accuracy."""
+    """Trains all runs, prints their accuracy, and draws it in WORKDIR/transfer.png."""
     arguments = cli.parse(Arguments, "experiments.transfer", __doc__, hidden=_HIDDEN)
     console = Console(stderr=True) if arguments.json else console
     # Whatever can be wrong is checked before the images are read.
@@ -139,7 +139,15 @@ def main(console: Console) -> None:
         return
     for result in results:
         console.print(f"{result.directory}", soft_wrap=True)
-    console.print(_table(results, arguments, train), soft_wrap=True)
+    title = _title(arguments, train)
+    console.print(_table(results, arguments, title), soft_wrap=True)
+    panels: dict[str, dict[str, list[Any]]] = defaultdict(lambda: defaultdict(list))
+    for record in (result.record for result in results):
+        count = record["config"]["per_class"] or "all"
+        panels[f"{count} images of a class"][record["config"]["method"]].append(record)
+    picture = arguments.workdir / "transfer.png"
+    plots.learning_curves(panels, arguments.method, picture, title)
+    console.print(f"picture: {picture}", soft_wrap=True)
 
 
 def read_counts(names: Sequence[str]) -> tuple[int | None, ...]:
@@ -211,14 +219,17 @@ def too_few(train: ImageFiles, counts: Sequence[int | None]) -> list[str]:
     ]
 
 
-def _table(results: Sequence[Result], arguments: Arguments, train: ImageFiles) -> Table:
+def _title(arguments: Arguments, train: ImageFiles) -> str:
     config, weights = arguments.config, arguments.student_weights
-    title = (
+    return (
         f"{config.student} ({'random' if weights is None else weights.name}), "
         f"{train.num_classes} classes, protocol {config.protocol}, "
-        f"{'+'.join(map(str, config.epochs))} epochs: test accuracy, %, "
-        f"mean ± std of {len(arguments.seeds)}"
+        f"{'+'.join(map(str, config.epochs))} epochs"
     )
+
+
+def _table(results: Sequence[Result], arguments: Arguments, title: str) -> Table:
+    title += f": test accuracy, %, mean ± std of {len(arguments.seeds)}"
     table = cli.make_table(("images of a class", *arguments.per_class), title)
     correct: dict[tuple[Any, ...], list[float]] = defaultdict(list)
     for result in results:

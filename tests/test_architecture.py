@@ -81,7 +81,7 @@ def test_only_one_file_says_pmap():
 
 def test_importing_abflax_is_light():
     """What only a loader, an exporter or the commands need is imported by them."""
-    heavy = ("sklearn", "matplotlib", "tensorflow_datasets", "tensorboardX", "tyro")
+    heavy = ("sklearn", "matplotlib", "tensorflow_datasets", "tensorboardX", "tyro", "flax.nnx")
     code = f"import sys, abflax; print([name for name in {heavy} if name in sys.modules])"
     printed = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True

@@ -56,6 +56,17 @@ GRID = dataclasses.replace(
         ("cross-entropy", "1+5"): 17.72,
     },
 )
+# A route of two anchors beside KD from the second.
+ROUTE = dataclasses.replace(
+    TABLE,
+    run=dataclasses.replace(RUN, teacher="wrn10-1@2", epochs=(0, 2)),
+    rows=Axis(
+        "method",
+        (Point("kd", {"method": "kd"}), Point("rco", {"method": "rco", "anchors": ("wrn10-1@1",)})),
+    ),
+    columns=Axis("epochs", (Point("1+1"),)),
+    picture=None,
+)
 
 
 def record(run, seed, error, teacher="wrn10-1:0123456789ab", **changes):

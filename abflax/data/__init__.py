@@ -14,11 +14,11 @@ from abflax.data.augmentation import (
     view,
 )
 from abflax.data.batches import Batches, BatchReader
-from abflax.data.dataset import Dataset, few_shot_subset, holdout, subset
+from abflax.data.dataset import Dataset, DataSets, few_shot_subset, holdout, subset
 from abflax.data.decoders import DecodedBatches
 from abflax.data.folder import Folder, read_folder
 from abflax.data.image_files import ImageFiles
-from abflax.data.registry import DATASETS, load
+from abflax.data.registry import CLASSES, DATASETS, load
 from abflax.data.stream import Stream
 from abflax.data.tfds_images import IMAGE_DATASETS, load_image_files
 
@@ -26,12 +26,14 @@ TrainData = Dataset | ImageFiles | Batches
 """What a run can be trained on."""
 
 __all__ = [
+    "CLASSES",
     "DATASETS",
     "IMAGE_DATASETS",
     "Augment",
     "BatchReader",
     "Batches",
     "DecodedBatches",
+    "DataSets",
     "Dataset",
     "Folder",
     "ImageFiles",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import jax.numpy as jnp
 import numpy as np
@@ -13,6 +13,9 @@ import numpy as np
 from abflax.data.augmentation import Preprocessing
 from abflax.data.image_files import ImageFiles, checked_classes, exactly_named, with_digest
 from abflax.errors import InputError
+
+if TYPE_CHECKING:
+    from abflax.data import TrainData
 
 _NOTHING = Preprocessing()
 
@@ -25,8 +28,8 @@ class Dataset:
 
     Attributes:
       images: `[examples, height, width, channels]`, uint8 or floating.
-      labels: integers `[examples]` in `[0, num_classes)`.
-      num_classes: by default the largest label + 1.
+      labels: integers `[examples]` in `[0, num_classes)`; −1 throughout where none are given.
+      num_classes: by default the largest label + 1; 0 where there are no labels.
       preprocessing: normalization and augmentation; by default none.
       name: the name in records: what was given ("custom" by default), and a digest of all the
         above. Only what the library loads or selects itself has a name without one.
@@ -50,12 +53,14 @@ class Dataset:
     def __init__(
         self,
         images: np.ndarray,
-        labels: np.ndarray,
+        labels: np.ndarray | None = None,
         num_classes: int | None = None,
         preprocessing: Preprocessing = _NOTHING,
         name: str | None = None,
     ) -> None:
-        images, labels = np.asarray(images), np.asarray(labels)
+        unlabelled = labels is None and num_classes is None
+        images = np.asarray(images)
+        labels = np.full(images.shape[:1], -1) if unlabelled else np.asarray(labels)
         if images.ndim != 4 or labels.shape != images.shape[:1] or not len(images):
             raise InputError(
                 "a data set needs images [examples, height, width, channels] and labels "
@@ -65,7 +70,7 @@ class Dataset:
             raise InputError(f"images need height, width and channels, not {images.shape}")
         if images.dtype != np.uint8 and not jnp.issubdtype(images.dtype, jnp.floating):
             raise InputError(f"images must be uint8 or floating, not {images.dtype}")
-        classes = checked_classes(labels, num_classes)
+        classes = 0 if unlabelled else checked_classes(labels, num_classes)
         if images.dtype != np.uint8 and not np.isfinite(images).all():
             bad = int(np.argmin(np.isfinite(images).all(axis=(1, 2, 3))))
             raise InputError(f"image {bad} has a pixel that is NaN or infinite")
@@ -88,6 +93,11 @@ class Dataset:
         """(height, width, channels)."""
         return self.images.shape[1:]
 
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Of the images."""
+        return self.images.dtype
+
     def arrays(self) -> dict[str, np.ndarray]:
         """Returns {"images", "labels"}, as they are copied to the devices."""
         return {"images": self.images, "labels": self.labels}
@@ -96,7 +106,24 @@ class Dataset:
         """Selects examples; the name contains a digest of the contents."""
         images, labels = self.images[indices], self.labels[indices]
         images.flags.writeable = False
+        if not self.num_classes:
+            return Dataset(images, preprocessing=self.preprocessing, name=name)
         return Dataset(images, labels, self.num_classes, self.preprocessing, name)
+
+
+@dataclasses.dataclass(frozen=True)
+class DataSets:
+    """The data that a run is given.
+
+    Attributes:
+      train: the training data.
+      test: held-out data; None: nothing is measured.
+      target: unlabelled images of another domain; None: there are none.
+    """
+
+    train: TrainData
+    test: Dataset | ImageFiles | None = None
+    target: Dataset | None = None
 
 
 def _own(array: np.ndarray) -> np.ndarray:

@@ -100,7 +100,7 @@ def centre_crop(data: bytes, side: int) -> np.ndarray:
     """
     with _opened(data) as (image, turned):
         pixels = _upright_rgb(image, turned)
-    shorter, resized = min(pixels.size), round(side * _RESIZED / _CROPPED)
+    shorter, resized = min(pixels.size), resized_side(side)
     left, top = (max(0, length - _LONGEST * shorter) // 2 for length in pixels.size)
     if left or top:
         pixels = pixels.crop((left, top, pixels.width - left, pixels.height - top))
@@ -108,6 +108,11 @@ def centre_crop(data: bytes, side: int) -> np.ndarray:
     left, top = round((width - side) / 2), round((height - side) / 2)
     pixels = pixels.resize((width, height), Image.Resampling.BILINEAR)
     return np.asarray(pixels.crop((left, top, left + side, top + side)))
+
+
+def resized_side(side: int) -> int:
+    """The shorter side that an image is resized to before its central crop of that side."""
+    return round(side * _RESIZED / _CROPPED)
 
 
 def inspect(data: bytes) -> str:

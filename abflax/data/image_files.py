@@ -82,6 +82,11 @@ class ImageFiles:
         """(height, width, channels) of the network's input."""
         return self.side, self.side, 3
 
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Of the decoded images."""
+        return np.dtype(np.uint8)
+
     def take(self, indices: np.ndarray, name: str | None = None) -> ImageFiles:
         """Selects examples; the name contains a digest of the old name and the indices."""
         indices = np.asarray(indices)

@@ -19,6 +19,16 @@ DATASETS: Mapping[str, Callable[[str, str | None], Dataset]] = {
 """Name -> a function (split, data directory or None) -> `Dataset`."""
 
 
+CLASSES: Mapping[str, tuple[str, ...]] = {
+    **dict.fromkeys(
+        ("cifar10", "cifar10-64"),
+        ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"),
+    ),
+    "digits": tuple("0123456789"),
+}
+"""Name -> the names of its classes, in the order of the labels, for some of `DATASETS`."""
+
+
 def load(name: str, split: str, data_dir: str | None = None) -> Dataset:
     """Loads the data set of that name, once per process.
 

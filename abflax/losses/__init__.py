@@ -14,7 +14,7 @@ from abflax.losses.activation import (
 from abflax.losses.attention import attention_map, attention_transfer
 from abflax.losses.classification import cross_entropy, knowledge_distillation
 from abflax.losses.decoupled import decoupled_distillation
-from abflax.losses.discrepancy import maximum_mean_discrepancy
+from abflax.losses.discrepancy import linear_time_discrepancy, maximum_mean_discrepancy
 from abflax.losses.factors import factor_transfer
 from abflax.losses.features import feature_difference, positions_pooled
 from abflax.losses.gram import fsp, gram_between
@@ -65,6 +65,7 @@ __all__ = [
     "jacobian_difference",
     "knowledge_distillation",
     "largest_attention_pixel",
+    "linear_time_discrepancy",
     "maximum_mean_discrepancy",
     "neuron_selectivity",
     "overhaul_difference",

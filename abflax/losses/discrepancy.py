@@ -31,18 +31,50 @@ def maximum_mean_discrepancy(source: jax.Array, target: jax.Array) -> jax.Array:
       Gretton et al., A Kernel Two-Sample Test, JMLR 2012, equation (5); Long et al., Learning
       Transferable Features with Deep Adaptation Networks, ICML 2015, for the sum of kernels.
     """
+    kernel = _kernels("maximum_mean_discrepancy", source, target)
+    batch = len(source)
+    sign = jnp.where(jnp.arange(2 * batch) < batch, 1.0, -1.0).astype(kernel.dtype)
+    shares = sign * jnp.sum(kernel * sign, axis=1) / batch
+    return shares[:batch] + shares[batch:]
+
+
+def linear_time_discrepancy(source: jax.Array, target: jax.Array) -> jax.Array:
+    """Computes K(s_i, s_j) + K(t_i, t_j) − K(s_i, t_j) − K(t_i, s_j) of neighbours, j = i + 1.
+
+    The last row's neighbour is the first. The mean of the numbers is an unbiased estimate of the
+    squared discrepancy from one pair of rows each; K is that of `maximum_mean_discrepancy`, and so
+    is the bandwidth, which takes all pairs.
+
+    Args:
+      source: s `[batch, features]`.
+      target: t of the same shape.
+
+    Returns:
+      `[batch]`, at least float32; a number may be below 0.
+
+    Raises:
+      ValueError: if the shapes differ, or are not `[batch, features]`.
+
+    References:
+      Gretton et al., A Kernel Two-Sample Test, JMLR 2012, section 6.
+    """
+    kernel = _kernels("linear_time_discrepancy", source, target)
+    batch = len(source)
+    one = jnp.arange(batch)
+    other = (one + 1) % batch
+    within = kernel[one, other] + kernel[batch + one, batch + other]
+    return within - kernel[one, batch + other] - kernel[batch + one, other]
+
+
+def _kernels(name: str, source: jax.Array, target: jax.Array) -> jax.Array:
+    """K of all pairs of rows of both samples, `[2·batch, 2·batch]`."""
     source, target = at_least_float32(source), at_least_float32(target)
-    require_same_shape("maximum_mean_discrepancy", source, target)
+    require_same_shape(name, source, target)
     if source.ndim != 2 or not source.size:
-        raise InputError(
-            f"maximum_mean_discrepancy: samples are [batch, features], not {source.shape}"
-        )
-    rows, batch = jnp.concatenate([source, target]), len(source)
+        raise InputError(f"{name}: samples are [batch, features], not {source.shape}")
+    rows = jnp.concatenate([source, target])
     squared = jnp.sum(jnp.square(rows[:, None] - rows), axis=-1)
     bandwidth = jax.lax.stop_gradient(squared.sum()) / (4 * len(rows) * (len(rows) - 1))
     bandwidth = jnp.maximum(bandwidth, jnp.finfo(rows.dtype).tiny)
     bandwidths = bandwidth * 2 ** jnp.arange(5, dtype=rows.dtype)
-    kernel = jnp.exp(-squared[..., None] / bandwidths).sum(axis=-1)
-    sign = jnp.where(jnp.arange(len(rows)) < batch, 1.0, -1.0).astype(rows.dtype)
-    shares = sign * jnp.sum(kernel * sign, axis=1) / batch
-    return shares[:batch] + shares[batch:]
+    return jnp.exp(-squared[..., None] / bandwidths).sum(axis=-1)

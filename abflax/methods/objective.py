@@ -28,9 +28,10 @@ from abflax.methods.connectors import (
     require_same_positions,
     require_same_taps,
 )
-from abflax.methods.phase import Phase, Ramp
+from abflax.methods.phase import Phase
 from abflax.methods.terms import LayerTerm, Term
-from abflax.methods.views import VIEWS
+from abflax.methods.views import TARGET_DOMAIN, VIEWS
+from abflax.methods.weights import Schedule
 from abflax.models.network import Network, as_network
 from abflax.models.variables import abstract_variables, floats_in, init_variables
 from abflax.taps import Forward, Model, abstract_forward, run_model, side_of, with_side
@@ -51,7 +52,8 @@ class Objective:
       measured: the layers whose agreement can be measured: both networks have the same neurons
         there (after the connectors, if there are any).
       axis_name: the mapped axis over which gradients and metrics are averaged.
-      steps_per_epoch: by which weights that are ramps count epochs.
+      steps_per_epoch: by which weights that are schedules count epochs.
+      epochs: of the phase, for these weights.
       image_shape: (height, width, channels).
     """
 
@@ -64,22 +66,30 @@ class Objective:
     axis_name: str | None = None
     steps_per_epoch: Fraction = Fraction(1)
     image_shape: tuple[int, ...] = ()
+    epochs: int = 1
 
-    def init(self, key: jax.Array, student: Any = None) -> tuple[Any, Any]:
+    def init(
+        self, key: jax.Array, student: Any = None, teacher: Any = None, before: Any = None
+    ) -> tuple[Any, Any]:
         """Makes the parameters and the running statistics at the start of the phase.
 
         Args:
           key: of the student's and the connectors' first weights; `jax.random.key(seed)` gives
             those that `abflax.distill` starts with for the seed `weights`.
           student: variables to start with, `params` and other collections; None: new ones.
+          teacher: its variables; only a phase that trains it, and terms that start with some of its
+            weights, need them.
+          before: the parameters at the end of the phase before; None: there is none.
 
         Returns:
-          Parameters {"student": …, "connectors": …}, to be trained; and what else a step changes,
-          likewise.
+          Parameters {"student": …, "connectors": …}, to be trained, with "teacher" where that is
+          trained along; and what else a step changes, likewise.
         """
         if student is None:
             student = init_variables(self.student, jax.random.fold_in(key, 0), self.image_shape)
-        return begin(self, student, jax.random.fold_in(key, 1), self.image_shape)
+        modules = {} if before is None else before["connectors"]
+        key = jax.random.fold_in(key, 1)
+        return begin(self, student, key, self.image_shape, teacher or {"params": {}}, modules)
 
     def targets(
         self,
@@ -87,20 +97,24 @@ class Objective:
         images: jax.Array,
         labels: jax.Array | None = None,
         keys: jax.Array | None = None,
+        target_images: jax.Array | None = None,
     ) -> tuple[Any, ...]:
         """Computes what a batch needs of the teacher. No gradient flows into it.
+
+        Of a teacher that is trained along it is nothing but the views: `loss` computes the rest.
 
         Args:
           teacher: its variables, `params` and other collections, which stay as they are.
           images: normalized, `[batch, height, width, channels]`.
           labels: integers `[batch]`; only terms that read a view need them.
           keys: one for each example, likewise.
+          target_images: unlabelled images of another domain, likewise.
 
         Returns:
           A pytree of arrays with a leading batch dimension.
         """
         stats = {name: tree for name, tree in teacher.items() if name != "params"}
-        return make_targets(self, teacher["params"], stats, images, labels, keys)[0]
+        return make_targets(self, teacher["params"], stats, images, labels, keys, target_images)[0]
 
     def loss(
         self,
@@ -122,7 +136,7 @@ class Objective:
           images: normalized, `[batch, height, width, channels]`.
           labels: integers `[batch]`.
           key: for a student with dropout.
-          step: of the phase, from 0, for weights that are ramps.
+          step: of the phase, from 0, for weights that are schedules.
 
         Returns:
           Σ weight · mean over the batch of each term's loss; and (the state after the pass, what
@@ -136,8 +150,9 @@ class Objective:
 
     @property
     def runs_teacher(self) -> bool:
-        """Whether a training step needs the teacher's forward pass."""
-        return self.teacher is not None and self.phase.needs_teacher
+        """Whether a training step needs the pass of a teacher that stays as it is."""
+        phase = self.phase
+        return self.teacher is not None and phase.needs_teacher and not phase.trains_teacher
 
     @property
     def needs_pullback(self) -> bool:
@@ -153,6 +168,7 @@ def bind(
     *,
     axis_name: str | None = None,
     steps_per_epoch: Fraction = Fraction(1),
+    epochs: int = 1,
 ) -> Objective:
     """Binds a phase to two networks, and checks that its terms can compare them.
 
@@ -165,7 +181,8 @@ def bind(
       image_shape: (height, width, channels).
       axis_name: the mapped axis over which gradients and metrics are averaged, by the loop, and the
         statistics of batch norms, here; None: there is none.
-      steps_per_epoch: examples / batch size; only a weight that is a `Ramp` needs it.
+      steps_per_epoch: examples / batch size; only weights that are schedules need it.
+      epochs: of the phase, likewise.
 
     Raises:
       ValueError: if a layer is missing in one of them, or their positions differ.
@@ -199,7 +216,7 @@ def bind(
     )
     return Objective(
         own, its, phase, tuple(connectors), tuple(pooled), measured, axis_name,
-        steps_per_epoch, tuple(image_shape),
+        steps_per_epoch, tuple(image_shape), epochs,
     )  # fmt: skip
 
 
@@ -233,17 +250,28 @@ def _require_comparable(
 
 
 def begin(
-    objective: Objective, student: Any, key: jax.Array, image_shape: tuple[int, ...]
+    objective: Objective,
+    student: Any,
+    key: jax.Array,
+    image_shape: tuple[int, ...],
+    teacher: Any | None = None,
+    before: Mapping[str, Any] | None = None,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Makes parameters and running statistics of a phase: the given student, new connectors.
+
+    A teacher that is trained along is part of them.
 
     Args:
       objective: of the phase.
       student: variables by collection.
       key: of the connectors' initial weights.
       image_shape: (height, width, channels).
+      teacher: its variables; None: the modules' weights are as they are drawn, for a caller whom
+        only their shapes concern.
+      before: the parameters of the modules of the phase before.
     """
     dtype = jnp.result_type(float)
+    earlier = {name: own for module in (before or {}).values() for name, own in module.items()}
     images = jnp.zeros((1, *image_shape), dtype)
     forward = run_model(objective.student, student, images, train=False)
     params: dict[str, Any] = {"student": student["params"], "connectors": {}}
@@ -252,9 +280,18 @@ def begin(
     for index, connectors in enumerate(objective.connectors):
         if connectors is not None:
             variables = connectors.init(jax.random.fold_in(key, index), forward, None, train=False)
-            params["connectors"][f"term{index}"] = variables.get("params", {})
+            weights = variables.get("params", {})
+            if teacher is not None:
+                _, term = objective.phase.terms[index]
+                weights = term.first_weights(weights, teacher["params"], earlier)
+            params["connectors"][f"term{index}"] = weights
             running = floats_in(dtype, variables.get("batch_stats", {}))
             stats["connectors"][f"term{index}"] = running
+    if objective.phase.trains_teacher:
+        if teacher is None:
+            raise InputError(f"phase {objective.phase.name} trains its teacher: give its variables")
+        params["teacher"] = teacher["params"]
+        stats["teacher"] = {name: tree for name, tree in teacher.items() if name != "params"}
     return params, stats
 
 
@@ -265,6 +302,7 @@ def make_targets(
     images: jax.Array,
     labels: jax.Array | None = None,
     keys: jax.Array | None = None,
+    target_images: jax.Array | None = None,
 ) -> tuple[tuple[Any, ...], Any]:
     """Computes what a batch needs of the teacher.
 
@@ -275,13 +313,14 @@ def make_targets(
       images: normalized, `[share, height, width, channels]`.
       labels: integers `[share]`; only views need them.
       keys: one for each example, likewise.
+      target_images: the images of the view `TARGET_DOMAIN`, normalized.
 
     Returns:
       The targets, term by term (and two last entries, see `_targets`), and the teacher's state
       after the pass.
     """
     (targets,), stats = make_all_targets(
-        (objective,), teacher_params, teacher_stats, images, labels, keys
+        (objective,), teacher_params, teacher_stats, images, labels, keys, target_images
     )
     return targets, stats
 
@@ -293,60 +332,71 @@ def make_all_targets(
     images: jax.Array,
     labels: jax.Array | None = None,
     keys: jax.Array | None = None,
+    target_images: jax.Array | None = None,
 ) -> tuple[tuple[tuple[Any, ...], ...], Any]:
     """`make_targets` for several objectives with one teacher in one mode: one forward pass."""
     teacher = next((each.teacher for each in objectives if each.runs_teacher), None)
-    if teacher is None:
-        none: Any = tuple((*(None for _ in each.phase.terms), {}, None) for each in objectives)
-        return none, teacher_stats
-    variables = {"params": teacher_params, **teacher_stats}
-    forward = run_model(
-        teacher,
-        variables,
-        images,
-        train=any(each.phase.teacher_batch_statistics for each in objectives),
-        pullback=any(each.needs_pullback for each in objectives),
-    )
-    evaluated = functools.partial(run_model, teacher, variables, train=False)
-    views = {name for each in objectives for name in each.phase.views}
     made = {}
-    for name in sorted(views):
-        if labels is None or keys is None:
-            raise InputError(f"the view {name} needs labels and keys, one for each example")
-        apply = lambda images: evaluated(images).logits  # noqa: E731
-        made[name] = jax.lax.stop_gradient(VIEWS[name](apply, images, labels, keys))
-    passes = {name: evaluated(own) for name, own in made.items()}
-    forward = dataclasses.replace(forward, views=passes)
+    names = {name for each in objectives for name in each.phase.views}
+    if TARGET_DOMAIN in names:
+        names.remove(TARGET_DOMAIN)
+        if target_images is None:
+            raise InputError("the method learns from unlabelled images too: give target_data")
+        made[TARGET_DOMAIN] = target_images
+    forward = None
+    if teacher is not None:
+        variables = {"params": teacher_params, **teacher_stats}
+        forward = run_model(
+            teacher,
+            variables,
+            images,
+            train=any(each.phase.teacher_batch_statistics for each in objectives),
+            pullback=any(each.needs_pullback for each in objectives),
+        )
+        evaluated = functools.partial(run_model, teacher, variables, train=False)
+        for name in sorted(names):
+            if labels is None or keys is None:
+                raise InputError(f"the view {name} needs labels and keys, one for each example")
+            apply = lambda images: evaluated(images).logits  # noqa: E731
+            made[name] = jax.lax.stop_gradient(VIEWS[name](apply, images, labels, keys))
+        read = {name for each in objectives if each.runs_teacher for name in each.phase.views}
+        forward = dataclasses.replace(
+            forward, views={name: evaluated(made[name]) for name in sorted(read)}
+        )
+        teacher_stats = forward.state
     computed = {each: _targets(each, forward, made) for each in dict.fromkeys(objectives)}
     targets = tuple(computed[each] for each in objectives)
-    return jax.lax.stop_gradient((targets, forward.state))
+    return jax.lax.stop_gradient((targets, teacher_stats))
 
 
 def _targets(
-    objective: Objective, teacher: Forward, views: Mapping[str, jax.Array]
+    objective: Objective, teacher: Forward | None, views: Mapping[str, jax.Array]
 ) -> tuple[Any, ...]:
     """The targets of each term; the images of its views; and whether all is finite.
 
-    The last is of the taps behind booleans, `[batch]`. NaN in a float stays one in the loss, but a
-    boolean hides it.
+    Of a teacher that is trained along there are only the images. The last is of the taps behind
+    booleans, `[batch]`. NaN in a float stays one in the loss, but a boolean hides it.
     """
-    terms = [term for _, term in objective.phase.terms]
-    targets = tuple(
-        term.targets(pool_positions(teacher, pooled)) if term.needs_teacher else None
-        for term, pooled in zip(terms, objective.pooled, strict=True)
-    )
-    hidden = {
-        name
-        for term, computed in zip(terms, targets, strict=True)
-        if any(leaf.dtype == bool for leaf in jax.tree.leaves(computed))
-        for name in term.chosen(teacher.taps)
-    }
+    own = {name: views[name] for name in objective.phase.views}
+    if teacher is None or objective.phase.trains_teacher:
+        return (*(None for _ in objective.phase.terms), own, None)
+    targets, hidden = _targets_of(objective, teacher), set()
+    for (_, term), computed in zip(objective.phase.terms, targets, strict=True):
+        if any(leaf.dtype == bool for leaf in jax.tree.leaves(computed)):
+            hidden |= {*term.chosen(teacher.taps)}
     finite = [
         jnp.isfinite(teacher.taps[name]).reshape(len(teacher.logits), -1).all(axis=1)
         for name in sorted(hidden)
     ]
-    own = {name: views[name] for name in objective.phase.views}
     return (*targets, own, functools.reduce(jnp.logical_and, finite) if finite else None)
+
+
+def _targets_of(objective: Objective, teacher: Forward) -> tuple[Any, ...]:
+    """The targets of each term."""
+    return tuple(
+        term.targets(pool_positions(teacher, pooled)) if term.needs_teacher else None
+        for (_, term), pooled in zip(objective.phase.terms, objective.pooled, strict=True)
+    )
 
 
 def student_loss(
@@ -371,28 +421,27 @@ def student_loss(
       images: normalized, `[share, height, width, channels]`.
       labels: integers `[share]`.
       dropout_key: for a student with dropout.
-      step: of the phase, from 0, for weights that are ramps.
+      step: of the phase, from 0, for weights that are schedules.
 
     Returns:
       The loss, and (new running statistics, what the terms measure).
     """
-    student = run_model(
+    views = targets[-2]
+    student = _run_on_views(
         objective.student,
         {"params": params["student"], **batch_stats["student"]},
         images,
-        train=True,
+        views,
+        train=objective.phase.needs_student,  # else nothing of it changes
         pullback=objective.needs_pullback,
         dropout_key=dropout_key,
     )
-    state, views = student.state, {}
-    for name, made in targets[-2].items():  # a pass of its own, also for its batch norms
-        variables = {"params": params["student"], **state}
-        views[name] = run_model(
-            objective.student, variables, made, train=True, dropout_key=dropout_key
-        )
-        state = views[name].state
-    student = dataclasses.replace(student, views=views)
-    stats = {"student": state, "connectors": {}}
+    stats = {"student": student.state, "connectors": {}}
+    if objective.phase.trains_teacher:
+        assert objective.teacher is not None
+        variables = {"params": params["teacher"], **batch_stats["teacher"]}
+        teacher = _run_on_views(objective.teacher, variables, images, views)
+        targets, stats["teacher"] = _targets_of(objective, teacher), teacher.state
     total = jnp.zeros((), jnp.result_type(float))
     measures: dict[str, Any] = {}
     for index, (weight, term) in enumerate(objective.phase.terms):
@@ -405,12 +454,36 @@ def student_loss(
         compared = forward, target, labels
         if term.relates == "batch" and objective.axis_name is not None:
             compared = _of_whole_batch(term, *compared, objective.axis_name)
-        scale = weight(step, objective.steps_per_epoch) if isinstance(weight, Ramp) else weight
+        scale: Any = weight
+        if isinstance(weight, Schedule):
+            scale = weight(step, objective.steps_per_epoch, objective.epochs)
         total += scale * jnp.mean(term.loss(*compared))
     if student.losses is not None:
         total += student.losses
         measures["sown_losses"] = student.losses
     return total, (stats, measures)
+
+
+def _run_on_views(
+    model: Model,
+    variables: Any,
+    images: jax.Array,
+    views: Mapping[str, jax.Array],
+    *,
+    train: bool = True,
+    pullback: bool = False,
+    dropout_key: jax.Array | None = None,
+) -> Forward:
+    """Runs a network; on each view in a pass of its own, also for batch norms."""
+    forward = run_model(
+        model, variables, images, train=train, pullback=pullback, dropout_key=dropout_key
+    )
+    state, passes = forward.state, {}
+    for name, made in views.items():
+        variables = {"params": variables["params"], **state}
+        passes[name] = run_model(model, variables, made, train=train, dropout_key=dropout_key)
+        state = passes[name].state
+    return dataclasses.replace(forward, views=passes, state=state)
 
 
 def _of_whole_batch(
@@ -496,9 +569,10 @@ def trainable_mask(objective: Objective, image_shape: tuple[int, ...]) -> Any:
     if objective.teacher is not None:
         teacher = abstract_variables(objective.teacher, image_shape)
     params, stats = jax.eval_shape(
-        lambda student, key: begin(objective, student, key, image_shape),
+        lambda student, key, teacher: begin(objective, student, key, image_shape, teacher),
         abstract_variables(objective.student, image_shape),
         jax.random.key(0),
+        teacher if objective.phase.trains_teacher else None,
     )
     stats["teacher"] = {name: tree for name, tree in teacher.items() if name != "params"}
     images = jax.ShapeDtypeStruct((2, *image_shape), jnp.result_type(float))
@@ -508,7 +582,9 @@ def trainable_mask(objective: Objective, image_shape: tuple[int, ...]) -> Any:
         zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), stats)
         key = jax.random.key(0)
         keys = jax.random.split(key, len(images))
-        targets, _ = make_targets(objective, teacher_params, zeros["teacher"], images, labels, keys)
+        targets, _ = make_targets(
+            objective, teacher_params, zeros["teacher"], images, labels, keys, images
+        )
         return student_loss(objective, params, zeros, targets, images, labels, key)[0]
 
     axes = [(objective.axis_name, 1)] if objective.axis_name else None

@@ -52,7 +52,7 @@ class PhaseSchedule:
 
 @dataclasses.dataclass(frozen=True)
 class Optimizer:
-    """SGD with Nesterov momentum, a stepwise learning rate and L2 weight decay.
+    """SGD with momentum, a stepwise learning rate and L2 weight decay.
 
     Attributes:
       learning_rate: at the start of the run or phase.
@@ -63,12 +63,13 @@ class Optimizer:
       of_run: whether the shares are of the whole run's epochs (and the phase continues the run's
         schedule) or of the phase's own.
       whole_epochs: whether a share is rounded up to whole epochs.
-      momentum: Nesterov's.
+      momentum: of the gradients' running sum.
       weight_decay: added to the gradient, times the weight, of every parameter that the phase
         trains.
       decay: in `SCHEDULES`. "steps": at the `drops`; "constant": the rate stays; "cosine": in the
         step t of T (those of the run where `of_run`, else of the phase) the rate is
         learning_rate · (1 + cos(π·t/T)) / 2 (Loshchilov, Hutter, ICLR 2017, without restarts).
+      nesterov: whether the momentum is Nesterov's.
 
     Raises:
       ValueError: for a value that cannot be right.
@@ -83,6 +84,7 @@ class Optimizer:
     momentum: float = 0.9
     weight_decay: float = 5e-4
     decay: str = "steps"
+    nesterov: bool = True
 
     def __post_init__(self) -> None:
         require_field_types(self)
@@ -158,7 +160,7 @@ class Optimizer:
           trainable: a tree of booleans, which parameters the phase trains; None: all. The others
             get no decay, and no update where their gradient is zero.
         """
-        momentum = optax.trace(decay=self.momentum, nesterov=True)
+        momentum = optax.trace(decay=self.momentum, nesterov=self.nesterov)
         if resets := self.boundaries(self.resets, phase):
             momentum = _reset(momentum, resets)
         sgd = optax.chain(

@@ -7,14 +7,11 @@ import json
 import math
 import numbers
 import reprlib
-from fractions import Fraction
 from typing import Any, ClassVar
 
-import jax
-import jax.numpy as jnp
 import optax
 
-from abflax.errors import InputError, require_field_types
+from abflax.errors import InputError
 from abflax.methods.optimizer import (
     Optimizer,
     OwnOptimizer,
@@ -22,51 +19,8 @@ from abflax.methods.optimizer import (
     track_average,
 )
 from abflax.methods.terms import Term
-
-
-@dataclasses.dataclass(frozen=True)
-class Ramp:
-    """A term's weight that moves from `start` to `end` over the first epochs of a phase.
-
-    In the phase's e-th epoch (from 1) it is start + (end − start)·min(e / epochs, 1): constant
-    within an epoch, as in the published code of decoupled distillation and of knowledge review,
-    whose min(epoch / 20, 1) is `Ramp(0.0, 1.0, 20)`.
-
-    Attributes:
-      start: the weight before the first epoch, so it is never quite used.
-      end: the weight from the epoch with that number on.
-      epochs: how many epochs the ramp takes, at least 1.
-
-    Raises:
-      ValueError: for a value that is no finite number, or no whole number of epochs.
-
-    Examples:
-      >>> [float(Ramp(0.0, 2.0, 4)(step, Fraction(3, 2))) for step in (0, 1, 2, 3, 40)]
-      [0.5, 0.5, 1.0, 1.5, 2.0]
-    """
-
-    start: float
-    end: float
-    epochs: int
-
-    def __post_init__(self) -> None:
-        require_field_types(self)
-        if self.epochs < 1:
-            raise InputError(f"a ramp takes at least 1 epoch, not {self.epochs}")
-        for name in ("start", "end"):  # 1 and 1.0 are the same run
-            object.__setattr__(self, name, float(getattr(self, name)))
-
-    def __call__(self, step: Any, steps_per_epoch: Fraction) -> jax.Array:
-        """Computes the weight at a step of the phase (from 0), which may be traced."""
-        numerator, denominator = steps_per_epoch.numerator, steps_per_epoch.denominator
-        over = math.ceil(self.epochs * steps_per_epoch)
-        epoch = 1 + jnp.minimum(step, over) * denominator // numerator
-        share = jnp.minimum(epoch, self.epochs) / self.epochs
-        return self.start + (self.end - self.start) * share.astype(jnp.result_type(float))
-
-
-Weight = float | Ramp
-"""What a term is multiplied by: a number, or one that changes with the epochs."""
+from abflax.methods.views import TARGET_DOMAIN
+from abflax.methods.weights import Schedule, Weight
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +31,7 @@ class Phase:
       name: "initialise", "classify", or "joint" where one objective fills the whole run; any name
         for a phase of one's own.
       terms: (weight, term); the objective is their weighted sum, each a mean over the batch. A
-        weight is a number or a `Ramp`.
+        weight is a number, or a schedule such as `Ramp`.
       optimizer: rebuilt at the start of the phase; an `optax.GradientTransformation` will do.
       teacher_batch_statistics: whether the teacher's batch norms use the batch's statistics, and
         its running ones drift.
@@ -111,11 +65,18 @@ class Phase:
                 "[(1.0, CrossEntropy())]"
             )
         object.__setattr__(self, "terms", terms)
+        if self.trains_teacher and set(self.views) - {TARGET_DOMAIN}:
+            raise InputError(f"phase {self.name} trains its teacher, so no view is made by it")
 
     @property
     def needs_teacher(self) -> bool:
         """Whether a term does."""
         return any(term.needs_teacher for _, term in self.terms)
+
+    @property
+    def needs_student(self) -> bool:
+        """Whether a term does; else the student stays as it is."""
+        return any(term.needs_student for _, term in self.terms)
 
     def transformation(
         self, schedule: PhaseSchedule, trainable: Any | None = None
@@ -123,6 +84,11 @@ class Phase:
         """The optimizer's transformation, and the average behind it; see `Optimizer`."""
         optimizer = self.optimizer.transformation(schedule, trainable)
         return optimizer if self.ema is None else optax.chain(optimizer, track_average(self.ema))
+
+    @property
+    def trains_teacher(self) -> bool:
+        """Whether the teacher is trained along, from the weights that it is given with."""
+        return any(term.trains_teacher for _, term in self.terms)
 
     @property
     def views(self) -> tuple[str, ...]:
@@ -143,7 +109,7 @@ class Phase:
             "name": self.name,
             "terms": [
                 [
-                    dataclasses.asdict(weight) if isinstance(weight, Ramp) else weight,
+                    weight.as_json() if isinstance(weight, Schedule) else weight,
                     type(term).__name__,
                     _given(term),
                 ]
@@ -167,6 +133,7 @@ class RecordedPhase:
 
     text: str
     needs_teacher: ClassVar[bool] = False
+    trains_teacher: ClassVar[bool] = False
     teacher_batch_statistics: ClassVar[bool] = False
 
     @property
@@ -181,13 +148,13 @@ class RecordedPhase:
 
 
 def _checked(pair: Any) -> tuple[Weight, Term]:
-    """A weight and a term, the weight a float or a ramp."""
+    """A weight and a term, the weight a float or a schedule."""
     if not isinstance(pair, tuple | list) or len(pair) != 2 or not isinstance(pair[1], Term):
         raise InputError(
             f"a phase's term must be a pair of a weight and a Term, not {reprlib.repr(pair)}"
         )
     weight, term = pair
-    if not isinstance(weight, Ramp):
+    if not isinstance(weight, Schedule):
         if not isinstance(weight, numbers.Real) or not math.isfinite(weight):
             raise InputError(
                 f"the weight of {type(term).__name__} must be a finite number or a Ramp, not "

@@ -7,6 +7,31 @@ from collections.abc import Mapping
 
 from abflax.errors import unknown
 from abflax.methods.optimizer import Optimizer
+from abflax.methods.terms import (
+    ActivationBoundary,
+    AttentionTransfer,
+    CorrelationCongruence,
+    CorrelationDistillation,
+    CrossEntropy,
+    DecoupledDistillation,
+    FactorTransfer,
+    FlowOfSolution,
+    KnowledgeDistillation,
+    KnowledgeReview,
+    NeuronSelectivity,
+    OverhaulDifference,
+    Paraphrasing,
+    ProbabilisticTransfer,
+    RelationalDistillation,
+    SimilarityPreserving,
+    SoftmaxRegression,
+    Term,
+    VariationalInformation,
+)
+from abflax.methods.weights import Ramp, Weight
+
+WeightedTerms = tuple[tuple[Weight, Term], ...]
+"""(weight, term), …: an objective."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,6 +41,8 @@ class Protocol:
     Attributes:
       summary: one line.
       initialise, classify, joint: the optimizer of each phase.
+      alone: the optimizer of a phase that trains a module without the student. The student's
+        schedule is that of its own epochs then.
       temperature: of knowledge distillation.
       layer_ratio: the weight of a layer relative to the next deeper one.
       transfer_scale: method -> the factor on its transfer loss at transfer weight 1.
@@ -23,6 +50,9 @@ class Protocol:
       same_classes: whether teacher and student tell the same classes apart. Where they do not,
         there are no logits to compare in methods' KD: cross-entropy and DTL take its place, and
         DTL stands beside what a phase before it transfers.
+      objectives: method -> its terms in the initialise and in the classify phase, with their
+        weights and all their fields. Others are unknown to the protocol. None: every method has
+        its own terms, with the choices above.
     """
 
     summary: str
@@ -34,6 +64,8 @@ class Protocol:
     transfer_scale: Mapping[str, float]
     teacher_batch_statistics: bool
     same_classes: bool = True
+    alone: Optimizer = Optimizer()
+    objectives: Mapping[str, tuple[WeightedTerms, WeightedTerms]] | None = None
 
 
 # Sums over neurons begin where the published code has activation boundaries; the others where
@@ -54,9 +86,12 @@ _START = {
     "vid": 1.0,
     "ofd": 1 / 1000,
     "reviewkd": 5.0,
+    "ft": 500.0,
+    "srrl": 1.0,
 }
 
 # The best of each grid, in units of where it began, on CIFAR-10: `experiments/records/search`.
+_SEARCHED_PAPER = {"attention": 0.1 * 500.0}  # 5+25 epochs of a tenth of the images
 _SEARCHED = {
     "activation-boundary": 1.0 * 3 / 1000,
     "attention": 0.1 * 500.0,
@@ -91,6 +126,42 @@ def _transfer(
     )  # fmt: skip
 
 
+def _joint(*terms: tuple[Weight, Term]) -> tuple[WeightedTerms, WeightedTerms]:
+    return terms, terms
+
+
+# Weights of RepDistiller's scripts/run_cifar_distill.sh, beside cross-entropy; from "ofd" on those
+# of the methods' authors, of DKD for wide ResNets.
+_LABELS = (1.0, CrossEntropy())
+_COLLECTION: Mapping[str, tuple[WeightedTerms, WeightedTerms]] = {
+    "cross-entropy": _joint(_LABELS),
+    "kd": _joint((1.0, KnowledgeDistillation(4.0, True, cross_entropy_share=0.1))),
+    "attention": _joint(_LABELS, (1000.0, AttentionTransfer())),
+    "sp": _joint(_LABELS, (3000.0, SimilarityPreserving())),
+    "cc": _joint(_LABELS, (0.02, CorrelationCongruence())),
+    "vid": _joint(_LABELS, (1.0, VariationalInformation())),
+    "rkd": _joint(_LABELS, (25.0, RelationalDistillation(angle_ratio=2.0))),
+    "pkt": _joint(_LABELS, (30000.0, ProbabilisticTransfer())),
+    "activation-boundary": (((3 / 1000, ActivationBoundary(layer_ratio=0.5)),), (_LABELS,)),
+    "ft": (
+        ((1.0, Paraphrasing()),),
+        (_LABELS, (200.0, FactorTransfer(channels_averaged=True))),
+    ),
+    "fsp": (((50.0, FlowOfSolution()),), (_LABELS,)),
+    "nst": _joint(_LABELS, (50.0, NeuronSelectivity())),
+    "ofd": _joint(_LABELS, (1 / 1000, OverhaulDifference(layer_ratio=0.5))),
+    "reviewkd": _joint(_LABELS, (Ramp(0.0, 5.0, 20), KnowledgeReview())),
+    "srrl": _joint(_LABELS, (1.0, SoftmaxRegression())),
+    "dkd": _joint(_LABELS, (Ramp(0.0, 1.0, 20), DecoupledDistillation(4.0, beta=6.0))),
+    "dist": _joint(_LABELS, (1.0, CorrelationDistillation(4.0))),
+    "kd-standardized": _joint(
+        (9.0, KnowledgeDistillation(2.0, True, standardized=True)), (0.1, CrossEntropy())
+    ),
+}
+_COLLECTION_SGD = Optimizer(
+    learning_rate=0.05, drops=(0.625, 0.75, 0.875), drop_factor=10.0, nesterov=False
+)
+
 PROTOCOLS: Mapping[str, Mapping[str, Protocol]] = {
     "paper": {
         "cifar": Protocol(
@@ -101,7 +172,7 @@ PROTOCOLS: Mapping[str, Mapping[str, Protocol]] = {
             temperature=3.0,
             layer_ratio=1.0,
             # Until a search has been made: the published 3/1000, with 1/4 on each layer.
-            transfer_scale={**dict.fromkeys(_SUMS, 3 / 1000 / 4), **_START},
+            transfer_scale={**dict.fromkeys(_SUMS, 3 / 1000 / 4), **_START, **_SEARCHED_PAPER},
             teacher_batch_statistics=False,
         ),
         "transfer": _transfer(_SLOW_SGD, _SLOW_SGD, layer_ratio=1.0, scale=1 / 1000 / 8),
@@ -125,6 +196,20 @@ PROTOCOLS: Mapping[str, Mapping[str, Protocol]] = {
             layer_ratio=0.5,
             scale=1 / 1000,
         ),  # fmt: skip
+    },
+    "repdistiller": {
+        "cifar": Protocol(
+            summary="the recipe of RepDistiller for 240 epochs of batches of 64, later methods too",
+            initialise=dataclasses.replace(_COLLECTION_SGD, drops=()),
+            classify=_COLLECTION_SGD,
+            joint=_COLLECTION_SGD,
+            temperature=4.0,
+            layer_ratio=1.0,
+            transfer_scale={},
+            teacher_batch_statistics=False,
+            alone=dataclasses.replace(_COLLECTION_SGD, learning_rate=0.01, drops=()),
+            objectives=_COLLECTION,
+        ),
     },
 }
 """Name -> setting -> `Protocol`."""

@@ -9,7 +9,7 @@ from typing import Any
 
 from abflax.errors import InputError, require_types, type_hints, unknown
 from abflax.methods.phase import Phase
-from abflax.methods.protocols import Protocol, find_protocol
+from abflax.methods.protocols import Protocol, WeightedTerms, find_protocol
 from abflax.methods.terms import (
     ActivationBoundary,
     AttentionTransfer,
@@ -18,6 +18,8 @@ from abflax.methods.terms import (
     CorrelationDistillation,
     CrossEntropy,
     DecoupledDistillation,
+    DomainDiscrepancy,
+    FactorTransfer,
     FeatureDifference,
     FlowOfSolution,
     JacobianMatching,
@@ -26,15 +28,17 @@ from abflax.methods.terms import (
     LogitRegression,
     NeuronSelectivity,
     OverhaulDifference,
+    Paraphrasing,
     ProbabilisticTransfer,
     RelationalDistillation,
     SimilarityPreserving,
+    SoftmaxRegression,
+    TeacherCrossEntropy,
     Term,
+    TwoDomainDistillation,
     VariationalInformation,
 )
-
-WeightedTerms = tuple[tuple[float, Term], ...]
-"""(weight, term), …: an objective."""
+from abflax.methods.weights import Progressive, Ramp, Schedule, Weight
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +54,8 @@ class Method:
         (`layer_ratio`, `temperature`) and the caller's options replace their fields.
       classifies: whether the method, added to one that transfers, replaces the knowledge
         distillation that this brings, and leaves the initialise phase to it.
+      weights: class of a term -> its weight, where that is not 1 or, of a transfer loss, the
+        protocol's.
     """
 
     summary: str
@@ -57,6 +63,12 @@ class Method:
     initialise: tuple[Term, ...]
     classify: tuple[Term, ...]
     classifies: bool = False
+    weights: Mapping[type[Term], Weight] = dataclasses.field(default_factory=dict)
+
+    @property
+    def transfers(self) -> bool:
+        """Whether one of its terms is a transfer loss."""
+        return any(term.transfers for term in (*self.initialise, *self.classify))
 
 
 def _alone(*terms: Term) -> dict[str, Any]:
@@ -147,8 +159,23 @@ _METHODS: dict[str, Method] = {
     "bss": Method(
         "softened logits, on images and on what the teacher's gradients make of them; and labels",
         "Heo et al., AAAI 2019 (boundary-supporting samples)",
-        **_alone(CrossEntropy(), BoundarySupport()),
+        **_alone(CrossEntropy(), KnowledgeDistillation(), BoundarySupport()),
         classifies=True,
+        # Published: 1 + 3·(1 − e/80) and max(2·(1 − 4/3·e/80), 0) in the epoch e of 80.
+        weights={
+            KnowledgeDistillation: Ramp(4.0, 1.0),
+            BoundarySupport: Ramp(2.0, 0.0, share=0.75),
+        },
+    ),
+    "progressive-uda": Method(
+        "two domains: the teacher adapts to unlabelled target_data, and the student follows it",
+        "Nguyen-Meidine et al., IJCNN 2020",
+        **_alone(TeacherCrossEntropy(), DomainDiscrepancy(), TwoDomainDistillation()),
+        weights={
+            TeacherCrossEntropy: Progressive("teacher"),
+            DomainDiscrepancy: Progressive("discrepancy"),
+            TwoDomainDistillation: Progressive("student"),
+        },
     ),
     "sp": Method(
         "which examples the last layer finds alike, all along",
@@ -184,6 +211,17 @@ _METHODS: dict[str, Method] = {
         "each layer, fused with the deeper ones, against the teacher's; and labels",
         "Chen et al., CVPR 2021",
         **_alone(CrossEntropy(), KnowledgeReview()),
+    ),
+    "ft": Method(
+        "a paraphraser of the teacher's last layer alone; then its factors, and labels",
+        "Kim, Park, Kwak, NeurIPS 2018",
+        initialise=(Paraphrasing(),),
+        classify=(CrossEntropy(), FactorTransfer()),
+    ),
+    "srrl": Method(
+        "the features, also as the teacher's classifier sees them; and labels",
+        "Yang et al., ICLR 2021",
+        **_alone(CrossEntropy(), SoftmaxRegression()),
     ),
     "dtl": Method(
         "labels, and through an extra head the teacher's centred logits over its own classes",
@@ -281,50 +319,80 @@ def _phases(
     kinds = {type(t) for part in parts.values() for t in (*part.initialise, *part.classify)}
     if not protocol.same_classes:
         kinds = {kind for kind in kinds if not kind.same_classes}
-    transfers = any(term.transfers for part in parts.values() for term in part.initialise)
+    transfers = any(part.transfers for part in parts.values())
     if "transfer_weight" in options and not transfers:
         raise InputError(f"method {name} has no transfer loss, so no transfer_weight")
     _require_options(name, kinds, options, transfers)
-    weight = options.get("transfer_weight", 1.0)
-    if not weight > 0:
-        raise InputError(f"transfer_weight must be above 0, not {weight}")
+    factor = options.get("transfer_weight", 1.0)
+    if not factor > 0:
+        raise InputError(f"transfer_weight must be above 0, not {factor}")
+    objectives = {part: _objectives(part, parts[part], protocol, options) for part in parts}
 
-    beside = tuple(parts.values())
-
-    def terms(phase: str) -> WeightedTerms:
+    def terms(phase: int) -> WeightedTerms:
         weighted = [
-            (
-                _scale(part, protocol) * weight if term.transfers else 1.0,
-                _with_options(term, protocol, options),
-            )
+            (_times(factor, weight) if term.transfers else weight, term)
             for part, method in parts.items()
-            for term in _own_terms(method, phase, beside)
+            if phase or not method.classifies or not _replaces_kd(parts)
+            for weight, term in objectives[part][phase]
+            if not (method.transfers and _replaces_kd(parts) and _is_kd(term))
         ]
         return tuple(dict.fromkeys(weighted))
 
-    initialise, classify = terms("initialise"), terms("classify")
+    initialise, classify = terms(0), terms(1)
     if not protocol.same_classes:
         dtl = (protocol.transfer_scale["dtl"], LogitRegression())
         initialise, classify = _for_other_classes(name, initialise, classify, dtl)
     if initialise == classify:
         return (Phase("joint", classify, protocol.joint),)
+    first, second = protocol.initialise, protocol.classify
+    if not any(term.needs_student for _, term in initialise):
+        first, second = protocol.alone, dataclasses.replace(protocol.joint, of_run=False)
     return (
-        Phase("initialise", initialise, protocol.initialise, protocol.teacher_batch_statistics),
-        Phase("classify", classify, protocol.classify),
+        Phase("initialise", initialise, first, protocol.teacher_batch_statistics),
+        Phase("classify", classify, second),
     )
 
 
-def _own_terms(method: Method, phase: str, parts: tuple[Method, ...]) -> tuple[Term, ...]:
-    """The terms that a method brings into a phase of a sum; see `Method.classifies`."""
-    terms: tuple[Term, ...] = getattr(method, phase)
-    transferring = [part for part in parts if any(t.transfers for t in part.initialise)]
-    if not transferring or not any(part.classifies for part in parts):
-        return terms
-    if method.classifies:
-        return terms if phase == "classify" else ()
-    if method in transferring:
-        return tuple(term for term in terms if not isinstance(term, KnowledgeDistillation))
-    return terms
+def _objectives(
+    name: str, method: Method, protocol: Protocol, options: Mapping[str, Any]
+) -> tuple[WeightedTerms, WeightedTerms]:
+    """A method's weighted terms in both phases, with the caller's options."""
+    if protocol.objectives is None:
+        choices = {"layer_ratio": protocol.layer_ratio, "temperature": protocol.temperature}
+        options = {**choices, **options}
+        scale = _scale(name, protocol)
+        phases: tuple[WeightedTerms, ...] = tuple(
+            tuple(
+                (scale if term.transfers else method.weights.get(type(term), 1.0), term)
+                for term in terms
+            )
+            for terms in (method.initialise, method.classify)
+        )
+    elif name in protocol.objectives:
+        phases = protocol.objectives[name]
+    else:
+        raise unknown("method of this protocol", name, protocol.objectives)
+    initialise, classify = (
+        tuple((weight, _with_options(term, options)) for weight, term in terms) for terms in phases
+    )
+    return initialise, classify
+
+
+def _replaces_kd(parts: Mapping[str, Method]) -> bool:
+    """Whether a sum has a method that transfers, and one that classifies in place of its KD."""
+    methods = parts.values()
+    return any(each.transfers for each in methods) and any(each.classifies for each in methods)
+
+
+def _is_kd(term: Term) -> bool:
+    return isinstance(term, KnowledgeDistillation)
+
+
+def _times(factor: float, weight: Weight) -> Weight:
+    if not isinstance(weight, Schedule):
+        return factor * weight
+    assert isinstance(weight, Ramp)  # no transfer loss has another schedule
+    return dataclasses.replace(weight, start=factor * weight.start, end=factor * weight.end)
 
 
 def _for_other_classes(
@@ -367,14 +435,13 @@ def _canonical(method: str) -> str:
     return f"l{float(match[1]):g}" if match else method
 
 
-def _with_options(term: Term, protocol: Protocol, options: dict[str, Any]) -> Term:
-    """Replaces a term's fields by the protocol's choices, then by the caller's.
+def _with_options(term: Term, options: Mapping[str, Any]) -> Term:
+    """Replaces a term's fields by options.
 
     Whole numbers become floats where the field is one: margin 2 and margin 2.0 are the same run.
     """
     hints, names = type_hints(type(term)), {field.name for field in dataclasses.fields(term)}
-    given = {"layer_ratio": protocol.layer_ratio, "temperature": protocol.temperature, **options}
-    fields = {k: float(v) if hints[k] is float else v for k, v in given.items() if k in names}
+    fields = {k: float(v) if hints[k] is float else v for k, v in options.items() if k in names}
     return dataclasses.replace(term, **fields)
 
 

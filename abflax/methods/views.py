@@ -2,7 +2,8 @@
 
 A view is a function of (teacher, images, labels, keys) that makes as many images. The teacher's
 targets and the student's pass on them are then those of any images. A term names the view that it
-reads (`Term.view`), and finds the two networks' passes in `Forward.views`.
+reads (`Term.view`), and finds the two networks' passes in `Forward.views`. `TARGET_DOMAIN` is a
+view too: images of another data set.
 """
 
 from __future__ import annotations
@@ -131,6 +132,9 @@ def boundary_base(
     rank = jnp.argsort(jnp.argsort(-score))
     return right & (rank < size)
 
+
+TARGET_DOMAIN = "target-domain"
+"""The view that is no function of the batch: a batch of the unlabelled images of `target_data`."""
 
 VIEWS: Mapping[str, Callable[[Apply, jax.Array, jax.Array, jax.Array], jax.Array]] = {
     "boundary": boundary_samples,

@@ -15,7 +15,7 @@ from abflax.models.efficientnet import EfficientNetLite
 from abflax.models.mobilenet import MobileNetV1, MobileNetV2
 from abflax.models.resnet import ResNet, ResNet50
 from abflax.models.wide_resnet import WideResNet
-from abflax.taps import Model, Nnx, Tapped, module_of, side_of
+from abflax.taps import Model, Tapped, module_of, side_of
 
 __all__ = [
     "MODELS",
@@ -113,7 +113,7 @@ def model_name(model: Model) -> str:
         taps = ", ".join(f"{name}={path}" for name, path in model.tap_paths)
         return f"{model_name(model.model)} tapped at {taps}" if taps else model_name(model.model)
     side = side_of(model)
-    if isinstance(side, Nnx):
+    if side.digest is not None:
         return f"{side.name}({side.digest})"
     model = module_of(model)
     for known, factory in _NAMED.items():

@@ -5,17 +5,19 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
-from flax import nnx
 
 from abflax.errors import InputError
 from abflax.models import model_name
-from abflax.taps import Model, Nnx, Side, Tapped, side_of, with_side
+from abflax.taps import Model, Side, Tapped, is_nnx, side_of, with_side
+
+if TYPE_CHECKING:
+    from flax import nnx
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -38,7 +40,9 @@ class Network:
     def __post_init__(self) -> None:
         module = self.model.model if isinstance(self.model, Tapped) else self.model
         variables = self.variables
-        if isinstance(module, nnx.Module):
+        if is_nnx(module):
+            from abflax.taps.nnx import Nnx
+
             side, own = Nnx.split(module)
             object.__setattr__(self, "model", with_side(self.model, side))
             variables = own if variables is None else variables
@@ -55,16 +59,13 @@ class Network:
     @property
     def module(self) -> nnx.Module:
         """A new NNX module with the network's weights."""
-        side = side_of(self.model)
-        if not isinstance(side, Nnx):
-            raise InputError(f"{side.name} is a Linen module: use it with the network's variables")
-        return side.merge(self.variables)
+        return side_of(self.model).merge(self.variables)
 
 
 def as_network(model: Any) -> Any:
     """Returns the `Network` of an NNX module, which brings its weights; else what was given."""
     module = model.model if isinstance(model, Tapped) else model
-    return Network(model) if isinstance(module, nnx.Module) else model
+    return Network(model) if is_nnx(module) else model
 
 
 def require_network(what: str, model: Any) -> Network:

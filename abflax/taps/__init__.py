@@ -1,14 +1,15 @@
 """Runs networks for their taps, the named pre-activations, and finds what can be tapped."""
 
-from abflax.taps.nnx import Nnx
 from abflax.taps.norms import run_with_norms
 from abflax.taps.running import (
     Forward,
     Model,
     Tapped,
     abstract_forward,
+    is_nnx,
     module_of,
     number_of_logits,
+    require_model,
     run_model,
     side_of,
     sow_features,
@@ -24,15 +25,16 @@ __all__ = [
     "Candidate",
     "Forward",
     "Model",
-    "Nnx",
     "Side",
     "Tapped",
     "abstract_forward",
+    "is_nnx",
     "marked",
     "module_of",
     "moved_statistics",
     "number_of_logits",
     "rectified_taps",
+    "require_model",
     "run_model",
     "run_with_norms",
     "side_of",

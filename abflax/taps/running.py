@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
+import typing
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeGuard
 
 import jax
 from flax import linen as nn
-from flax import nnx, struct
+from flax import struct
 
-from abflax.errors import InputError
+from abflax.errors import InputError, brief
 from abflax.taps.linen import Linen
-from abflax.taps.nnx import Nnx
 from abflax.taps.paths import tapped_at
 from abflax.taps.sides import COLLECTION, Side
+
+if TYPE_CHECKING:
+    from flax import nnx
 
 FEATURES = "features"
 
@@ -102,16 +106,32 @@ class Tapped:
         object.__setattr__(self, "output", output)
 
 
-Model = nn.Module | nnx.Module | Side | Tapped
+Model: TypeAlias = "nn.Module | nnx.Module | Side | Tapped"
 """A module that sows its taps, or a `Tapped` one; `Side` is how the engine holds a module."""
+
+
+def is_nnx(model: object) -> TypeGuard[nnx.Module]:
+    """Whether a model is an NNX module. `flax.nnx`, which is slow to import, is left alone."""
+    nnx = sys.modules.get("flax.nnx")
+    return nnx is not None and isinstance(model, nnx.Module)
+
+
+def require_model(what: str, model: object) -> None:
+    """Raises `InputError` if what was given is not a `Model`."""
+    if not is_nnx(model) and not isinstance(model, nn.Module | Side | Tapped):
+        raise InputError(
+            f"{what} must be a Linen or NNX module, or a Tapped one, not {brief(model)}"
+        )
 
 
 def side_of(model: Model) -> Side:
     """Returns what the engine knows of a model, without its taps."""
     inner = model.model if isinstance(model, Tapped) else model
-    if isinstance(inner, nnx.Module):
+    if is_nnx(inner):
+        from abflax.taps.nnx import Nnx
+
         return Nnx.split(inner)[0]
-    return Linen(inner) if isinstance(inner, nn.Module) else inner
+    return Linen(inner) if isinstance(inner, nn.Module) else typing.cast(Side, inner)
 
 
 def with_side(model: Model, side: Side) -> Side | Tapped:

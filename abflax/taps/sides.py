@@ -7,11 +7,14 @@ import contextvars
 import dataclasses
 import inspect
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 
 from abflax.errors import InputError
+
+if TYPE_CHECKING:
+    from flax import nnx
 
 Path = tuple[str, ...]
 
@@ -57,6 +60,11 @@ class Side(abc.ABC):
         """The name of the model's class."""
 
     @property
+    def digest(self) -> str | None:
+        """Eight hexadecimal digits of its variables' names and shapes; None: fields say them."""
+        return None
+
+    @property
     @abc.abstractmethod
     def dtypes(self) -> dict[str, Any]:
         """The model's `dtype` and `param_dtype`, as far as it has such fields."""
@@ -85,6 +93,10 @@ class Side(abc.ABC):
         capture: bool,
     ) -> Pass:
         """Runs the model once; `capture` says whether to record what its modules return."""
+
+    def merge(self, variables: Mapping[str, Any]) -> nnx.Module:
+        """Makes an NNX module with these variables. Raises `InputError` for a Linen module."""
+        raise InputError(f"{self.name} is a Linen module: use it with the network's variables")
 
 
 def mode_arguments(kind: type, train: bool) -> dict[str, Any]:

@@ -9,14 +9,21 @@ from typing import Any
 
 import jax
 import numpy as np
-from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from abflax.errors import require_instances
 from abflax.taps.dataflow import Dataflow
-from abflax.taps.nnx import Nnx
 from abflax.taps.paths import scanned
-from abflax.taps.running import FEATURES, Model, Tapped, logits_of, run_model, side_of
+from abflax.taps.running import (
+    FEATURES,
+    Model,
+    Tapped,
+    is_nnx,
+    logits_of,
+    require_model,
+    run_model,
+    side_of,
+)
 from abflax.taps.sides import COLLECTION, Path
 
 _NO_OUTPUT = (
@@ -83,9 +90,12 @@ def suggest(model: Model, variables: Any = None, images: Any = None) -> tuple[Ca
       >>> marked(candidates)
       {'layer1': 'Conv_0', 'layer2': 'Conv_1'}
     """
-    require_instances({"model": (model, Model), "variables": (variables, Mapping | None)})
+    require_model("model", model)
+    require_instances({"variables": (variables, Mapping | None)})
     module = model.model if isinstance(model, Tapped) else model
-    if isinstance(module, nnx.Module):
+    if is_nnx(module):
+        from abflax.taps.nnx import Nnx
+
         module, own = Nnx.split(module)
         variables = own if variables is None else variables
     side = side_of(module)

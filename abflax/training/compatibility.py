@@ -14,9 +14,9 @@ import jax
 import jax.numpy as jnp
 
 from abflax.config import RunConfig
-from abflax.data import Batches, Dataset, ImageFiles, OwnAugmentation, TrainData
+from abflax.data import Batches, Dataset, DataSets, ImageFiles, OwnAugmentation, TrainData
 from abflax.errors import InputError, brief
-from abflax.methods import Phase
+from abflax.methods import TARGET_DOMAIN, Phase
 from abflax.methods.terms import ActivationBoundary
 from abflax.models.checks import (
     require_classes,
@@ -35,10 +35,11 @@ def require_compatible(
     config: RunConfig,
     student: Model | Network,
     teacher: Network | None,
-    data: TrainData,
-    test: Dataset | ImageFiles | None,
+    data_sets: DataSets,
 ) -> None:
     """Raises where method, networks and data cannot go together."""
+    phases, data = config.phases(), data_sets.train
+    _require_data(config, phases, data_sets)
     if isinstance(student, Network):
         given, student = student.variables, student.model
         require_part("the student's weights", student, given, data.image_shape)
@@ -48,10 +49,9 @@ def require_compatible(
         )
     if isinstance(data, Batches):
         _require_loader(config, data)
-    phases = config.phases()
     if config.augment is not None:
         config.augment.require_fits(config.batch_size, data.image_shape)
-    drifts = any(phase.teacher_batch_statistics for phase in phases)
+    drifts = any(phase.teacher_batch_statistics or phase.trains_teacher for phase in phases)
     require_runs("the student", student, data.image_shape, train=True, dropout=True)
     require_classes("the student", student, data.image_shape, data.num_classes)
     if any(phase.needs_teacher for phase in phases) and teacher is None:
@@ -61,8 +61,6 @@ def require_compatible(
         require_fits("the teacher's weights", teacher.model, teacher.variables, data.image_shape)
     if any(isinstance(term, ActivationBoundary) for phase in phases for _, term in phase.terms):
         _warn_of_rectified_taps(student, data.image_shape)
-    if test is not None:
-        _require_alike(data, test)
 
 
 def _require_loader(config: RunConfig, data: Batches) -> None:
@@ -75,25 +73,43 @@ def _require_loader(config: RunConfig, data: Batches) -> None:
     settings = {"fraction": config.fraction != 1, "per_class": config.per_class is not None}
     for name in (each for each in (*settings, "views") if settings.get(each, config.views)):
         raise InputError(f"a loader gives whole batches in its own order, so {name} is said there")
+    if config.target_data is not None:
+        raise InputError("a loader does not go with target_data: give both as a Dataset")
     if jax.process_count() > 1:
         raise InputError("a loader is read by one process: here are several")
 
 
-def _require_alike(data: TrainData, test: Dataset | ImageFiles) -> None:
-    """Raises `InputError` where held-out images cannot be those of the training data."""
-    if test.image_shape != data.image_shape:
-        raise InputError(
-            f"the test images have shape {test.image_shape}, the training images {data.image_shape}"
-        )
-    if test.num_classes > data.num_classes:
+def _require_data(config: RunConfig, phases: Sequence[Phase], data_sets: DataSets) -> None:
+    """Raises `InputError` where data sets do not go together, or with the method."""
+    data, test, target = data_sets.train, data_sets.test, data_sets.target
+    for what, given in (("training", data), ("test", test)):
+        if given is not None and not given.num_classes:
+            raise InputError(f"the {what} data have no labels: Dataset(images, labels)")
+    reads_target = any(TARGET_DOMAIN in phase.views for phase in phases)
+    if reads_target != (target is not None):
+        needs = "needs target_data" if reads_target else "does not read target_data"
+        raise InputError(f"method {config.method} {needs}: unlabelled images of another domain")
+    for what, other in (("target", target), ("test", test)):
+        if other is not None:
+            _require_alike(what, other, data)
+    if test is not None and test.num_classes > data.num_classes:
         raise InputError(
             f"the test images are of {test.num_classes} classes, the training images of "
             f"{data.num_classes}"
         )
-    ours, theirs = data.preprocessing, test.preprocessing
+
+
+def _require_alike(what: str, other: Dataset | ImageFiles, data: TrainData) -> None:
+    """Raises `InputError` where other data have another shape or normalization."""
+    if other.image_shape != data.image_shape:
+        raise InputError(
+            f"the {what} images have shape {other.image_shape}, the training images "
+            f"{data.image_shape}"
+        )
+    ours, theirs = data.preprocessing, other.preprocessing
     if (ours.mean, ours.std) != (theirs.mean, theirs.std):
         raise InputError(
-            f"the test images are normalized by {theirs.mean} and {theirs.std}, the training "
+            f"the {what} images are normalized by {theirs.mean} and {theirs.std}, the training "
             f"images by {ours.mean} and {ours.std}"
         )
 
@@ -156,8 +172,8 @@ def require_cacheable(
             )
         if phase.views:
             raise InputError(
-                f"phase {phase.name} makes images from random keys at every step (the view "
-                f"{phase.views[0]}), so its targets cannot be cached"
+                f"phase {phase.name} reads other images at every step (the view {phase.views[0]}), "
+                "so its targets cannot be cached"
             )
 
 

@@ -17,7 +17,6 @@ from abflax.methods.objective import (
     Objective,
     apply_connectors,
     connected_taps,
-    make_targets,
     student_loss,
 )
 from abflax.taps import run_model
@@ -32,8 +31,8 @@ def find_nonfinite(
     teacher_params: Any,
     images: jax.Array,
     labels: jax.Array,
+    targets: tuple[Any, ...],
     dropout_key: jax.Array | None = None,
-    view_keys: jax.Array | None = None,
 ) -> dict[str, list[dict[str, jax.Array]]]:
     """Finds the arrays of a step that are not finite, on any device.
 
@@ -43,8 +42,8 @@ def find_nonfinite(
       teacher_params: the teacher's weights.
       images: this device's share, normalized.
       labels: of the images.
+      targets: as `make_targets` computes them for these images.
       dropout_key: as `train_step` takes it.
-      view_keys: as `make_targets` takes them.
 
     Returns:
       "sources" (images and weights), "taps" (pre-activations and logits; the teacher's, the
@@ -65,8 +64,8 @@ def find_nonfinite(
     phase, params, stats = objective.phase, state.params, state.batch_stats
     sources, taps = [bad("the images", images)], []
     if objective.teacher is not None:
-        variables = {"params": teacher_params, **stats["teacher"]}
-        train = phase.teacher_batch_statistics
+        variables = {"params": params.get("teacher", teacher_params), **stats["teacher"]}
+        train = phase.teacher_batch_statistics or phase.trains_teacher
         teacher = run_model(objective.teacher, variables, images, train=train)
         sources += weights("the teacher's", variables)
         taps += passed("the teacher's", teacher.taps) + [
@@ -76,9 +75,6 @@ def find_nonfinite(
     student = run_model(objective.student, variables, images, train=True, dropout_key=dropout_key)
     sources += weights("the student's", {"params": params["student"]})
     taps += passed("the student's", student.taps) + [bad("the student's logits", student.logits)]
-    targets, _ = make_targets(
-        objective, teacher_params, stats["teacher"], images, labels, view_keys
-    )
     for index, connectors in enumerate(objective.connectors):
         if connectors is not None:
             view, _, _ = apply_connectors(

@@ -31,9 +31,10 @@ import numpy as np
 import optax
 
 from abflax.config import RunConfig
-from abflax.data import Batches, Dataset, ImageFiles, TrainData
+from abflax.data import Batches, Dataset, DataSets, TrainData
 from abflax.errors import InputError
 from abflax.methods import Phase, PhaseSchedule, bind
+from abflax.methods.objective import begin as first_state
 from abflax.methods.objective import make_targets, student_loss
 from abflax.methods.optimizer import OwnOptimizer
 from abflax.metrics import Metric
@@ -63,8 +64,7 @@ Fingerprint = dict[str, dict[str, str]]
 def fingerprints(
     members: Sequence[tuple[RunConfig, Model | Network]],
     teacher: Network | None,
-    data: TrainData,
-    test: Dataset | ImageFiles | None,
+    data_sets: DataSets,
     anchors: Sequence[Network] = (),
     metrics: Mapping[str, Metric] | None = None,
 ) -> dict[str, Fingerprint]:
@@ -73,18 +73,20 @@ def fingerprints(
     Args:
       members: (configuration, student) of each run.
       teacher: as `abflax.distill` takes it.
-      data: the training data, of which the runs may use a share.
-      test: held-out data.
+      data_sets: the training data, of which the runs may use a share; and others.
       anchors: the teachers before it.
       metrics: the user's, by name.
     """
+    data = data_sets.train
     precision, shape = members[0][0].precision, data.image_shape
-    shared = {f"training {name}": value for name, value in _data_digests(data).items()}
-    if test is not None:
-        shared |= {f"test {name}": value for name, value in _data_digests(test).items()}
+    shared: dict[str, str] = {}
+    for what, given in (("training", data), ("test", data_sets.test), ("target", data_sets.target)):
+        if given is not None:
+            shared |= {f"{what} {name}": value for name, value in _data_digests(given).items()}
     if teacher is not None:
+        trained = any(phase.trains_teacher for config, _ in members for phase in config.phases())
         shared["teacher's weights"] = digest(teacher.variables)
-        shared[f"teacher's {_PROGRAM}"] = _program_digest(teacher.model, precision, shape, False)
+        shared[f"teacher's {_PROGRAM}"] = _program_digest(teacher.model, precision, shape, trained)
     for index, anchor in enumerate(anchors, 1):
         shared[f"anchor {index}'s weights"] = digest(anchor.variables)
         shared[f"anchor {index}'s {_PROGRAM}"] = _program_digest(
@@ -99,6 +101,7 @@ def fingerprints(
             own["student's first weights"] = digest(student.variables)
             student = student.model
         own[f"student's {_PROGRAM}"] = _program_digest(student, precision, shape, True)
+        before = None
         for phase in config.phases():
             if isinstance(phase.optimizer, OwnOptimizer):
                 own[f"{phase.name} optimizer's {_PROGRAM}"] = _optimizer_digest(
@@ -107,8 +110,9 @@ def fingerprints(
             if any(not type(term).__module__.startswith("abflax.") for _, term in phase.terms):
                 model = None if teacher is None else teacher.model
                 own[f"phase {phase.name}'s {_PROGRAM}"] = _objective_digest(
-                    student, model, phase, precision, shape
+                    student, model, phase, before, precision, shape
                 )
+            before = phase
         inputs = shared | own
         found[config.hash] = {"inputs": inputs, "surroundings": flags, "versions": _versions()}
     return found
@@ -273,9 +277,17 @@ def _optimizer_digest(optimizer: OwnOptimizer, student: Model, shape: tuple[int,
 
 
 def _objective_digest(
-    student: Model, teacher: Model | None, phase: Phase, precision: str, shape: tuple[int, ...]
+    student: Model,
+    teacher: Model | None,
+    phase: Phase,
+    before: Phase | None,
+    precision: str,
+    shape: tuple[int, ...],
 ) -> str:
-    """Digests what a phase computes: its modules' first weights, targets, loss and gradients."""
+    """Digests what a phase computes: its modules' first weights, targets, loss and gradients.
+
+    The first weights may be taken from the modules of the phase before.
+    """
     student = configure_model(student, precision, None)
     teacher = None if teacher is None else configure_model(teacher, precision, None)
     objective = bind(student, teacher, phase, shape)
@@ -284,13 +296,17 @@ def _objective_digest(
     theirs = {} if teacher is None else dict(abstract_variables(teacher, shape))
     params = theirs.pop("params", {})
 
-    def begin(student: Any, stats: Any, key: jax.Array) -> Any:
-        return create_train_state(objective, optax.identity(), student, stats, key, shape)
+    def begin(student: Any, stats: Any, key: jax.Array, teacher: Any, modules: Any) -> Any:
+        return create_train_state(
+            objective, optax.identity(), student, stats, key, shape, teacher, modules
+        )
 
     def compute(state: Any, teacher_params: Any, images: Any, labels: Any, key: Any) -> Any:
         stats = state.batch_stats
         keys = jax.random.split(key, len(images))
-        targets, _ = make_targets(objective, teacher_params, stats["teacher"], images, labels, keys)
+        targets, _ = make_targets(
+            objective, teacher_params, stats["teacher"], images, labels, keys, images
+        )
 
         def loss(params: Any) -> Any:
             arguments = (params, stats, targets, images, labels, key, state.step)
@@ -298,7 +314,12 @@ def _objective_digest(
 
         return jax.value_and_grad(loss, has_aux=True)(state.params), targets
 
-    first = (abstract_variables(student, shape), theirs, key)
+    variables, modules = abstract_variables(student, shape), {}
+    if before is not None:
+        earlier = functools.partial(first_state, bind(student, teacher, before, shape))
+        start = jax.eval_shape(lambda own, key: earlier(own, key, shape)[0], variables, key)
+        modules = start["connectors"]
+    first = (variables, theirs, key, params, modules)
     state = jax.eval_shape(begin, *first)
     texts = _lowered(begin, *first), _lowered(compute, state, params, images, labels, key)
     return hashlib.sha256("".join(texts).encode()).hexdigest()[:16]

@@ -11,10 +11,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from abflax.config import Resources, RunConfig
-from abflax.data import Batches, Dataset, ImageFiles, Stream, TrainData, few_shot_subset, subset
+from abflax.data import (
+    Batches,
+    Dataset,
+    DataSets,
+    Stream,
+    TrainData,
+    few_shot_subset,
+    subset,
+)
 from abflax.metrics import Metric
 from abflax.models.network import Network, configure_model
-from abflax.models.variables import floats_in
+from abflax.models.variables import floats_in, not_finite
 from abflax.runtime.reporter import NullReporter, Reporter
 from abflax.taps import Model
 from abflax.training.devices import (
@@ -57,8 +65,7 @@ class TrainingGroup:
     Args:
       config: of any of the runs: they have its `group_key` in common.
       teachers: the anchors in their order, and the teacher; empty where there is none.
-      data: the training data, of which the configuration's share is used.
-      test: the held-out data; None: nothing is measured.
+      data_sets: the training data, of which the configuration's share is used; and others.
       resources: see `abflax.Resources`.
       size: how many runs there are.
       keep_going: whether a run that fails leaves the others running.
@@ -70,8 +77,7 @@ class TrainingGroup:
         self,
         config: RunConfig,
         teachers: Sequence[Network],
-        data: TrainData,
-        test: Dataset | ImageFiles | None,
+        data_sets: DataSets,
         resources: Resources,
         *,
         size: int = 1,
@@ -84,13 +90,14 @@ class TrainingGroup:
         devices = usable_devices(resources.devices)
         shard_batch(np.zeros((1, config.batch_size)), devices)  # raises if it does not divide
         self.environment = environment(devices)
+        data, test, target = data_sets.train, data_sets.test, data_sets.target
         self.data = _selected(data, config)
         streamed = not isinstance(data, Dataset)
         default = default_steps_per_dispatch(devices, streamed)
         self.steps_per_dispatch = resources.steps_per_dispatch or default
         self.spec = InputSpec(
             dataclasses.replace(data.preprocessing, views=config.views), data.image_shape, devices,
-            streamed, self.steps_per_dispatch,
+            streamed, self.steps_per_dispatch, target.preprocessing if target is not None else None,
             augment=None if config.augment is None else config.augment.made,
         )  # fmt: skip
         self.teachers = [_placed(each, config.precision, devices) for each in teachers]
@@ -101,8 +108,9 @@ class TrainingGroup:
             self.inputs = LoaderInputs(self.data, self.spec)
         else:
             stream = Stream(len(self.data), config.batch_size, config.seeds.order)
-            seed = config.seeds.augmentation
-            self.inputs = OrderedInputs(self.data, stream, self.spec, seed, resources.workers)
+            self.inputs = OrderedInputs(
+                self.data, stream, self.spec, config.seeds.augmentation, resources.workers, target
+            )
         self.evaluation = None
         if test is not None:
             self.evaluation = Evaluation(test, devices, resources.workers, metrics)
@@ -164,6 +172,6 @@ def _placed(network: Network, precision: str, devices: Sequence[jax.Device]) -> 
     # Copies: what is not trained is donated with the state.
     variables = jax.tree.map(np.array, dict(network.variables))
     variables = {"batch_stats": {}, **floats_in(jnp.result_type(float), variables)}
-    finite = all(bool(np.isfinite(leaf).all()) for leaf in jax.tree.leaves(variables))
+    finite = not not_finite(variables)
     params = replicate(variables.pop("params"), devices)
     return Teacher(configure_model(network.model, precision, AXIS), params, variables, finite)

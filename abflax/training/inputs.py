@@ -75,6 +75,8 @@ class OrderedInputs:
       spec: how they reach the devices.
       seed: of the random crops.
       workers: processes that decode image files; None: one a core, 16 at most.
+      target: unlabelled data of another domain, of which each step gets as many images; None: there
+        are none.
     """
 
     def __init__(
@@ -84,6 +86,7 @@ class OrderedInputs:
         spec: InputSpec,
         seed: int,
         workers: int | None,
+        target: Dataset | None = None,
     ) -> None:
         def crops(step: int) -> Crops:
             (examples,), (epochs,) = (each.tolist() for each in stream.batches(step, 1))
@@ -94,6 +97,11 @@ class OrderedInputs:
         self._images = _Images(data, spec.devices, crops, stream.batch_size, ahead, workers)
         self.close = self._images.close
         self.position = None
+        self._target: tuple[Stream, dict[str, jax.Array]] | None = None
+        if target is not None:
+            # A seed that no run has: in the order of the source, data in pairs would stay in pairs.
+            own = Stream(len(target), stream.batch_size, stream.seed + 2**32)
+            self._target = own, replicate(target.arrays(), spec.devices)
 
     @property
     def resident(self) -> dict[str, jax.Array]:
@@ -107,11 +115,18 @@ class OrderedInputs:
 
     def __call__(self, step: int, count: int, position: str | None = None) -> StepInputs:
         """The inputs of a dispatch; see `TrainInputs`."""
-        size = self._spec.steps_per_dispatch
+        target, size = None, self._spec.steps_per_dispatch
+        if self._target is not None:
+            stream, resident = self._target
+            target = StepInputs(**resident, **self._shared(stream.batches(step, size)))
         order = self._stream.batches(step, size)
-        examples, epochs = (shard_batch(each, self._spec.devices) for each in order)
         images = self._images(step, count, order[0])
-        return StepInputs(**images, examples=examples, epochs=epochs)
+        return StepInputs(**images, **self._shared(order), target=target)
+
+    def _shared(self, order: tuple[np.ndarray, np.ndarray]) -> dict[str, np.ndarray]:
+        """Examples and epochs of the steps, each device's share."""
+        examples, epochs = (shard_batch(each, self._spec.devices) for each in order)
+        return {"examples": examples, "epochs": epochs}
 
 
 class LoaderInputs:

@@ -24,7 +24,7 @@ from abflax.methods import Objective, Phase, PhaseSchedule, bind
 from abflax.methods.objective import make_all_targets, make_targets, trainable_mask
 from abflax.metrics import Metric
 from abflax.models.variables import init_variables
-from abflax.taps import Model
+from abflax.taps import Model, run_model
 from abflax.training.devices import AXIS, local_devices
 from abflax.training.diagnosis import find_nonfinite
 from abflax.training.step import (
@@ -38,6 +38,7 @@ from abflax.training.step import (
 _DROPOUT = 1  # folded into an example's key; the augmentation has the key before this fold
 _VIEW = 2  # likewise, for views
 _AUGMENT = 3  # likewise, for an augmentation of the user's
+_TARGET = 2**32 - 1  # folded into the augmentation's key, for target data; no epoch is as late
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +52,7 @@ class InputSpec:
       streamed: whether each dispatch brings its own images and labels; else the data set is on the
         devices.
       steps_per_dispatch: the most steps that one dispatch makes.
+      target: likewise of the unlabelled images of another domain; None: there are none.
       dtype: the default floating dtype when the program is traced.
       augment: of the user's, of training images; None: there is none.
       metrics: of the user's, by name: what an evaluation measures besides.
@@ -61,6 +63,7 @@ class InputSpec:
     devices: tuple[jax.Device, ...]
     streamed: bool = False
     steps_per_dispatch: int = 1
+    target: Preprocessing | None = None
     dtype: Any = dataclasses.field(default_factory=lambda: jnp.result_type(float))
     augment: Augment | None = None
     metrics: tuple[tuple[str, Metric], ...] = ()
@@ -77,6 +80,7 @@ class StepInputs:
       examples: which examples each step sees, `[devices, steps, share]`.
       epochs: the epoch of each of them, likewise; None in evaluation.
       mask: False for padding, likewise; None in training.
+      target: likewise of the other domain, whose data set is on the devices; None: there is none.
     """
 
     images: Any
@@ -84,12 +88,14 @@ class StepInputs:
     examples: Any
     epochs: Any = None
     mask: Any = None
+    target: Any = None
 
 
 def _axes(spec: InputSpec) -> StepInputs:
     """The axis of each input that is split over the devices."""
     data = 0 if spec.streamed else None
-    return StepInputs(images=data, labels=data, examples=0, epochs=0, mask=0)
+    target = None if spec.target is None else StepInputs(None, None, 0, 0, 0)
+    return StepInputs(images=data, labels=data, examples=0, epochs=0, mask=0, target=target)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -99,7 +105,9 @@ class PhaseProgram:
     Attributes:
       objective, optimizer: what a step is made of.
       init: key -> variables of a new student.
-      begin: (student variables, teacher statistics, key) -> the phase's first `TrainState`.
+      begin: (student variables, teacher statistics, key, teacher params, the connectors' params of
+        the phase before) -> the phase's first `TrainState`. Without the last two, its shapes,
+        unless the teacher is trained along.
       targets: (teacher params, teacher statistics, images, examples, views) -> the targets of
         those views of those examples, booleans packed into bytes; all `[devices, share, ...]`.
         Each process computes its own share, on its own devices.
@@ -128,12 +136,20 @@ def compile_phase(
     """
     shape = spec.image_shape
     objective = bind(
-        student, teacher, phase, shape, axis_name=AXIS, steps_per_epoch=schedule.steps_per_epoch
+        student,
+        teacher,
+        phase,
+        shape,
+        axis_name=AXIS,
+        steps_per_epoch=schedule.steps_per_epoch,
+        epochs=schedule.epochs,
     )
     optimizer = phase.transformation(schedule, trainable_mask(objective, shape))
 
-    def begin(variables: Any, teacher_stats: Any, key: jax.Array) -> TrainState:
-        return create_train_state(objective, optimizer, variables, teacher_stats, key, shape)
+    def begin(variables: Any, teacher_stats: Any, key: jax.Array, *start: Any) -> TrainState:
+        return create_train_state(
+            objective, optimizer, variables, teacher_stats, key, shape, *start
+        )
 
     return PhaseProgram(
         objective=objective,
@@ -218,7 +234,7 @@ def _train_steps(
         # The teacher's statistics are the same in all states: it saw the same batches.
         targets, stats = _targets_of_all(
             programs, teacher_params, states[0].batch_stats["teacher"], images, labels,
-            _view_keys(examples, epochs, key),
+            _view_keys(examples, epochs, key), _target_batch(inputs, index, key, spec),
             _cached_rows(cached, examples, epochs, key, spec.preprocessing),
         )  # fmt: skip
         trained = (
@@ -252,13 +268,14 @@ def _targets_of_all(
     images: jax.Array,
     labels: jax.Array,
     keys: jax.Array | None,
+    target_images: jax.Array | None,
     packed: Any | None,
 ) -> tuple[tuple[Any, ...], Any]:
     """The targets for each student, from the cache or from one pass of the teacher."""
     objectives = tuple(program.objective for program in programs)
     compute = functools.partial(make_all_targets, objectives, teacher_params, teacher_stats)
     if packed is None:
-        return compute(images, labels, keys)
+        return compute(images, labels, keys, target_images)
     return _unpack(packed, jax.eval_shape(compute, images)[0]), teacher_stats
 
 
@@ -334,6 +351,16 @@ def _augment_whole(
     return jax.lax.dynamic_slice_in_dim(augmented, jax.lax.axis_index(AXIS) * share, share)
 
 
+def _target_batch(
+    inputs: StepInputs, index: Any, key: jax.Array, spec: InputSpec
+) -> jax.Array | None:
+    """The images of the other domain, likewise; None: there is none."""
+    if spec.target is None:
+        return None
+    own = dataclasses.replace(spec, preprocessing=spec.target)
+    return _training_batch(inputs.target, index, jax.random.fold_in(key, _TARGET), own)[0]
+
+
 def _images(inputs: StepInputs, index: Any) -> jax.Array:
     """The stored images of the step with that index."""
     resident = inputs.images.ndim == 4
@@ -374,7 +401,16 @@ def _find_nonfinite(
     images, labels = _training_batch(inputs, 0, key, spec)
     dropout_key = _batch_key(inputs.examples[0], inputs.epochs[0], key, _DROPOUT)
     view_keys = _view_keys(inputs.examples[0], inputs.epochs[0], key)
-    return find_nonfinite(objective, state, teacher_params, images, labels, dropout_key, view_keys)
+    targets, _ = make_targets(
+        objective,
+        teacher_params,
+        state.batch_stats["teacher"],
+        images,
+        labels,
+        view_keys,
+        _target_batch(inputs, 0, key, spec),
+    )
+    return find_nonfinite(objective, state, teacher_params, images, labels, targets, dropout_key)
 
 
 def _evaluate(
@@ -392,8 +428,24 @@ def _evaluate(
         images = normalize(_images(inputs, index), spec.preprocessing)
         labels = _labels(inputs, index)
         teacher = teacher_forward(objectives, teacher_params, teacher_stats, images)
+
+        def moved(objective: Objective, params: Any, stats: Any) -> Any:
+            if objective.teacher is None or not objective.phase.trains_teacher:
+                return teacher
+            variables = {"params": params["teacher"], **stats["teacher"]}
+            return run_model(objective.teacher, variables, images, train=False)
+
         return tuple(
-            eval_step(objective, params, stats, teacher, images, labels, mask, spec.metrics)
+            eval_step(
+                objective,
+                params,
+                stats,
+                moved(objective, params, stats),
+                images,
+                labels,
+                mask,
+                spec.metrics,
+            )
             for objective, (params, stats) in zip(objectives, students, strict=True)
         )
 

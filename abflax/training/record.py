@@ -15,11 +15,16 @@ Schema 1. A record is an object with
   only where both have the same neurons), `silent` (layer -> share of the student's neurons, each
   a channel at a position and before any connector, that fire on no held-out image; not in
   records made before it was measured), `metrics` (name -> mean of a metric of the user's, where
-  there are some); `ema`: the same of averaged weights, where there are some};
-- `result`: `test_error` and `agreement` of the last entry, `best_test_error`, `best_epoch`, and
-  `initialise_agreement`: agreement at the end of the initialise phase, if there was one;
-  `metrics` of the last entry, where there are some;
+  there are some); `teacher_test_error`, where the teacher is trained along; `ema`: the same of
+  averaged weights, where there are some};
+- `result`: `test_error`, `agreement` and, if there is one, `teacher_test_error` of the last entry,
+  `best_test_error`, `best_epoch`, and `initialise_agreement`: agreement at the end of the
+  initialise phase, if there was one; `metrics` of the last entry, where there are some;
   `ema_test_error` of the last entry, where there are averaged weights;
+- `images`: what the student takes: `shape` (height, width, channels), `dtype`, and the `mean` and
+  `std` that pixels are normalized with; of image files also `classes`, their names in the order of
+  the logits, and `shorter_side`, what an image is resized to before its central crop (not in
+  records made before it was written);
 - `weights`: the digest of the student's weights, as `abflax.Network` has it in its name (not in
   records made before it was written);
 - `ema_weights`: likewise of the averaged weights, where there are some;
@@ -58,6 +63,8 @@ import jax
 import pydantic
 
 from abflax.config import RunConfig
+from abflax.data import Batches, Dataset, ImageFiles
+from abflax.data.decoding import resized_side
 from abflax.errors import InputError, path_error
 from abflax.storage.files import as_json, read_json, write_whole
 
@@ -94,15 +101,32 @@ def device_name(device: jax.Device) -> str:
     return f"{model}, {os.cpu_count()} cores"
 
 
+def describe_images(data: Dataset | ImageFiles | Batches) -> dict[str, Any]:
+    """What a student of that data takes, as records hold it."""
+    images: dict[str, Any] = {
+        "shape": list(data.image_shape),
+        "dtype": str(data.dtype),
+        "mean": list(data.preprocessing.mean),
+        "std": list(data.preprocessing.std),
+    }
+    if isinstance(data, ImageFiles):
+        images |= {"classes": list(data.classes), "shorter_side": resized_side(data.side)}
+    return images
+
+
 def make_record(
     config: RunConfig,
     phases: list[dict[str, Any]],
     history: list[dict[str, Any]],
+    images: dict[str, Any],
     weights: str,
     seconds: float,
     made_by: dict[str, Any],
 ) -> dict[str, Any]:
-    """The record of a finished run; see the schema above. `made_by`: from `environment`."""
+    """The record of a finished run; see the schema above.
+
+    `images` is from `describe_images`, `made_by` from `environment`.
+    """
     last = history[-1]
     result: dict[str, Any] = {}
     if "test_error" in last:
@@ -115,6 +139,8 @@ def make_record(
         }
         if "metrics" in last:
             result["metrics"] = last["metrics"]
+        if "teacher_test_error" in last:
+            result["teacher_test_error"] = last["teacher_test_error"]
         if "test_error" in last.get("ema", {}):
             result["ema_test_error"] = last["ema"]["test_error"]
         initialised = [entry for entry in history if entry["phase"] == "initialise"]
@@ -128,6 +154,7 @@ def make_record(
         "phases": phases,
         "history": history,
         "result": result,
+        "images": images,
         "weights": weights,
         "seconds": round(seconds, 3),
         "environment": made_by,

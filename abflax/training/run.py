@@ -17,6 +17,7 @@ from abflax.data import Batches
 from abflax.errors import DiskError, InputError, NonFiniteError
 from abflax.methods.objective import connectors_in
 from abflax.models.network import Network, configure_model, digest
+from abflax.models.variables import not_finite
 from abflax.runtime.distributed import max_over_processes
 from abflax.runtime.preemption import Interrupted
 from abflax.runtime.reporter import NullReporter, Reporter
@@ -33,7 +34,7 @@ from abflax.training.history import (
     phases_and_schedules,
 )
 from abflax.training.parallel import compile_phase
-from abflax.training.record import make_diverged, make_record
+from abflax.training.record import describe_images, make_diverged, make_record
 from abflax.training.run_directory import Result, RunDirectory
 from abflax.training.step import TrainState
 from abflax.training.target_cache import cached_targets
@@ -195,10 +196,20 @@ class Run:
             self._next_phase()
 
     def save(self) -> None:
-        """Saves a checkpoint in the background. Raises `DiskError` where it cannot be written."""
+        """Saves a checkpoint in the background.
+
+        Raises:
+          NonFiniteError: if a weight of the student is NaN or infinite.
+          DiskError: if it cannot be written.
+        """
         self._read_metrics(leave=0)
         self._clock = self.history.add_time(self.phases[self.history.phase].name, self._clock)
         self._take_snapshot()
+        if names := not_finite(self.snapshot[1].student):
+            raise NonFiniteError(
+                f"the student's {names[0]} is not finite after step {self.step} of the run; "
+                f"{self._last_checkpoint()}"
+            )
         history = dataclasses.asdict(self.history)
         description = {"config": self.config.as_json(), "history": history}
         self.directory.save(self.step, self.snapshot[1], description)
@@ -241,9 +252,13 @@ class Run:
         else:
             student, teacher_stats = before.student, before.batch_stats["teacher"]
         teacher = self.phases[index].teacher
-        if before is None or teacher != self.phases[index - 1].teacher:
+        last = self.phases[index - 1]
+        connectors = {} if before is None else before.params["connectors"]
+        if before is None or teacher != last.teacher or last.trains_teacher:
             teacher_stats = self.group.teachers[teacher].stats
-        state = program.begin(student, teacher_stats, jax.random.fold_in(key, 1 + index))
+        params = jax.tree.map(np.asarray, self.group.teachers[teacher].params)
+        key = jax.random.fold_in(key, 1 + index)
+        state = program.begin(student, teacher_stats, key, params, connectors)
         self.state = replicate(jax.tree.map(np.array, state), self.group.spec.devices)
         self.history.phase = index
         self._take_snapshot()
@@ -326,8 +341,13 @@ class Run:
 
     def _abstract_state(self, index: int) -> TrainState:
         key, program = jax.random.key(0), self._programs[index]
-        stats = self.group.teachers[self.phases[index].teacher].stats
-        return program.begin(program.init(key), stats, key)
+        teacher = self.group.teachers[self.phases[index].teacher]
+        return program.begin(program.init(key), teacher.stats, key, self._trained_teacher(index))
+
+    def _trained_teacher(self, index: int) -> Any:
+        """The weights that the teacher starts a phase with; None: it is not trained there."""
+        phase = self.phases[index]
+        return self.group.teachers[phase.teacher].params if phase.trains_teacher else None
 
     def _take_snapshot(self) -> None:
         """Copies the state to the host."""
@@ -422,6 +442,8 @@ class Run:
         names = ["test_error", "test_cross_entropy", "agreement", "silent"]
         names += ["metrics"] * ("metrics" in measured)
         entry |= {name: measured[name] for name in names}
+        if "teacher_test_error" in measured:
+            entry["teacher_test_error"] = measured["teacher_test_error"]
         if "ema" in measured:
             finite = np.isfinite(measured["ema"]["test_cross_entropy"])
             entry["ema"] = {name: measured["ema"][name] for name in names} if finite else {}
@@ -444,7 +466,10 @@ class Run:
         if history.group_size > 1:
             made_by["abreast"] = history.group_size
         seconds = sum(history.seconds.values())
-        record = make_record(self.config, phases, history.entries, weights, seconds, made_by)
+        images = describe_images(self.group.data)
+        record = make_record(
+            self.config, phases, history.entries, images, weights, seconds, made_by
+        )
         if isinstance(self.group.data, Batches):
             resumes = self.group.data.resumes
             record["loader"] = {"resumes_exactly": resumes, "restarted_at": history.restarts}

@@ -21,7 +21,7 @@ from abflax.storage.checkpoint import Checkpoints
 from abflax.storage.files import read_json
 from abflax.storage.lock import Lock
 from abflax.storage.tensorboard import EventLog
-from abflax.taps import Nnx, side_of
+from abflax.taps import side_of
 from abflax.training.fingerprint import (
     Fingerprint,
     is_same_run,
@@ -93,7 +93,7 @@ class Result:
     def student(self) -> Any:
         """The trained student: a new NNX module where one was given, else a `Network`."""
         network = Network(self.model, self.variables)
-        return network.module if isinstance(side_of(self.model), Nnx) else network
+        return network if side_of(self.model).digest is None else network.module
 
     def save(self, path: str | Path) -> None:
         """Writes the student's weights as `.safetensors`; `abflax.weights.read_variables` reads it.

@@ -35,7 +35,7 @@ class TrainState:
 
     Attributes:
       step: of the phase, from 0.
-      params: {"student": …, "connectors": {term: …}}.
+      params: {"student": …, "connectors": {term: …}}, and the "teacher" where it is trained along.
       batch_stats: what else changes, of "student" and "teacher" collection by collection, such as
         `batch_stats`; and the running statistics of the "connectors".
       opt_state: optax's.
@@ -68,6 +68,8 @@ def create_train_state(
     teacher_stats: Any,
     key: jax.Array,
     image_shape: tuple[int, ...],
+    teacher_params: Any | None = None,
+    before: Any | None = None,
 ) -> TrainState:
     """Creates the state at the start of a phase: the given student, new connectors and optimizer.
 
@@ -78,8 +80,11 @@ def create_train_state(
       teacher_stats: the teacher's variables but `params`.
       key: of the connectors' initial weights.
       image_shape: (height, width, channels).
+      teacher_params: None: only the shapes of the state matter (see `begin`).
+      before: the parameters of the connectors of the phase before; None: there is none.
     """
-    params, stats = begin(objective, student, key, image_shape)
+    teacher = None if teacher_params is None else {"params": teacher_params, **teacher_stats}
+    params, stats = begin(objective, student, key, image_shape, teacher, before)
     stats = stats | {"teacher": teacher_stats}
     return TrainState(jnp.zeros((), jnp.int32), params, stats, optimizer.init(params))
 
@@ -121,7 +126,7 @@ def train_step(
         ),
         has_aux=True,
     )(state.params)
-    stats = stats | {"teacher": teacher_stats}
+    stats = {"teacher": teacher_stats} | stats
     if (finite := targets[-1]) is not None:
         loss = jnp.where(jax.lax.optimization_barrier(finite).all(), loss, jnp.nan)
     metrics = {"loss": loss, **measures}
@@ -147,8 +152,12 @@ def train_step(
 def teacher_forward(
     objectives: Sequence[Objective], teacher_params: Any, teacher_stats: Any, images: jax.Array
 ) -> Forward | None:
-    """Runs the teacher in evaluation mode; None where no objective can be compared with it."""
-    teacher = next((each.teacher for each in objectives if each.measured), None)
+    """Runs the teacher that stays as it is, in evaluation mode.
+
+    None where no objective can be compared with it.
+    """
+    compared = (each for each in objectives if each.measured and not each.phase.trains_teacher)
+    teacher = next((each.teacher for each in compared), None)
     if teacher is None:
         return None
     variables = {"params": teacher_params, **teacher_stats}
@@ -179,9 +188,9 @@ def eval_step(
 
     Returns:
       "examples", "errors", "cross_entropy"; "metrics": name -> sum; "agreement": layer -> the sum
-      of the examples' agreements; and "fired": layer -> booleans, whether each neuron of the
-      student (before any connector, which belongs to a phase and not to the student) fires on one
-      of the examples.
+      of the examples' agreements; "teacher_errors" of one that is trained along; and "fired": layer
+      -> booleans, whether each neuron of the student (before any connector, which belongs to a
+      phase and not to the student) fires on one of the examples.
     """
     variables = {"params": params["student"], **batch_stats["student"]}
     student = run_model(objective.student, variables, images, train=False)
@@ -202,6 +211,8 @@ def eval_step(
     }
     if teacher is None:
         return sums
+    if objective.phase.trains_teacher:
+        sums["teacher_errors"] = (misclassified(teacher.logits, labels) & mask).sum()
     connected: dict[str, jax.Array] = {}
     for index, connectors in enumerate(objective.connectors):
         # Where several terms connect a layer, the first term's connector counts.

@@ -162,17 +162,16 @@ def _lowerable(
     phase_program = parallel.compile_phase(*networks, phase, SPAN, spec)
     key = jax.random.key(0)
     teacher = jax.eval_shape(lambda: init_variables(networks[1], key, SHAPE))
+    params = teacher.pop("params")
     state = jax.eval_shape(
-        lambda stats: phase_program.begin(phase_program.init(key), stats, key),
-        teacher["batch_stats"],
+        lambda stats: phase_program.begin(phase_program.init(key), stats, key), teacher
     )
     key = jax.eval_shape(lambda: key)
     count, share = len(devices), bench.batch // len(devices)
     images = shape((_TRAIN, *SHAPE), jnp.uint8)
     if program == "targets":
         index = shape((count, share), integer)
-        arguments = (teacher["params"], teacher["batch_stats"], images, index, index)
-        return phase_program.targets, arguments
+        return phase_program.targets, (params, teacher, images, index, index)
     if program == "evaluate":
         batches = -(-_TEST // (EVALUATION_BATCH * count))
         examples = shape((count, batches, EVALUATION_BATCH), integer)
@@ -182,20 +181,19 @@ def _lowerable(
         )  # fmt: skip
         students = ((state.params, state.batch_stats),)
         function = parallel.compile_evaluation((phase_program,), spec)
-        return function, (students, teacher["params"], inputs)
+        return function, (students, params, inputs)
     examples = shape((count, steps, share), integer)
     inputs = parallel.StepInputs(images, shape((_TRAIN,), integer), examples, examples)
     cached = None
     if views is not None:
         targets = jax.eval_shape(
             functools.partial(parallel._targets, phase_program.objective, preprocessing),
-            teacher["params"], teacher["batch_stats"], images,
-            shape((1,), integer), shape((1,), integer),
+            params, teacher, images, shape((1,), integer), shape((1,), integer),
         )  # fmt: skip
         rows = _TRAIN * views
         cached = (jax.tree.map(lambda leaf: shape((rows, *leaf.shape[1:]), leaf.dtype), targets),)
     train = parallel.compile_steps((phase_program,), spec)
-    return train, ((state,), teacher["params"], inputs, key, shape((), integer), cached)
+    return train, ((state,), params, inputs, key, shape((), integer), cached)
 
 
 def _step_of(text: str) -> list[str]:

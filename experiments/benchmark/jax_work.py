@@ -68,6 +68,12 @@ class Bench:
         variables = jax.jit(lambda key: init_variables(model, key, SHAPE))(jax.random.key(0))
         return replicate(variables, self.devices)
 
+    @property
+    def teacher_parts(self) -> tuple[Any, Any]:
+        """The teacher's parameters, and its other variables by collection."""
+        variables = dict(self.teacher_variables)
+        return variables.pop("params"), variables
+
     @functools.cached_property
     def data(self) -> dict[str, jax.Array]:
         """The made-up images and labels, on the devices."""
@@ -93,7 +99,7 @@ class Bench:
 
     def cached_targets(self, phase: Phase, views: int) -> Any:
         """The targets of a phase for all views of all images."""
-        params, stats = (self.teacher_variables[key] for key in ("params", "batch_stats"))
+        params, stats = self.teacher_parts
         program, spec = self.program(phase, views), self.spec(views)
         return cached_targets(program, spec, params, stats, self.data["images"], self.batch)
 
@@ -105,8 +111,7 @@ class Bench:
         examples = self._examples(steps, self.batch)
         inputs = parallel.StepInputs(**self.data, examples=examples, epochs=np.zeros_like(examples))
         targets = (self.cached_targets(phase, views),) * students if views is not None else None
-        teacher = self.teacher_variables["params"]
-        fixed = (teacher, inputs, jax.random.key(0), np.int32(steps), targets)
+        fixed = (self.teacher_parts[0], inputs, jax.random.key(0), np.int32(steps), targets)
         states = tuple(jax.tree.map(jnp.copy, state) for _ in range(students))
         train = parallel.compile_steps((program,) * students, spec)
         run, seconds, held = compiled(train, states, *fixed)
@@ -128,12 +133,12 @@ class Bench:
         objective, optimizer, state = self._on_one_device(phase)
         states = jax.tree.map(lambda leaf: jnp.stack([leaf] * students), state)
         key, chosen = jax.random.key(0), jnp.arange(self.batch, dtype=jnp.int32) % self.examples
-        fixed = (self.teacher_variables, self.data, key, chosen, jnp.zeros_like(chosen))
+        fixed = (self.teacher_parts, self.data, key, chosen, jnp.zeros_like(chosen))
 
         def one(states: Any, teacher: Any, data: Any, key: Any, chosen: Any, epochs: Any) -> Any:
             images = augment(data["images"][chosen], chosen, epochs, key, PREPROCESSING)
             images, labels = normalize(images, PREPROCESSING), data["labels"][chosen]
-            params, stats = teacher["params"], {"batch_stats": teacher["batch_stats"]}
+            params, stats = teacher
             targets = make_targets(objective, params, stats, images)
             return jax.vmap(
                 lambda state: train_step(
@@ -179,12 +184,11 @@ class Bench:
     def parts(self) -> dict[str, Work]:
         """Where a step of the first phase goes."""
         objective, _, state = self._on_one_device(self.phases[0])
-        variables, images = self.teacher_variables, self._images
+        teacher, images = self.teacher_parts, self._images
         labels = jnp.zeros(self.batch, jnp.int32)
 
-        def targets_of(teacher: Any, images: jax.Array) -> Any:
-            stats = {"batch_stats": teacher["batch_stats"]}
-            return make_targets(objective, teacher["params"], stats, images)[0]
+        def targets_of(teacher: tuple[Any, Any], images: jax.Array) -> Any:
+            return make_targets(objective, *teacher, images)[0]
 
         def loss(params: Any, stats: Any, targets: Any, images: jax.Array) -> jax.Array:
             return student_loss(objective, params, stats, targets, images, labels)[0]
@@ -195,10 +199,10 @@ class Bench:
             return sum((jnp.vdot(tap, tap) for tap in taps.values()), start=jnp.zeros(()))
 
         student = state.student
-        targets = jax.jit(targets_of)(variables, images)
+        targets = jax.jit(targets_of)(teacher, images)
         arguments = (state.params, state.batch_stats, targets, images)
         return {
-            "teacher": self._jitted(targets_of, variables, images),
+            "teacher": self._jitted(targets_of, teacher, images),
             "student forward": self._forward(objective.student, student, train=True),
             "forward and backward, of the taps' squares": self._jitted(
                 jax.grad(of_taps), student["params"], student["batch_stats"], images
@@ -210,7 +214,7 @@ class Bench:
     def step_flops(self, phase: Phase, cached: bool = False) -> float:
         """FLOP of one step, counted without devices; without the teacher's if they are cached."""
         objective, optimizer, state = self._on_one_device(phase)
-        params, stats = (self.teacher_variables[key] for key in ("params", "batch_stats"))
+        params, stats = self.teacher_parts
         labels = jnp.zeros(self.batch, jnp.int32)
 
         def step(state: Any, images: jax.Array, targets: Any) -> Any:
@@ -233,7 +237,7 @@ class Bench:
     def _forward(self, model: Model, variables: Any, train: bool) -> Work:
         def outputs(variables: Any, images: jax.Array) -> Any:
             forward = run_model(model, variables, images, train=train)
-            return forward.logits, forward.taps, forward.batch_stats
+            return forward.logits, forward.taps, forward.state
 
         return self._jitted(outputs, variables, self._images)
 
@@ -243,8 +247,7 @@ class Bench:
 
     def _begin(self, program: parallel.PhaseProgram) -> Any:
         student = program.init(jax.random.key(2))
-        stats = self.teacher_variables["batch_stats"]
-        state = program.begin(student, stats, jax.random.key(3))
+        state = program.begin(student, self.teacher_parts[1], jax.random.key(3))
         return replicate(jax.tree.map(np.array, state), self.devices)
 
     def _on_one_device(self, phase: Phase) -> tuple[Objective, optax.GradientTransformation, Any]:

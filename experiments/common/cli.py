@@ -206,7 +206,7 @@ def _run_config_flags(info: StructTypeInfo, hidden: Sequence[str]) -> StructCons
     flags = {}
     for name, (kind, text) in _documented(RunConfig).items():
         if name not in {"options", "seeds", "setting", "test", "own_phases", "optimizer", "anchors",
-                        "augment", *hidden}:  # fmt: skip
+                        "augment", "target_data", *hidden}:  # fmt: skip
             kind = _OWN_FORMS.get(kind, kind)
             flags[name] = StructFieldSpec(name, kind, getattr(info.default, name), text)
     options = {}

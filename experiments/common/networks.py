@@ -31,6 +31,9 @@ PACKAGED: Mapping[str, str] = {
 
 _PRETRAINED = " (ImageNet)"
 
+ANCHOR = "@"
+"""In tables, wrn16-2@1, wrn16-2@2, … are the anchors that a teacher's run keeps, in their order."""
+
 
 def is_shipped(name: str, dataset: str) -> bool:
     """Whether the repository has a teacher of that architecture, trained on that data."""
@@ -172,8 +175,8 @@ def pretrained(architecture: str) -> str:
 
 
 def architecture(name: str) -> str:
-    """The architecture in a network's name, without its digest or "(ImageNet)"."""
-    return name.split(":")[0].removesuffix(_PRETRAINED)
+    """The architecture in a network's name, without its digest, "(ImageNet)" or "@1"."""
+    return name.split(":")[0].split(ANCHOR)[0].removesuffix(_PRETRAINED)
 
 
 def read(dataset: str, split: str, data_dir: str | None) -> Dataset | ImageFiles:

@@ -59,7 +59,7 @@ def curves(records: Records, path: Path, title: str) -> None:
         handles, labels = error.get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=len(records))
         figure.suptitle(title, fontsize=11)
-        _save(figure, path, 150)
+        save(figure, path, 150)
 
 
 def contact_sheet(
@@ -201,10 +201,10 @@ def _figure(
         ]
         figure.legend(handles=handles, loc="outside lower center", ncols=min(len(styles), 4))
         figure.suptitle(title, fontsize=11)
-        _save(figure, path, 120)
+        save(figure, path, 120)
 
 
-def _save(figure: Figure, path: Path, dpi: int) -> None:
+def save(figure: Figure, path: Path, dpi: int) -> None:
     """Writes the PNG, whole, and closes the figure."""
     content = io.BytesIO()
     # No version of matplotlib in the file: the same numbers are the same bytes.

@@ -86,9 +86,12 @@ def seeded(run: RunConfig, networks: Mapping[str, str], seed: int) -> RunConfig 
     names = {} if run.teacher is None else {"teacher": run.teacher}
     if architecture(run.student) != run.student:
         names["student"] = run.student
-    if not set(names.values()) <= set(networks):
+    anchors = run.anchors or ()
+    if not {*names.values(), *anchors} <= set(networks):
         return None
     changes: dict[str, Any] = {role: networks[name] for role, name in names.items()}
+    if anchors:
+        changes["anchors"] = tuple(networks[name] for name in anchors)
     return dataclasses.replace(run, seeds=Seeds.all(seed), **changes)
 
 
@@ -134,8 +137,8 @@ def identities(
     table: Table, records: Mapping[str, Record], known: Mapping[str, str]
 ) -> dict[str, str]:
     """The networks that are known or named by a table's records: architecture -> identity."""
-    networks, seeds = dict(known), _seeds(records)
-    for name in {*table.teachers, *table.given} - set(known):
+    networks, seeds = _identities_of_anchors(table, records) | dict(known), _seeds(records)
+    for name in {*table.teachers, *table.given} - set(networks):
         role = "teacher" if name in table.teachers else "student"
         candidates = {str(record["config"][role]) for record in records.values()}
         runs = [run for run in table.runs if getattr(run, role) == name]
@@ -153,6 +156,21 @@ def identities(
         if used:
             networks[name] = used[0]
     return networks
+
+
+def _identities_of_anchors(table: Table, records: Mapping[str, Record]) -> dict[str, str]:
+    """The anchors that a table's records name, in the order of its routes."""
+    seeds, found = _seeds(records), dict[str, str]()
+    configs = [record["config"] for record in records.values()]
+    routes = {(*each["anchors"], each["teacher"]) for each in configs if each.get("anchors")}
+    for run in table.runs:
+        if run.anchors is None:
+            continue
+        for route in sorted(routes):
+            names = dict(zip((*run.anchors, str(run.teacher)), route, strict=False))
+            if _records_of(run, records, seeds, names):
+                found |= names
+    return found
 
 
 def _records_of(

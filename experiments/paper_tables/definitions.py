@@ -1,5 +1,6 @@
 """The paper's tables, made from tables.toml (what varies) and paper_tables.json (its numbers)."""
 
+import dataclasses
 import json
 import tomllib
 from collections.abc import Callable, Mapping
@@ -43,14 +44,17 @@ def _fields(values: Mapping[str, Any]) -> dict[str, Any]:
     return fields
 
 
-def _axis(axis: str | list[str]) -> Axis:
+def _axis(axis: str | list[str | Mapping[str, Any]]) -> Axis:
     """Makes the axis of a name in [axes], or one of methods."""
     if isinstance(axis, list):
-        return Axis("method", tuple(Point(name, {"method": name}) for name in axis))
+        return Axis("method", tuple(map(_point, axis)))
     return Axis(_DATA["axes"][axis]["name"], tuple(map(_point, _DATA["axes"][axis]["points"])))
 
 
-def _point(values: Mapping[str, Any]) -> Point:
+def _point(values: str | Mapping[str, Any]) -> Point:
+    """Makes a point; a name alone is that of a method."""
+    if isinstance(values, str):
+        return Point(values, {"method": values})
     changes = _fields(values)
     own = ("label", "note", "place", "alone", "only", "measure")
     fields = {name: changes.pop(name) for name in own if name in changes}
@@ -61,7 +65,7 @@ def _point(values: Mapping[str, Any]) -> Point:
 
 
 def _table(scale: str, values: Mapping[str, Any]) -> Table:
-    """Makes one of the tables; those of CIFAR-10 train their teachers."""
+    """Makes one of the tables; those without transfer learning train their teachers."""
     paper = _PAPER[str(values["number"])]
     run = RunConfig(**_fields(_DATA["scales"][scale]["run"] | values.get("run", {})))
     share = "all" if run.fraction == 1 else f"{100 * run.fraction:g} % of the"
@@ -71,6 +75,7 @@ def _table(scale: str, values: Mapping[str, Any]) -> Table:
     }
     shown = values.get("paper_column") or {column: column for column in paper["columns"]}
     transfers = run.setting.startswith("transfer")
+    teacher = {"dataset": run.dataset} | _fields(values.get("teacher", {}))
     return Table(
         name=values.get("name", str(values["number"])),
         title=values.get("title", paper["title"]),
@@ -87,11 +92,13 @@ def _table(scale: str, values: Mapping[str, Any]) -> Table:
             if column in shown
         },
         paper_setting=paper["setting"],
-        teacher_run=None if transfers else TEACHER,
+        teacher_run=None
+        if transfers
+        else dataclasses.replace(TEACHER, **(teacher | _fields(values.get("teacher_run", {})))),
         picture=values.get("picture", "points") or None,
         examples=values.get("examples", 50_000),
         classes=values.get("classes", 10),
-        shows=spec.ACCURACY if transfers else spec.ERROR,
+        shows=spec.ACCURACY if paper["metric"] == "test accuracy" else spec.ERROR,
         caveat=values.get("caveat", "").format_map(words),
     )
 

@@ -89,9 +89,11 @@ def start_every_cell(
         raise InputError(f"--steps must be at least 1, not {steps}")
     groups: dict[RunConfig, list[Job]] = defaultdict(list)
     for job in plan:
+        each = 1 + len(job.run.anchors or ())  # of either phase: one for each teacher
         alike = dataclasses.replace(
-            job.run, epochs=(1, 1), fraction=1.0, per_class=None, evaluate_every=1, seeds=Seeds()
-        )
+            job.run, epochs=(each, each), fraction=1.0, per_class=None, evaluate_every=1,
+            seeds=Seeds(),
+        )  # fmt: skip
         groups[alike].append(job)
     failures = []
     for run, group in groups.items():
@@ -123,14 +125,16 @@ def _start(
     resources: Resources,
 ) -> str:
     data, test = (read(run.dataset, split, data_dir) for split in ("train", "test"))
-    teacher = teachers.get(run.teacher) if run.teacher is not None else None
-    if run.teacher is not None and teacher is None:
-        model = MODELS[run.teacher](num_classes=data.num_classes)
+
+    def untrained(name: str) -> Network:
+        model = MODELS[architecture(name)](num_classes=data.num_classes)
         variables = init_variables(model, jax.random.key(1000), data.image_shape)
-        teacher = Network(model, variables, f"{run.teacher}:untrained")
+        return Network(model, variables, f"{name}:untrained")
+
+    names = [name for name in (*(run.anchors or ()), run.teacher) if name is not None]
     result = distill(
         MODELS[architecture(run.student)](num_classes=data.num_classes),
-        teacher,
+        [teachers.get(name) or untrained(name) for name in names] or None,
         data.take(np.arange(steps * run.batch_size) % len(data)),
         test=test.take(np.arange(min(len(test), 250))),
         resources=resources,

@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 
 from abflax.config import RunConfig, Seeds
 from abflax.training.history import phases_and_schedules
+from experiments.common.networks import ANCHOR, architecture
 from experiments.paper_tables.cells import seeded
 from experiments.paper_tables.spec import Table
 
@@ -20,12 +21,19 @@ class Job:
       run: its configuration, with the architecture for a teacher.
       examples: of its training data.
       teaches: whether it trains a teacher.
+      anchors: the names of the anchors that it keeps, in their order.
     """
 
     run: RunConfig
     seed: int
     examples: int
     teaches: bool = False
+    anchors: tuple[str, ...] = ()
+
+    @property
+    def taught(self) -> tuple[str, ...]:
+        """The names of the teachers that it trains."""
+        return self.anchors or (self.run.student,) if self.teaches else ()
 
     def configuration(self, teachers: Mapping[str, str]) -> RunConfig | None:
         """Completes the configuration; None while its teacher or first weights are missing."""
@@ -75,9 +83,18 @@ def teacher_jobs(table: Table, given: Collection[str] = ()) -> list[Job]:
     run = table.teacher_run
     if run is None:
         return []
-    names = [name for name in table.teachers if name not in given]
-    runs = [dataclasses.replace(run, student=name) for name in names]
-    return [Job(run, run.seeds.weights, table.examples, teaches=True) for run in runs]
+    anchors: dict[str, list[str]] = {}  # architecture -> those that its run keeps
+    for name in table.teachers:
+        if name not in given:
+            kept = anchors.setdefault(architecture(name), [])
+            kept += [name] if ANCHOR in name else []
+    return [
+        Job(
+            dataclasses.replace(run, student=name), run.seeds.weights, table.examples, True,
+            tuple(kept),
+        )
+        for name, kept in anchors.items()
+    ]  # fmt: skip
 
 
 def jobs(

@@ -13,6 +13,8 @@ RECORDS = Path(__file__).parent.parent / "records"
 DIVERGED = RECORDS / "diverged"
 Record = dict[str, Any]
 
+_DATASETS = ("cifar10", "cifar10-64")
+
 
 def committed(folder: Path = RECORDS) -> dict[str, Record]:
     """Reads the records of the repository: hash -> record, in order."""
@@ -37,7 +39,7 @@ def short(commit: str | None) -> str:
 
 
 def new(records: Mapping[str, Record], folder: Path = RECORDS) -> tuple[dict[str, Record], int]:
-    """Selects a workdir's CIFAR-10 runs that are not among the records.
+    """Selects a workdir's runs on the tables' data sets that are not among the records.
 
     Returns:
       The new records by hash, and the number of outdated runs: a constant of the protocol has
@@ -47,7 +49,7 @@ def new(records: Mapping[str, Record], folder: Path = RECORDS) -> tuple[dict[str
     added = {
         name: record
         for name, record in records.items()
-        if record["config"]["dataset"] == "cifar10" and name not in existing
+        if record["config"]["dataset"] in _DATASETS and name not in existing
     }
     current = {
         name: record

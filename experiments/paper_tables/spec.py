@@ -229,8 +229,9 @@ class Table:
 
     @property
     def teachers(self) -> tuple[str, ...]:
-        """The architectures of its teachers, each once, by name."""
-        return tuple(sorted({run.teacher for run in self.runs if run.teacher is not None}))
+        """The names of its teachers, each once: architectures, or anchors of one's training."""
+        names = {name for run in self.runs for name in (run.teacher, *(run.anchors or ()))}
+        return tuple(sorted(name for name in names if name is not None))
 
     @property
     def given(self) -> tuple[str, ...]:

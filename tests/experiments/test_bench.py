@@ -8,7 +8,7 @@ import pytest
 
 from abflax.errors import InputError
 from experiments import bench, quickstart
-from experiments.benchmark import scaling, whole
+from experiments.benchmark import compile_ahead, jax_work, scaling, timing, whole
 from experiments.benchmark.report import page, section
 from experiments.benchmark.timing import alternate, compiled, median_ratio
 from experiments.common.flops import count_flops
@@ -154,6 +154,17 @@ def test_a_run_on_another_device_or_of_other_images_is_named(monkeypatch, record
     (tmp_path / "record.json").write_text(json.dumps(record))
     with pytest.raises(InputError, match="is of digits: FLOP are counted for CIFAR's images"):
         whole.read(tmp_path / "record.json")
+
+
+def test_all_work_fits_the_engine(monkeypatch):
+    """The engine's programs take what the benchmark gives them; nothing is compiled."""
+    lowered = lambda function, *arguments: (function.lower(*arguments), 0.0, 0)  # noqa: E731
+    monkeypatch.setattr(timing, "compiled", lowered)
+    monkeypatch.setattr(jax_work, "compiled", lowered)
+    bench_ = jax_work.Bench("wrn10-1", "wrn10-1", batch=8)
+    assert bench_.train(bench_.phases[0]).flops > bench_.teacher_forward().flops > 1e6
+    assert bench_.evaluate().images >= 1000
+    assert compile_ahead._flops(bench_, "targets") > 1e6
 
 
 @pytest.mark.slow

@@ -36,7 +36,7 @@ def test_the_pages_table_is_the_studys():
     summary = json.loads((ROOT / "experiments" / "dreamed_digits.json").read_text())
     page = (ROOT / "docs" / "relatives.md").read_text()
     assert dream.page_table(summary) in page
-    assert summary["how"] == dataclasses.asdict(dream.DIGITS)
+    assert summary["how"] == dataclasses.asdict(dream.STUDIES["digits"].how)
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import subprocess
 import sys
 
@@ -11,14 +12,16 @@ import numpy as np
 import pytest
 import safetensors
 from flax import linen as nn
+from PIL import Image
 
 from abflax import Resources, RunConfig, distill, load
 from abflax.data import Preprocessing
+from abflax.data.decoding import centre_crop
 from abflax.models import MODELS
 from abflax.training.record import write_record
 from abflax.weights import load_network, read_variables, save_variables, to_torch
 from experiments import export
-from tests.conftest import draw_variables
+from tests.conftest import ROOT, draw_variables
 from tests.experiments.conftest import plain
 
 CONFIG = RunConfig("digits", "wrn10-1", method="cross-entropy")
@@ -68,6 +71,7 @@ def test_both_files_and_the_signature(command, workdir):
     assert signature["images"] == {"shape": ["batch", 8, 8, 1], "dtype": "uint8"}
     assert signature["logits"] == {"shape": ["batch", 10], "dtype": "float32"}
     assert signature["normalised_inside"] == {"mean": [4.88], "std": [6.02]}
+    assert signature["labels"] == list("0123456789") and signature["onnx"] is None
     assert signature["largest_difference"] < 1e-5
 
 
@@ -93,6 +97,80 @@ def test_a_function_that_does_not_come_back(command, workdir, monkeypatch, tmp_p
     (tmp_path / "runs").symlink_to(workdir / "runs")
     code, _, err = command(RUN, "--workdir", tmp_path)
     assert code == 74 and "gives other logits than the student" in err
+    assert not (tmp_path / "exports" / RUN / "signature.json").exists()
+
+
+IMAGES = {"shape": [16, 16, 3], "dtype": "uint8", "mean": [127.0], "std": [128.0],
+          "classes": ["cat", "dog"], "shorter_side": 18}  # fmt: skip
+
+
+@pytest.fixture
+def of_photographs(tmp_path):
+    """A run on a folder of photographs: its record says what they are."""
+    folder = _write_run(tmp_path, dataset="photographs:0123")
+    record = json.loads((folder / "record.json").read_text())
+    write_record(folder / "record.json", {**record, "images": IMAGES})
+    variables = draw_variables(MODELS["wrn10-1"](num_classes=2), (16, 16, 3))
+    save_variables(folder / "student.safetensors", variables)
+    return folder
+
+
+def test_the_record_describes_photographs(command, of_photographs, tmp_path):
+    code, _, err = command(of_photographs, "--workdir", tmp_path)
+    assert (code, err) == (0, "")
+    exported = tmp_path / "exports" / of_photographs.name
+    signature = json.loads((exported / "signature.json").read_text())
+    assert signature["images"] == {"shape": ["batch", 16, 16, 3], "dtype": "uint8"}
+    assert (signature["labels"], signature["shorter_side"]) == (["cat", "dog"], 18)
+    assert signature["normalised_inside"] == {"mean": [127.0], "std": [128.0]}
+
+    # The page's example names the class that the library's own evaluation does.
+    rng = np.random.default_rng(1)
+    photo = Image.fromarray(rng.integers(0, 256, (40, 60, 3), dtype=np.uint8))
+    photo.save(tmp_path / "photo.png")
+    (block,) = re.findall(
+        r"^```python\n(.*?)^```", (ROOT / "docs/transfer.md").read_text(), re.DOTALL | re.MULTILINE
+    )
+    names = {}
+    exec(block.replace("workdir/exports/RUN", str(exported))
+         .replace("photo.jpg", str(tmp_path / "photo.png")), names)  # fmt: skip
+    pixels = centre_crop((tmp_path / "photo.png").read_bytes(), 16)
+    np.testing.assert_array_equal(names["pixels"], pixels)
+    network = load_network("wrn10-1", of_photographs / "student.safetensors")
+    run_student = jax.jit(lambda x: network.model.apply(network.variables, x, train=False))
+    logits = run_student((pixels[None] - np.float32(127)) / np.float32(128))
+    chex.assert_trees_all_close(names["logits"], np.asarray(logits[0]), rtol=1e-4, atol=1e-5)
+    assert names["label"] == ["cat", "dog"][int(logits[0].argmax())]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("student", ["wrn10-1", "mobilenet-v1-0.25", "mobilenet-v2-0.35"])
+def test_onnx_runtimes_give_the_students_logits(command, tmp_path, student):
+    """Written and read back by the command, whose tolerance is 1e-5 of the largest logit."""
+    pytest.importorskip("jax2onnx")
+    runtime = pytest.importorskip("onnxruntime")
+    folder = _write_run(tmp_path, dataset="photographs:0123", student=student)
+    record = json.loads((folder / "record.json").read_text())
+    write_record(folder / "record.json", {**record, "images": IMAGES})
+    variables = draw_variables(MODELS[student](num_classes=2), (16, 16, 3))
+    save_variables(folder / "student.safetensors", variables)
+    code, out, err = command(folder, "--onnx", "--workdir", tmp_path)
+    assert code == 0 and out.count("read back") == 3, err
+    exported = tmp_path / "exports" / folder.name
+    signature = json.loads((exported / "signature.json").read_text())
+    session = runtime.InferenceSession(exported / signature["onnx"])
+    pixels = np.random.default_rng(0).integers(0, 256, (3, 16, 16, 3), dtype=np.uint8)
+    (logits,) = session.run(["logits"], {"images": pixels})
+    function = jax.export.deserialize(bytearray((exported / signature["function"]).read_bytes()))
+    largest = np.abs(logits).max()
+    assert largest > 0 and np.abs(logits - function.call(pixels)).max() < 1e-5 * largest
+
+
+def test_without_jax2onnx(command, workdir, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "jax2onnx", None)
+    (tmp_path / "runs").symlink_to(workdir / "runs")
+    code, _, err = command(RUN, "--onnx", "--workdir", tmp_path)
+    assert code == 2 and "pip install --no-deps jax2onnx" in err
     assert not (tmp_path / "exports" / RUN / "signature.json").exists()
 
 

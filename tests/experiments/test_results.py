@@ -56,17 +56,20 @@ def test_outdated_runs_are_not_added(tmp_path):
     name, record = next(iter(committed().items()))
     moved = {**record, "hash": "0123456789ab"}
     digits = {**record, "hash": "ba9876543210", "config": {**record["config"], "dataset": "digits"}}
-    for each in (record, moved, digits):
+    larger = RunConfig.from_json({**record["config"], "dataset": "cifar10-64"})
+    larger = {**record, "hash": larger.hash, "config": larger.as_json()}
+    for each in (record, moved, digits, larger):
         folder = tmp_path / "workdir" / "runs" / each["hash"]
         folder.mkdir(parents=True)
         write_record(folder / "record.json", each)
     found, outdated = new(finished(tmp_path / "workdir"), tmp_path / "records")
-    assert found == {name: record} and outdated == 1
+    assert found == {name: record, larger["hash"]: larger} and outdated == 1
+    found.pop(larger["hash"])
     add(found, tmp_path / "records")
     assert committed(tmp_path / "records") == {name: record}
     write_record(tmp_path / "workdir" / "runs" / name / "record.json", {**record, "seconds": 1.0})
     again = finished(tmp_path / "workdir")
-    assert new(again, tmp_path / "records") == ({}, 1)  # what is there stays
+    assert new(again, tmp_path / "records") == ({larger["hash"]: larger}, 1)  # others stay
 
 
 def _hash_of_recorded_phases(record, monkeypatch):

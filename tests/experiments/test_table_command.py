@@ -15,7 +15,7 @@ from experiments.common import cli
 from experiments.paper_tables import records as stored
 from experiments.paper_tables.definitions import TABLES
 from tests.experiments.conftest import plain
-from tests.tiny_tables import GRID, TABLE, record, run_of
+from tests.tiny_tables import GRID, ROUTE, TABLE, record, run_of
 
 
 @pytest.fixture
@@ -86,6 +86,26 @@ def test_a_table_from_nothing_to_the_end(command, tmp_path, monkeypatch):
     monkeypatch.setattr(table, "distill_group", None)  # nothing is run again
     code, again, err = command(*TINY)
     assert code == 0 and err == "" and again.strip() in out
+
+
+@pytest.mark.slow
+def test_a_route_from_nothing_to_the_end(command, tmp_path, monkeypatch):
+    monkeypatch.setitem(TABLES["small"], "1", ROUTE)
+    code, out, err = command(*TINY, "--steps", "1")
+    assert code == 0, err
+    assert "rco, wrn10-1@2 → wrn10-1 (2 runs): joint 1 2 steps" in out
+    code, out, err = command(*TINY, "--seeds", "1")
+    assert code == 0, err
+    found = stored.finished(tmp_path / "workdir").values()
+    teachers = {
+        r["config"]["method"]: (r["config"]["anchors"], r["config"]["teacher"]) for r in found
+    }
+    (anchor,), last = teachers["rco"]
+    assert teachers["kd"] == (None, last) and teachers["cross-entropy"] == (None, None)
+    assert anchor != last and anchor.startswith("wrn10-1:")
+    monkeypatch.setattr(table, "distill_group", None)  # nothing is run again
+    code, again, err = command(*TINY, "--seeds", "1")
+    assert code == 0 and again.strip() in out
 
 
 def test_one_run_that_goes_wrong_does_not_stop_the_others(command, monkeypatch):
@@ -208,10 +228,18 @@ def test_every_table_can_be_forecast(command):
     assert "126 runs, 2 of them of teachers; 0 finished, 126 to run in" in out
 
 
+def test_repdistillers_table_can_be_forecast(command):
+    code, out, err = command("repdistiller", "--dry-run", "--seeds", "1")
+    assert code == 0, err
+    assert "36 runs, 1 of them of teachers; 0 finished" in out
+    assert re.search(r"^cross-entropy +wrn40-2 +100 % +0\+240 +1000 +187,500", out, re.MULTILINE)
+    assert re.search(r"^ft +wrn40-2 → wrn40-1 +100 % +30\+240 +0 +210,937", out, re.MULTILINE)
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (("9",), "unknown table '9'; known: 1, 2, 3, 4, 5, 6, 7, 8, all"),
+        (("9",), "unknown table '9'; known: 1, 2, 3, 4, 5, 6, 7, 8, all, repdistiller"),
         (("1,al",), "unknown table 'al'; did you mean all?"),
         (("1", "--scale", "smal"), "unknown scale 'smal'; did you mean small?"),
         (("1", "--rows", "kdd"), "unknown row of table 1 'kdd'; did you mean kd?"),

@@ -16,7 +16,7 @@ from experiments.paper_tables.cells import best, fill, identities, markdown, mis
 from experiments.paper_tables.definitions import EVERY_METHOD, TABLES
 from experiments.paper_tables.plan import Job, group_jobs, jobs, share
 from experiments.paper_tables.spec import Axis, Point, agreement, dead_neurons
-from tests.tiny_tables import GRID, TABLE, record, run_of
+from tests.tiny_tables import GRID, ROUTE, TABLE, record, run_of
 
 
 def _records(errors, table=GRID, **changes):
@@ -238,7 +238,7 @@ def test_steps():
 
 
 def test_seed_by_seed_with_each_teacher_right_before_the_first_table_that_needs_it():
-    paper = list(TABLES["paper"].values())
+    paper = [table for table in TABLES["paper"].values() if table.run.dataset == "cifar10"]
     plan = jobs(paper, range(5))
     assert [job.run.student for job in plan if job.teaches] == ["wrn22-4", "wrn16-4"]
     assert [job.seed for job in plan if not job.teaches] == sorted(
@@ -388,3 +388,19 @@ def test_pictures_are_drawn(tmp_path):
     for table, name in ((GRID, "curves"), (dataclasses.replace(GRID, picture="points"), "points")):
         figures.draw(fill(table, _records(ERRORS)), tmp_path / f"{name}.png")
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_route_is_one_teachers_run_and_its_records_name_its_anchors():
+    names, identities_ = ("wrn10-1@1", "wrn10-1@2"), ("wrn10-1:" + "1" * 12, "wrn10-1:" + "2" * 12)
+    assert ROUTE.teachers == names
+    teacher, *students = jobs([ROUTE], [0])
+    assert (teacher.run.student, teacher.anchors, teacher.taught) == ("wrn10-1", names, names)
+    kd, rco = students
+    assert kd.configuration({names[1]: identities_[1]}).teacher == identities_[1]
+    assert rco.configuration({names[1]: identities_[1]}) is None
+    known = dict(zip(names, identities_, strict=True))
+    assert rco.configuration(known).anchors == identities_[:1]
+    run = dataclasses.replace(run_of(ROUTE, "rco", "1+1"), anchors=identities_[:1])
+    records = dict([record(run, 0, 0.3, identities_[1])])
+    assert identities(ROUTE, records, {}) == known
+    assert "| rco | 30.00 (1) |" in markdown(fill(ROUTE, records))

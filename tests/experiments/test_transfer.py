@@ -310,6 +310,8 @@ def test_the_k_shot_study(command, photos, teacher, tmp_path):
     assert "3 of 3 classes have fewer than 5 training images, 4 at least: all of theirs" in out
     rows = [row.split() for row in out.splitlines() if row.startswith((" cross", " act"))]
     assert [len(row) for row in rows] == [3, 3]
+    with Image.open(tmp_path / "workdir" / "transfer.png") as picture:
+        picture.verify()
     records = [json.loads(p.read_text()) for p in tmp_path.glob("workdir/runs/*/record.json")]
     steps = {
         (r["config"]["method"], r["config"]["per_class"]): [p["steps"] for p in r["phases"]]

@@ -1,6 +1,7 @@
 """Compares what is made of images with numbers of the published PyTorch code, in float64."""
 
 import functools
+from fractions import Fraction
 
 import chex
 import jax
@@ -15,7 +16,10 @@ from abflax.losses import (
     knowledge_distillation,
     total_variation,
 )
+from abflax.methods import TARGET_DOMAIN, Progressive
+from abflax.methods.terms import TwoDomainDistillation
 from abflax.methods.views import boundary_base, boundary_step, draw_other_class
+from abflax.taps import Forward
 from tests.conftest import under
 
 pytestmark = pytest.mark.usefixtures("x64")
@@ -194,3 +198,28 @@ def test_distillation_of_adaptation(images_file, side):
     _assert_equals(value, images_file[f"uda/kd_{side}"])
     _assert_equals(gradients[0], images_file[f"uda/kd_{side}_grad_student"])
     _assert_equals(gradients[1], images_file[f"uda/kd_{side}_grad_teacher"])
+
+
+def test_schedules_of_adaptation(images_file):
+    """β from epoch to epoch of 400, γ from step to step of 50."""
+    epochs, per_epoch = images_file["uda/beta_epochs"], Fraction(50)
+    beta = jnp.stack([Progressive("student")(50 * (e - 1), per_epoch, 400) for e in epochs])
+    _assert_equals(beta, images_file["uda/beta"])
+    late = 50 * 199 + np.arange(50)
+    weight = jax.vmap(lambda step: Progressive("discrepancy")(step, per_epoch, 400))(late)
+    teacher = 1 - images_file["uda/beta"][3]
+    _assert_equals(Progressive("teacher")(late[0], per_epoch, 400), teacher)
+    _assert_equals(weight, teacher * images_file["uda/gamma"])
+
+
+def test_terms_of_adaptation(images_file):
+    student, teacher, labels = (
+        images_file[f"logits/{each}"] for each in ("student", "teacher", "labels")
+    )
+
+    def forward(logits):
+        return Forward(logits, {}, None, {}, views={TARGET_DOMAIN: Forward(logits, {}, None, {})})
+
+    term = TwoDomainDistillation()
+    found = term.loss(forward(student), term.targets(forward(teacher)), labels).mean()
+    _assert_equals(found, images_file["uda/kd_source"] + images_file["uda/kd_target"])

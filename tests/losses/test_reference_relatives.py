@@ -16,6 +16,7 @@ from abflax.losses import (
     factor_transfer,
     hierarchical_context,
     knowledge_distillation,
+    linear_time_discrepancy,
     maximum_mean_discrepancy,
     overhaul_difference,
     overhaul_margin,
@@ -240,3 +241,8 @@ def test_maximum_mean_discrepancy(relatives):
     _assert_equals(value, relatives["uda/mmd"])
     _assert_equals(gradients[0], relatives["uda/grad_source"])
     _assert_equals(gradients[1], relatives["uda/grad_target"])
+
+
+def test_linear_time_discrepancy(relatives):
+    found = jax.jit(linear_time_discrepancy)(relatives["uda/source"], relatives["uda/target"])
+    _assert_equals(found.mean(), relatives["uda/mmd_linear_time"])

@@ -14,6 +14,7 @@ from abflax.losses import (
     factor_transfer,
     hierarchical_context,
     knowledge_distillation,
+    linear_time_discrepancy,
     maximum_mean_discrepancy,
     overhaul_difference,
     overhaul_margin,
@@ -31,6 +32,7 @@ ROWS = (
     relational_angle,
     probabilistic_transfer,
     correlation_congruence,
+    linear_time_discrepancy,
     maximum_mean_discrepancy,
 )
 
@@ -139,6 +141,13 @@ def test_maximum_mean_discrepancy_by_hand():
     """Rows 0, 0 and 1, 1: of 12 pairs 8 have d² = 1, so b = 1/6."""
     found = maximum_mean_discrepancy(jnp.zeros((2, 1)), jnp.ones((2, 1)))
     share = 2 * (5 - sum(np.exp(-6 / 2**k) for k in range(5)))
+    _assert_close(found, [share, share])
+
+
+def test_linear_time_discrepancy_by_hand():
+    """Rows 0, 1 and 1, 0: of 12 pairs 8 have d² = 1, so b = 1/6."""
+    found = linear_time_discrepancy(jnp.array([[0.0], [1.0]]), jnp.array([[1.0], [0.0]]))
+    share = 2 * (sum(np.exp(-6 / 2**k) for k in range(5)) - 5)
     _assert_close(found, [share, share])
 
 

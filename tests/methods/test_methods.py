@@ -12,9 +12,15 @@ import pytest
 
 from abflax.config import RunConfig, Seeds
 from abflax.errors import InputError
-from abflax.methods import METHODS, PROTOCOLS
+from abflax.methods import METHODS, PROTOCOLS, Ramp
 from abflax.methods.optimizer import Optimizer, PhaseSchedule
-from abflax.methods.terms import ActivationBoundary, CrossEntropy, KnowledgeDistillation
+from abflax.methods.terms import (
+    ActivationBoundary,
+    CrossEntropy,
+    DecoupledDistillation,
+    KnowledgeDistillation,
+    SimilarityPreserving,
+)
 
 
 def test_official_weights_are_the_published_ones():
@@ -129,13 +135,60 @@ def test_one_objective_has_one_hash_however_it_is_spelt():
 
 
 def test_every_transfer_loss_has_a_scale_in_every_protocol():
-    for protocol in PROTOCOLS:
+    for protocol in ("paper", "official"):
         scale = lambda name, protocol=protocol: METHODS[name](protocol=protocol)[0].terms[0][0]
         for name in METHODS:
             if any(term.transfers for _, term in METHODS[name]()[0].terms):
                 assert name in PROTOCOLS[protocol]["cifar"].transfer_scale
         assert 0 < scale("l1.5") == scale("l2.0") == scale("l2") < 0.1
         assert scale("l1.0") == scale("l1") and scale("l0.50") == scale("l0.5")
+
+
+def test_repdistillers_objectives_are_its_weighted_sums():
+    """Cross-entropy beside the transfer loss; the warm-ups of DKD and ReviewKD as published."""
+
+    def terms(name, **options):
+        phases = METHODS[name](protocol="repdistiller", **options)
+        return [[(weight, type(term)) for weight, term in phase.terms] for phase in phases]
+
+    labels = (1.0, CrossEntropy)
+    assert terms("kd") == [[(1.0, KnowledgeDistillation)]]
+    assert terms("sp") == [[labels, (3000.0, SimilarityPreserving)]]
+    assert terms("sp", transfer_weight=0.1) == [[labels, (300.0, SimilarityPreserving)]]
+    assert terms("activation-boundary") == [[(3 / 1000, ActivationBoundary)], [labels]]
+    assert terms("dkd") == [[labels, (Ramp(0.0, 1.0, 20), DecoupledDistillation)]]
+    (review,) = METHODS["reviewkd"](protocol="repdistiller", transfer_weight=2.0)
+    assert review.terms[1][0] == Ramp(0.0, 10.0, 20)
+    (kd,) = METHODS["kd"](protocol="repdistiller", temperature=5.0)
+    assert kd.terms[0][1] == KnowledgeDistillation(5.0, True, 0.1)
+    assert (
+        METHODS["activation-boundary+dkd"](protocol="repdistiller")[1].terms
+        == METHODS["dkd"](protocol="repdistiller")[0].terms
+    )
+    for name in PROTOCOLS["repdistiller"]["cifar"].objectives:
+        plain, its = (
+            {type(term) for phase in METHODS[name](protocol=each) for _, term in phase.terms}
+            for each in ("paper", "repdistiller")
+        )
+        assert its - {CrossEntropy} == plain - {CrossEntropy, KnowledgeDistillation} or "kd" in name
+    with pytest.raises(InputError, match="unknown method of this protocol 'jacobian'"):
+        METHODS["jacobian"](protocol="repdistiller")
+
+
+def test_repdistillers_learning_rate():
+    """0.05, a tenth after 150, 180 and 210 of 240 epochs, whatever was before."""
+    steps = Fraction(50_000, 64)
+    optimizer = METHODS["sp"](protocol="repdistiller")[0].optimizer
+    drops = [int(epochs * steps) for epochs in (150, 180, 210)]
+    for before in (0, 30):
+        start = int(before * steps)
+        length = int((before + 240) * steps) - start
+        span = PhaseSchedule(start, length, before, 240, before + 240, steps)
+        rate = optimizer.schedule(span)
+        found = [float(rate(each + step)) for each in drops for step in (-2, 1)]
+        assert found == pytest.approx([0.05, 0.005, 0.005, 5e-4, 5e-4, 5e-5])
+    before = METHODS["ft"](protocol="repdistiller")[0].optimizer
+    assert (before.learning_rate, before.drops) == (0.01, ())
 
 
 def test_names_are_looked_up_as_in_any_mapping():
@@ -149,7 +202,7 @@ def test_a_configuration_knows_its_settings():
     assert RunConfig.create(dataset="d", student="s", teacher="t", **config.settings) == config
     fields = {field.name for field in dataclasses.fields(RunConfig)}
     # The networks and the data are separate arguments of `distill`.
-    given = {"dataset", "student", "teacher", "anchors", "test", "options"}
+    given = {"dataset", "student", "teacher", "anchors", "test", "target_data", "options"}
     assert fields - set(config.settings) == given
     assert config.replace(margin=1.0, method="activation-boundary").options == (("margin", 1.0),)
 
@@ -204,9 +257,12 @@ def test_shares_are_exact():
     )
 
 
-def test_sgd_is_pytorchs(x64):
-    """d = g + λp; v = μv + d; p −= η(d + μv), and a reset rebuilds the optimizer."""
-    optimizer = Optimizer(learning_rate=0.1, drops=(0.5,), resets=(0.5,), weight_decay=0.01)
+@pytest.mark.parametrize("nesterov", [True, False])
+def test_sgd_is_pytorchs(nesterov, x64):
+    """d = g + λp; v = μv + d; p −= η(d + μv), or ηv, and a reset rebuilds the optimizer."""
+    optimizer = Optimizer(
+        learning_rate=0.1, drops=(0.5,), resets=(0.5,), weight_decay=0.01, nesterov=nesterov
+    )
     span = PhaseSchedule(0, 6, 0, 6, 6, Fraction(1))
     transformation = optimizer.transformation(span)
     parameter, velocity = 1.5, 0.0
@@ -217,7 +273,7 @@ def test_sgd_is_pytorchs(x64):
         velocity = 0.0 if step == 3 else velocity
         direction = gradient + 0.01 * parameter
         velocity = 0.9 * velocity + direction
-        parameter -= rate * (direction + 0.9 * velocity)
+        parameter -= rate * (direction + 0.9 * velocity if nesterov else velocity)
         updates, state = transformation.update({"w": jnp.array(gradient)}, state, params)
         params = optax.apply_updates(params, updates)
         chex.assert_trees_all_close(params["w"], np.float64(parameter), rtol=1e-13)

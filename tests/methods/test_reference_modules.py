@@ -8,8 +8,21 @@ import pytest
 
 from abflax.losses import hierarchical_context, overhaul_difference
 from abflax.methods.connectors import Connectors
-from abflax.methods.modules import Embeddings, Fusion, Regressors
-from abflax.methods.terms import CorrelationCongruence, VariationalInformation
+from abflax.methods.modules import (
+    Embeddings,
+    Fusion,
+    Paraphrasers,
+    Regressors,
+    TeachersClassifier,
+    Translators,
+)
+from abflax.methods.terms import (
+    CorrelationCongruence,
+    FactorTransfer,
+    Paraphrasing,
+    SoftmaxRegression,
+    VariationalInformation,
+)
 from abflax.taps import Forward
 
 pytestmark = pytest.mark.usefixtures("x64")
@@ -166,3 +179,113 @@ def test_fusion(relatives):
     _assert_equals_reference(
         loss, taps, tree(""), relatives["review_abf/value"], gradients, tree("grad_")
     )
+
+
+def _convolutions(entries, prefix, transposed=False, normalized=False):
+    """A stack of convolutions of factor transfer; a transposed one is a convolution."""
+    params = {}
+    for index in range(3):
+        name = f"{prefix}.{3 * index}"
+        weight = entries[f"{name}.weight"]
+        weight = weight.swapaxes(0, 1)[:, :, ::-1, ::-1] if transposed else weight
+        params[f"conv{index}"] = {
+            "kernel": _kernel(weight),
+            "bias": jnp.asarray(entries[f"{name}.bias"]),
+        }
+        if normalized:
+            params[f"norm{index}"] = _norm(entries, f"{prefix}.{3 * index + 1}")
+    return params
+
+
+def test_paraphrasers(relatives):
+    module = Paraphrasers((("layer1", 9, 4),), **FIELDS)
+    targets = {"layer1": relatives["maps/teacher"]}
+
+    def tree(prefix):
+        return {
+            "layer1_paraphraser": _convolutions(relatives, f"{prefix}paraphraser/encoder"),
+            "layer1_back": _convolutions(relatives, f"{prefix}paraphraser/decoder", True),
+        }
+
+    def loss(tap, params):
+        forward, made = module.apply(
+            {"params": params}, _forward({"layer1": tap}), targets, train=True
+        )
+        return Paraphrasing(layers=("layer1",)).loss(forward, made, jnp.zeros(8, int)).mean()
+
+    tap = relatives["maps/student"]
+    _assert_equals_reference(
+        loss, tap, tree("ft/"), relatives["ft/reconstruction_mse"], np.zeros_like(tap),
+        tree("ft/grad_"),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("averaged", [False, True])
+def test_translators(averaged, relatives):
+    """The gradients in the translator are of RepDistiller's form."""
+    module = Translators((("layer1", 9, 4),), **FIELDS)
+    term = FactorTransfer(layers=("layer1",), channels_averaged=averaged)
+    source = "ft" if averaged else "ft_official"
+    taught = {"layer1_paraphraser": _convolutions(relatives, "ft/paraphraser/encoder")}
+
+    def tree(name):
+        return _convolutions(relatives, f"ft/{name}/encoder", normalized=True)
+
+    def loss(tap, params):
+        (forward, factors), _ = module.apply(
+            {"params": params}, _forward({"layer1": tap}), {"layer1": relatives["maps/teacher"]},
+            train=True, mutable=["batch_stats"],
+        )  # fmt: skip
+        return term.loss(forward, factors, jnp.zeros(8, int)).mean()
+
+    params = taught | {"layer1_translator": tree("translator")}
+    value, gradient = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))(
+        relatives["maps/student"], params
+    )
+    _assert_near(value, relatives[f"{source}/value"])
+    _assert_near(gradient[0], relatives[f"{source}/grad_student"])
+    chex.assert_trees_all_equal(
+        gradient[1]["layer1_paraphraser"],
+        jax.tree.map(jnp.zeros_like, taught["layer1_paraphraser"]),
+    )
+    if averaged:
+        jax.tree.map(_assert_near, gradient[1]["layer1_translator"], tree("grad_translator"))
+
+
+def _assert_near(ours, theirs):
+    scale = max(np.abs(theirs).max(), 1e-4)  # a bias before a batch norm has gradient 0
+    chex.assert_trees_all_close(ours, jnp.asarray(theirs), rtol=1e-9, atol=1e-11 * scale)
+
+
+def test_softmax_regression(relatives):
+    """Behind the ReLU of the tap: the reference's map has negative entries."""
+    module, term = TeachersClassifier("layer1", 10, 10, **FIELDS), SoftmaxRegression()
+    classifier = {
+        "kernel": jnp.asarray(relatives["srrl/classifier/weight"].T),
+        "bias": jnp.asarray(relatives["srrl/classifier/bias"]),
+    }
+    taught = {f"classifier_{name}": weight for name, weight in classifier.items()}
+    targets = {
+        "features": relatives["srrl/teacher"].mean(axis=(1, 2)),
+        "logits": relatives["srrl/teacher_logits"],
+    }
+
+    def tree(name):
+        prefix = f"srrl/{name}"
+        conv = {"kernel": _kernel(relatives[f"{prefix}/0.weight"])}
+        return {"conv": conv, "norm": _norm(relatives, f"{prefix}/1")}
+
+    def loss(tap, params):
+        params = term.first_weights(
+            params | jax.tree.map(jnp.zeros_like, taught), {"head": {"fc": classifier}}, {}
+        )
+        (features, logits), _ = module.apply(
+            {"params": params}, tap, True, method="classify", mutable=["batch_stats"]
+        )
+        forward = Forward(logits, {}, features, {})
+        return term.loss(forward, targets, jnp.zeros(8, int)).mean()
+
+    _assert_equals_reference(
+        loss, relatives["srrl/student"], tree("connector"), relatives["srrl/value"],
+        relatives["srrl/grad_student"], tree("grad_connector"),
+    )  # fmt: skip

@@ -82,10 +82,11 @@ def test_transfer_loss_falls(pair, name):
 
     @jax.jit
     def losses(first, images, labels):
-        state = create_train_state(objective, optimizer, first, stats, key, shape)
+        state = create_train_state(objective, optimizer, first, stats, key, shape, *weights, {})
 
         def step(state, _):
-            made = make_targets(objective, *weights, state.batch_stats["teacher"], images, *drawn)
+            theirs = state.batch_stats["teacher"]
+            made = make_targets(objective, *weights, theirs, images, *drawn, images[::-1])
             return train_step(
                 objective, optimizer, state, *weights, images, labels, precomputed_targets=made
             )
@@ -96,25 +97,38 @@ def test_transfer_loss_falls(pair, name):
     assert found[-3:].mean() < 0.9 * found[:3].mean(), found
 
 
+def _modules(student, teacher, name, index):
+    """What the phase before has trained, where there is one: random modules here."""
+    if index == 0 or len(METHODS[name]()) == 1:
+        return {}
+    before = bind(student, teacher, METHODS[name]()[0], (8, 8, 1), axis_name=AXIS)
+    return before.init(jax.random.key(9))[0]["connectors"]
+
+
 @pytest.mark.parametrize(
-    "name",
+    ("name", "index"),
     [
-        name if name == "cc" else pytest.param(name, marks=pytest.mark.slow)
+        (name, -1) if name == "cc" else pytest.param(name, index, marks=pytest.mark.slow)
         for name in METHODS
-        if any(term.relates == "batch" for _, term in METHODS[name]()[-1].terms)
+        for index in ((0, -1) if name == "ft" else (-1,))
+        if name in ("ft", "srrl")
+        or any(term.relates == "batch" for _, term in METHODS[name]()[-1].terms)
     ],
 )
-def test_the_whole_batch_on_one_device_and_on_eight(name, x64):
-    """Two examples a device; each term sees the sixteen, and gradients are those of one device."""
+def test_the_whole_batch_on_one_device_and_on_eight(name, index, x64):
+    """Two examples a device; each term sees the sixteen, and gradients are those of one device.
+
+    Likewise for `ft` and `srrl`, whose modules have batch norms and weights that they are given.
+    """
     student, teacher = (configure_model(Tiny(width), "float64", AXIS) for width in (6, 12))
-    phase, shape, keys = METHODS[name]()[-1], (8, 8, 1), jax.random.split(jax.random.key(0), 4)
+    phase = METHODS[name]()[index]
+    shape, keys = (8, 8, 1), jax.random.split(jax.random.key(0), 4)
     variables = init_variables(teacher, keys[0], shape)
     stats = {"batch_stats": variables["batch_stats"]}
     objective, optimizer = bind(student, teacher, phase, shape, axis_name=AXIS), optax.sgd(1.0)
     state = create_train_state(
         objective, optimizer, init_variables(student, keys[1], shape),
-        stats,
-        keys[2], shape,
+        stats, keys[2], shape, variables["params"], _modules(student, teacher, name, index),
     )  # fmt: skip
     images, labels = jax.random.normal(keys[3], (16, *shape)), jnp.arange(16) % 10
 
@@ -128,7 +142,7 @@ def test_the_whole_batch_on_one_device_and_on_eight(name, x64):
                 images,
                 labels,
                 precomputed_targets=make_targets(
-                    objective, variables["params"], stats, images, labels, keys
+                    objective, variables["params"], stats, images, labels, keys, -images
                 ),
             ),
             axis_name=AXIS,

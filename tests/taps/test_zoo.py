@@ -18,7 +18,8 @@ from abflax import Dataset, InputError, Network, Resources, Tapped, distill, eva
 from abflax.data.decoding import centre_crop
 from abflax.methods import METHODS
 from abflax.models.variables import init_variables
-from abflax.taps import Nnx, marked, run_model, side_of, suggest
+from abflax.taps import marked, run_model, side_of, suggest
+from abflax.taps.nnx import Nnx
 from abflax.taps.running import logits_of
 from tests.taps.zoo import STYLES, Configured, NnxResNet, PostActivation
 

@@ -14,7 +14,7 @@ from flax import linen as nn
 
 from abflax import Network, Seeds, Tapped, load
 from abflax.config import Resources, RunConfig
-from abflax.data import augment
+from abflax.data import DataSets, augment
 from abflax.runtime.reporter import NullReporter
 from abflax.training.group import TrainingGroup
 from abflax.training.run import Run
@@ -52,7 +52,7 @@ def drawn():
     def draw(seeds):
         config = RunConfig("digits", "net", "teacher", epochs=(1, 1), batch_size=20, fraction=0.5,
                            seeds=seeds)  # fmt: skip
-        group = TrainingGroup(config, [teacher], data, None, Resources(devices=1))
+        group = TrainingGroup(config, [teacher], DataSets(data), Resources(devices=1))
         run = Run(config, student, group, RunDirectory(None, config), NullReporter())
         draws, state = {}, None
         for phase in range(2):

@@ -13,6 +13,7 @@ import pytest
 
 from abflax import Network, Resources, load
 from abflax.config import RunConfig
+from abflax.data import DataSets
 from abflax.models import MODELS
 from abflax.models.variables import init_variables
 from abflax.runtime.reporter import NullReporter
@@ -34,7 +35,9 @@ def lowered(program, platform, precision="float32", networks=("wrn10-1", "wrn10-
     data = load("digits", "test").take(np.arange(40))
     config = RunConfig("digits", networks[0], "teacher", epochs=(1, 1), batch_size=16,
                        precision=precision)  # fmt: skip
-    group = TrainingGroup(config, [teacher], data, data, Resources(1, steps_per_dispatch=2))
+    group = TrainingGroup(
+        config, [teacher], DataSets(data, data), Resources(1, steps_per_dispatch=2)
+    )
     run = Run(config, student, group, RunDirectory(None, config), NullReporter())
     phase = run._programs[program == "classify"]
     key = jax.random.key(0)

@@ -3,6 +3,12 @@
 from abflax.methods.terms.activation_boundary import ActivationBoundary
 from abflax.methods.terms.base import LayerTerm, Term
 from abflax.methods.terms.boundary import BoundarySupport
+from abflax.methods.terms.domains import (
+    DomainDiscrepancy,
+    TeacherCrossEntropy,
+    TwoDomainDistillation,
+)
+from abflax.methods.terms.factors import FactorTransfer, Paraphrasing
 from abflax.methods.terms.features import FeatureDifference
 from abflax.methods.terms.jacobian import JacobianMatching
 from abflax.methods.terms.logits import (
@@ -15,6 +21,7 @@ from abflax.methods.terms.logits import (
 from abflax.methods.terms.maps import (
     KnowledgeReview,
     OverhaulDifference,
+    SoftmaxRegression,
     VariationalInformation,
 )
 from abflax.methods.terms.pairs import (
@@ -33,6 +40,8 @@ __all__ = [
     "CorrelationDistillation",
     "CrossEntropy",
     "DecoupledDistillation",
+    "DomainDiscrepancy",
+    "FactorTransfer",
     "FeatureDifference",
     "FlowOfSolution",
     "JacobianMatching",
@@ -42,9 +51,13 @@ __all__ = [
     "LogitRegression",
     "NeuronSelectivity",
     "OverhaulDifference",
+    "Paraphrasing",
     "ProbabilisticTransfer",
     "RelationalDistillation",
     "SimilarityPreserving",
+    "SoftmaxRegression",
+    "TeacherCrossEntropy",
     "Term",
+    "TwoDomainDistillation",
     "VariationalInformation",
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar, Literal
 
 import jax
@@ -26,6 +26,8 @@ class Term:
       transfers: True for a method's transfer loss, whose weight has to be searched; False for
         supervision by labels or logits.
       needs_teacher: False for a term that does not use the teacher.
+      needs_student: False for a term that trains its module alone. A phase of such terms leaves the
+        student as it is, and lies outside its learning-rate schedule.
       needs_pullback: True for a term that uses `abflax.taps.Forward.pullback`.
       positions: how to treat layers whose height and width differ between the networks. "same"
         raises an error, "pooled" average-pools the larger map to the smaller before the term gets
@@ -33,17 +35,21 @@ class Term:
       relates: "batch" for a term that compares examples with each other: `loss` gets the student's
         values, targets and labels of the whole batch, gathered over the devices; None: those of a
         device's share.
-      view: the view that the term reads besides the images, a name in `abflax.methods.VIEWS`; its
-        passes are in `Forward.views`.
+      view: the view that the term reads besides the images, a name in `abflax.methods.VIEWS` or
+        `TARGET_DOMAIN`; its passes are in `Forward.views`.
+      trains_teacher: True for a term whose gradient flows into its targets: the teacher is trained
+        along with the student, in training mode.
       same_classes: True for a term that compares logits over classes that both networks tell apart.
     """
 
     transfers: ClassVar[bool] = False
     needs_teacher: ClassVar[bool] = True
+    needs_student: ClassVar[bool] = True
     needs_pullback: ClassVar[bool] = False
     positions: ClassVar[Literal["same", "pooled", "free"]] = "same"
     relates: ClassVar[Literal["batch"] | None] = None
     view: ClassVar[str | None] = None
+    trains_teacher: ClassVar[bool] = False
     same_classes: ClassVar[bool] = False
 
     def chosen(self, taps: Iterable[str]) -> tuple[str, ...]:
@@ -65,6 +71,23 @@ class Term:
         """
         del pair
         return None
+
+    def first_weights(
+        self, drawn: dict[str, Any], teacher: Any, before: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """Chooses what the module's weights are at the start of the phase.
+
+        Args:
+          drawn: the random ones.
+          teacher: the teacher's parameters.
+          before: the parameters of all modules of the phase before, by their names in these; empty
+            in the first phase.
+
+        Returns:
+          A tree of the same shapes.
+        """
+        del teacher, before
+        return drawn
 
     def targets(self, teacher: Forward) -> Any:
         """Returns a pytree of arrays with a leading batch dimension."""

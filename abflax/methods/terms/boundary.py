@@ -17,18 +17,14 @@ from abflax.taps import Forward
 
 @dataclasses.dataclass(frozen=True)
 class BoundarySupport(Term):
-    """a·KL(images) + b·KL(boundary samples), for each example (Heo et al., AAAI 2019).
+    """KL(boundary samples), for each example (Heo et al., AAAI 2019).
 
     KL is that of the teacher's and the student's probabilities, both softened by τ, without τ².
-    (The published code has the cross-entropy, whose gradient is the same.) The second is the mean
-    over the examples of `boundary_base`. The published weights fall over the 80 epochs, a from 4 to
-    1 and b from 2 to 0 at 3/4; the defaults are their means.
-    The targets are the teacher's logits of both.
+    (The published code has the cross-entropy, whose gradient is the same.) It is the mean over the
+    examples of `boundary_base`. The targets are the teacher's logits of images and samples.
 
     Attributes:
       temperature: τ > 0.
-      images_weight: a.
-      boundary_weight: b.
       attack_size: the most examples of a batch that count; the authors' is 64 of 256.
     """
 
@@ -36,8 +32,6 @@ class BoundarySupport(Term):
     same_classes: ClassVar[bool] = True
     relates: ClassVar = "batch"
     temperature: float = 3.0
-    images_weight: float = 2.5
-    boundary_weight: float = 0.75
     attack_size: int = 64
 
     def __post_init__(self) -> None:
@@ -53,12 +47,10 @@ class BoundarySupport(Term):
     def loss(
         self, student: Forward, targets: tuple[jax.Array, jax.Array], labels: jax.Array
     ) -> jax.Array:
-        """Adds both divergences."""
+        """Computes the divergence."""
         teacher, at_boundary = targets
         base = boundary_base(student.logits, teacher, labels, self.attack_size)
         share = jnp.where(base, len(base) / jnp.maximum(base.sum(), 1), 0)
-        return self.images_weight * knowledge_distillation(
-            student.logits, teacher, self.temperature
-        ) + self.boundary_weight * share * knowledge_distillation(
+        return share * knowledge_distillation(
             student.views["boundary"].logits, at_boundary, self.temperature
         )

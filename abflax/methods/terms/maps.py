@@ -1,17 +1,19 @@
-"""Terms that compare maps after modules of their own: VID, the overhaul, knowledge review."""
+"""Terms on maps with modules of their own: VID, the overhaul, knowledge review, SRRL."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 
+from abflax.errors import InputError
 from abflax.losses import hierarchical_context, overhaul_difference, variational_information
 from abflax.methods.connectors import Connectors, Pair
-from abflax.methods.modules import Fusion, Regressors
-from abflax.methods.terms.base import LayerTerm, features_of, per_example, summed
+from abflax.methods.modules import Fusion, Regressors, TeachersClassifier
+from abflax.methods.terms.base import LayerTerm, Term, features_of, per_example, summed
 from abflax.taps import Forward
 
 
@@ -101,3 +103,76 @@ class KnowledgeReview(LayerTerm):
             weight * hierarchical_context(student.taps[name], targets[name])
             for name, weight in weights.items()
         )
+
+
+@dataclasses.dataclass(frozen=True)
+class SoftmaxRegression(Term):
+    """mean (f − F)² + logit_ratio · mean (Wᵀf + b − T)², for each example (Yang et al. 2021).
+
+    f are the student's features after a connector of its last tap, F the teacher's features, and
+    W, b the teacher's classifier, which is not trained (`TeachersClassifier`). The targets are the
+    teacher's features and logits.
+
+    Attributes:
+      logit_ratio: >= 0; 1 in the authors' code.
+    """
+
+    transfers: ClassVar[bool] = True
+    positions: ClassVar = "free"
+    logit_ratio: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not self.logit_ratio >= 0:
+            raise InputError(f"logit_ratio must be at least 0, not {self.logit_ratio}")
+
+    def chosen(self, taps: Iterable[str]) -> tuple[str, ...]:
+        """Returns the last tap."""
+        return tuple(taps)[-1:]
+
+    def module(self, pair: Pair) -> TeachersClassifier:
+        """Adds the connector and the teacher's classifier."""
+        assert pair.teacher is not None
+        if not pair.layers:
+            raise InputError("softmax regression reads the student's last tap, and it has none")
+        features, classes = features_of(pair.teacher).shape[-1], pair.teacher.logits.shape[-1]
+        return TeachersClassifier(pair.layers[0], features, classes, **pair.fields)
+
+    def first_weights(
+        self, drawn: dict[str, Any], teacher: Any, before: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """Takes the teacher's classifier, the one dense layer from its features to its logits.
+
+        Raises:
+          ValueError: if there is none, or several are of these widths.
+        """
+        del before
+        like = drawn["classifier_kernel"]
+        found = list(_dense_layers(teacher, like.shape))
+        if len(found) != 1:
+            raise InputError(
+                f"softmax regression needs the teacher's classifier: of its layers, {len(found)} "
+                f"are dense with a kernel [features, classes] of {like.shape}"
+            )
+        bias = found[0].get("bias", drawn["classifier_bias"])
+        classifier = {"classifier_kernel": found[0]["kernel"], "classifier_bias": bias}
+        return drawn | {name: each.astype(like.dtype) for name, each in classifier.items()}
+
+    def targets(self, teacher: Forward) -> dict[str, jax.Array]:
+        """Returns the teacher's features and logits."""
+        return {"features": features_of(teacher), "logits": teacher.logits}
+
+    def loss(self, student: Forward, targets: Any, labels: jax.Array) -> jax.Array:
+        """Compares features, and what the teacher's classifier makes of them."""
+        del labels
+        features = jnp.square(features_of(student) - targets["features"]).mean(axis=-1)
+        logits = jnp.square(student.logits - targets["logits"]).mean(axis=-1)
+        return features + self.logit_ratio * logits
+
+
+def _dense_layers(params: Any, shape: tuple[int, ...]) -> Iterator[Mapping[str, Any]]:
+    """Finds the layers with a kernel of that shape."""
+    if isinstance(params, Mapping):
+        if getattr(params.get("kernel"), "shape", None) == shape:
+            yield params
+        for each in params.values():
+            yield from _dense_layers(each, shape)
