@@ -130,5 +130,6 @@ def test_a_narrow_students_agreement_is_that_through_its_connectors(tmp_path):
     assert summary["unmatched"] == []
     for layer, agreement in result.record["result"]["agreement"].items():
         assert summary["layers"][layer]["agreement"] == [pytest.approx(agreement, abs=1e-6)]
-    assert len(tables(summary)) > 0 and len(arrays(findings)) > 0
+    named = {"networks": ["student"], "teacher": "teacher", "dataset": "digits"}
+    assert tables(summary | named) and arrays(findings)["0/layer1/agreement_by_neuron"].size
     assert analyse._connectors(result.directory, result.record, other) is None
