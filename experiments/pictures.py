@@ -24,6 +24,7 @@ import numpy as np
 from matplotlib import pyplot as plt
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import ListedColormap
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from PIL import Image
 from rich.console import Console
 
@@ -129,7 +130,8 @@ def _frame(
 ) -> Image.Image:
     """Draws the image, the neurons that fire in teacher and student, and those that differ."""
     with plt.rc_context(plots.STYLE | {"axes.grid": False}):
-        figure, axes = plt.subplots(1, 4, figsize=(9.6, 2.9), layout="constrained")
+        layout = ConstrainedLayoutEngine(wspace=0.06)
+        figure, axes = plt.subplots(1, 4, figsize=(9.6, 2.8), layout=layout)
         differs = np.where(np.isnan(teacher), np.nan, teacher != student)
         panels = (
             (image.squeeze(), "a held-out digit", "gray_r"),

@@ -153,10 +153,17 @@ def teach(data: Dataset, **common: Any) -> Result:
     )  # fmt: skip
 
 
-def learn(method: str, teacher: Network, data: Dataset, **settings: Any) -> Result:
+def learn(
+    method: str,
+    teacher: Network,
+    data: Dataset,
+    *,
+    epochs: tuple[int, int] = EPOCHS,
+    **settings: Any,
+) -> Result:
     """Trains a student."""
     return distill(
-        MODELS[STUDENT](), teacher, data, method=method, epochs=EPOCHS, batch_size=32,
+        MODELS[STUDENT](), teacher, data, method=method, epochs=epochs, batch_size=32,
         fraction=FRACTION, **OPTIONS.get(method, {}), **settings,
     )  # fmt: skip
 

@@ -293,7 +293,7 @@ previous one is used | `tests/storage/test_disks.py`; 1,000 flips: \
 `python -m pytest -n 0 -m slow tests/storage/test_disks.py` |
 | a damaged record | named; the run is not trained again unless `--force` is given | \
 `tests/storage/test_lock.py` |
-| NaN or infinity in images, teacher, taps, connectors, loss or gradient | step, \
+| NaN or infinity in images, teacher, taps, connectors, loss, gradient or weights | step, \
 phase and the first tap that is not finite; the previous checkpoint stays \
 | `tests/training/test_diagnosis.py` |
 | NaN or infinity in a held-out loss | the step, and whether training diverged; the previous \

@@ -90,33 +90,30 @@ class OwnAugmentation:
 
     def require_fits(self, batch_size: int, image_shape: tuple[int, ...]) -> None:
         """Raises `InputError` if it cannot augment such a batch, or is no pure function."""
-        assert self.made is not None
+        if self.made is None:
+            raise InputError(f"augment {self.label} is the label in a record: give the function")
+        key = jax.random.key(0)
         images = jax.ShapeDtypeStruct((batch_size, *image_shape), jnp.result_type(float))
         try:
-            traced = [  # a new function each time, since JAX remembers what it has traced
-                jax.make_jaxpr(functools.partial(self.made))(jax.random.key(0), images)
-                for _ in range(2)
-            ]
-            (made,) = traced[0].out_avals
+            # A new function each time, since JAX remembers what it has traced.
+            first, second = (
+                jax.jit(functools.partial(self.made)).lower(key, images) for _ in range(2)
+            )
+            made = first.out_info
         except Exception as error:
             reason = next(iter(str(error).splitlines()), repr(error))[:200]
             raise InputError(f"augment fails on images {images.shape}: {reason}") from error
-        if made.shape != images.shape or not jnp.issubdtype(made.dtype, jnp.floating):
+        shape, dtype = (getattr(made, name, None) for name in ("shape", "dtype"))
+        if shape != images.shape or dtype is None or not jnp.issubdtype(dtype, jnp.floating):
             raise InputError(
                 f"augment must return floating images {images.shape}, as it is given them, not "
-                f"{made.dtype} {made.shape}"
+                f"{dtype} {shape}"
             )
-        first, second = (_constants(each) for each in traced)
-        if first != second:
+        if first.as_text() != second.as_text():
             raise InputError(
                 "augment is another function each time it is compiled: draw all that is random "
                 "in it from its key, by jax.random"
             )
-
-
-def _constants(traced: Any) -> str:
-    """A traced function as text, with the arrays that it holds."""
-    return str(traced) + "".join(str(each) for each in traced.consts)
 
 
 def _digest_images(function: Augment) -> str:

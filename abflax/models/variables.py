@@ -6,6 +6,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict
 
 from abflax.taps import Model, side_of
 
@@ -29,3 +31,12 @@ def floats_in(dtype: Any, tree: Any) -> Any:
     """
     is_float = lambda leaf: jnp.issubdtype(leaf.dtype, jnp.floating)  # noqa: E731
     return jax.tree.map(lambda leaf: leaf.astype(dtype) if is_float(leaf) else leaf, tree)
+
+
+def not_finite(variables: Any) -> list[str]:
+    """Finds the arrays that hold NaN or infinity, by their paths, such as "params/stem/bias".
+
+    A network's outputs do not tell: on CPUs JAX 0.12 compiles some ReLUs so that NaN becomes 0.
+    """
+    flat = flatten_dict(dict(variables), sep="/")
+    return [name for name, leaf in flat.items() if not np.isfinite(leaf).all()]

@@ -15,6 +15,7 @@ from abflax.methods import METHODS, PhaseSchedule
 from abflax.metrics import Metric
 from abflax.models.checks import require_classes, require_fits, require_runs
 from abflax.models.network import Network, configure_model, require_network
+from abflax.models.variables import not_finite
 from abflax.runtime.distributed import detect_lost_process
 from abflax.runtime.jax_checks import jax_defaults, require_devices
 from abflax.taps import Model
@@ -46,7 +47,7 @@ def evaluate(
 
     Raises:
       ValueError: if the network does not fit the data.
-      NonFiniteError: if its logits are NaN or infinite.
+      NonFiniteError: if its weights or logits are NaN or infinite.
     """
     network = require_network("the network", network)
     require_devices()
@@ -55,6 +56,8 @@ def evaluate(
     require_classes("the network", network.model, test.image_shape, test.num_classes)
     require_fits("the weights", network.model, network.variables, test.image_shape)
     require_metrics(metrics, test.num_classes)
+    if names := not_finite(network.variables):
+        raise NonFiniteError(f"the network's {names[0]} holds NaN or infinity")
     model = configure_model(network.model, "float32", AXIS)
     (phase,) = METHODS["cross-entropy"]()
     own = {name: tree for name, tree in network.variables.items() if name != "params"}

@@ -22,7 +22,7 @@ from abflax.data import (
 )
 from abflax.metrics import Metric
 from abflax.models.network import Network, configure_model
-from abflax.models.variables import floats_in
+from abflax.models.variables import floats_in, not_finite
 from abflax.runtime.reporter import NullReporter, Reporter
 from abflax.taps import Model
 from abflax.training.devices import (
@@ -172,6 +172,6 @@ def _placed(network: Network, precision: str, devices: Sequence[jax.Device]) -> 
     # Copies: what is not trained is donated with the state.
     variables = jax.tree.map(np.array, dict(network.variables))
     variables = {"batch_stats": {}, **floats_in(jnp.result_type(float), variables)}
-    finite = all(bool(np.isfinite(leaf).all()) for leaf in jax.tree.leaves(variables))
+    finite = not not_finite(variables)
     params = replicate(variables.pop("params"), devices)
     return Teacher(configure_model(network.model, precision, AXIS), params, variables, finite)

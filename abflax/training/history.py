@@ -127,20 +127,16 @@ def begins(shorter: RunConfig, longer: RunConfig, examples: int) -> bool:
     """
     if sum(shorter.epochs) >= sum(longer.epochs):
         return False
-    pairs = list(zip(*(phases_and_schedules(each, examples) for each in (shorter, longer)),
-                     strict=True))  # fmt: skip
-    (phases, others), (spans, longer_spans) = pairs
-    if len(phases) > len(others):
+    phases, ours = phases_and_schedules(shorter, examples)
+    others, theirs = phases_and_schedules(longer, examples)
+    if phases != others[: len(phases)]:
         return False
-    for index, (phase, span, longer_span) in enumerate(
-        zip(phases, spans, longer_spans, strict=False)
-    ):
-        last = index == len(phases) - 1
-        more = span.steps <= longer_span.steps if last else span.steps == longer_span.steps
-        same = phase == others[index] and span.start == longer_span.start
-        if not (more and same and phase.optimizer.begins(span, longer_span)):
-            return False
-    return True
+    *before, last = zip(phases, ours, theirs, strict=False)
+    return (
+        all(our.steps == their.steps for _, our, their in before)
+        and last[1].steps <= last[2].steps
+        and all(phase.optimizer.begins(our, their) for phase, our, their in (*before, last))
+    )
 
 
 def anchor_epochs(epochs: Iterable[int], count: int) -> set[int]:

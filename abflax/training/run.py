@@ -17,6 +17,7 @@ from abflax.data import Batches
 from abflax.errors import DiskError, InputError, NonFiniteError
 from abflax.methods.objective import connectors_in
 from abflax.models.network import Network, configure_model, digest
+from abflax.models.variables import not_finite
 from abflax.runtime.distributed import max_over_processes
 from abflax.runtime.preemption import Interrupted
 from abflax.runtime.reporter import NullReporter, Reporter
@@ -195,10 +196,20 @@ class Run:
             self._next_phase()
 
     def save(self) -> None:
-        """Saves a checkpoint in the background. Raises `DiskError` where it cannot be written."""
+        """Saves a checkpoint in the background.
+
+        Raises:
+          NonFiniteError: if a weight of the student is NaN or infinite.
+          DiskError: if it cannot be written.
+        """
         self._read_metrics(leave=0)
         self._clock = self.history.add_time(self.phases[self.history.phase].name, self._clock)
         self._take_snapshot()
+        if names := not_finite(self.snapshot[1].student):
+            raise NonFiniteError(
+                f"the student's {names[0]} is not finite after step {self.step} of the run; "
+                f"{self._last_checkpoint()}"
+            )
         history = dataclasses.asdict(self.history)
         description = {"config": self.config.as_json(), "history": history}
         self.directory.save(self.step, self.snapshot[1], description)

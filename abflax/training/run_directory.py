@@ -14,7 +14,7 @@ from typing import Any
 from flax.traverse_util import unflatten_dict
 
 from abflax.config import RunConfig
-from abflax.errors import InputError, local_path, path_error
+from abflax.errors import DiskError, InputError, local_path
 from abflax.models.network import Network, digest
 from abflax.runtime.distributed import is_first, on_process_zero
 from abflax.storage.checkpoint import Checkpoints
@@ -52,7 +52,7 @@ class Result:
       model: the student without its weights.
       average: as `variables`, with the averaged weights, where `ema` was given
         (`directory / "student-ema.safetensors"` has them).
-      kept: the connectors of a run without a directory.
+      last_connectors: those of a run without a directory.
     """
 
     record: dict[str, Any]
@@ -60,7 +60,7 @@ class Result:
     directory: Path | None
     model: Any = dataclasses.field(default=None, repr=False)
     average: Any | None = dataclasses.field(default=None, repr=False)
-    kept: Any | None = dataclasses.field(default=None, repr=False)
+    last_connectors: Any | None = dataclasses.field(default=None, repr=False)
 
     @functools.cached_property
     def variables(self) -> dict[str, Any]:
@@ -86,7 +86,7 @@ class Result:
           ValueError: if they are to be read from the directory, and cannot be.
         """
         if self.directory is None or "connectors" not in self.record:
-            return self.kept
+            return self.last_connectors
         return read_variables(self.directory / f"{CONNECTORS}.safetensors")
 
     @property
@@ -191,8 +191,7 @@ class RunDirectory:
         if record is not None:
             self.close()
             return Result(record, None, self.path)
-        begun = any((self.path / "checkpoints").glob("[0-9]*"))
-        if begins is not None and not begun and not self._force:
+        if begins is not None and not self._force:
             self.note = self._adopt(begins)
         checkpoints = Checkpoints(self.path / "checkpoints")
         self._checkpoints = self._writers.enter_context(checkpoints)
@@ -234,34 +233,42 @@ class RunDirectory:
     def _adopt(self, begins: Callable[[tuple[int, ...]], bool]) -> str:
         """Copies the last checkpoint, and the connectors, of the longest run that begins this one.
 
-        Returns a sentence where there is a shorter run with the same settings, but none that begins
-        this one; else "".
+        Returns a sentence where only the learning rate keeps a shorter run from beginning this one;
+        else "".
         """
         assert self.path is not None
-        own = self._config.as_json()
-        found: dict[int, Path] = {}
-        note = ""
-        for path in sorted(self.path.parent.glob("*/config.json")):
-            with contextlib.suppress(FileNotFoundError, ValueError):
-                config, other = read_json(path), path.parent
-                if {**config, "epochs": None} != {**own, "epochs": None} or other == self.path:
-                    continue
-                epochs = tuple(config["epochs"])
-                if not begins(epochs):
-                    if epochs[:-1] == self._config.epochs[:-1] and epochs < self._config.epochs:
-                        note = (
-                            f"{other.name} has fewer epochs, but its learning rate fell to its own "
-                        )
-                        note += "end, so this run begins anew"
-                elif (other / END).exists() and is_same_run(other, self._fingerprint):
-                    found[sum(epochs)] = other
-        if not found:
-            return note
-        other = found[max(found)]
-        shutil.copytree(other / END, self.path / "checkpoints", dirs_exist_ok=True)
-        with contextlib.suppress(FileNotFoundError):
-            shutil.copy(other / f"{CONNECTORS}.safetensors", self.path)
+        checkpoints, shorter = self.path / "checkpoints", self._shorter()
+        if any(path.name.isdigit() for path in checkpoints.glob("*")):
+            return ""
+        first = {
+            sum(epochs): other
+            for epochs, other in shorter.items()
+            if begins(epochs) and (other / END).exists() and is_same_run(other, self._fingerprint)
+        }
+        if first:
+            other = first[max(first)]
+            with contextlib.suppress(FileNotFoundError):
+                shutil.copy(other / f"{CONNECTORS}.safetensors", self.path)
+            (end,) = (other / END).iterdir()
+            _copy_whole(end, checkpoints / end.name)
+            return ""
+        for epochs, other in shorter.items():
+            if epochs[:-1] == self._config.epochs[:-1] and not begins(epochs):
+                fell = "but its learning rate fell to its own end, so this run begins anew"
+                return f"{other.name} has the same settings and fewer epochs, {fell}"
         return ""
+
+    def _shorter(self) -> dict[tuple[int, ...], Path]:
+        """The finished runs beside this one that differ in nothing but fewer epochs."""
+        assert self.path is not None
+        own, found = self._config.as_json(), {}
+        for record in sorted(self.path.parent.glob("*/record.json")):
+            with contextlib.suppress(FileNotFoundError, ValueError):
+                config = read_json(record.parent / "config.json")
+                alike = config | {"epochs": None} == own | {"epochs": None}
+                if alike and sum(config["epochs"]) < sum(own["epochs"]):
+                    found[tuple(config["epochs"])] = record.parent
+        return found
 
     def finish(
         self,
@@ -278,14 +285,16 @@ class RunDirectory:
         self._writers.close()
         if self.path is not None:
             if may_grow:
-                assert last is not None
-                on_process_zero(_keep_end)(self.path, last)
+                end = self.path / END / str(last)
+                on_process_zero(_copy_whole)(self.path / "checkpoints" / str(last), end)
             _finish(self.path, record, variables, average)
             if self._fingerprint:
                 write_fingerprint(self.path, self._fingerprint)
             on_process_zero(shutil.rmtree)(self.path / "checkpoints", ignore_errors=True)
         self.close()
-        return Result(record, variables, self.path, average=average, kept=self._connectors)
+        return Result(
+            record, variables, self.path, average=average, last_connectors=self._connectors
+        )
 
     def keep_connectors(self, variables: Any) -> None:
         """Keeps the connectors of a phase that is over, for the analysis."""
@@ -309,12 +318,15 @@ class RunDirectory:
             pass
 
 
-def _keep_end(directory: Path, step: int) -> None:
-    shutil.rmtree(directory / END, ignore_errors=True)
+def _copy_whole(source: Path, target: Path) -> None:
+    """Copies a checkpoint whole or not at all."""
+    half = target.with_name(f"{target.name}.tmp")
+    shutil.rmtree(half, ignore_errors=True)
     try:
-        shutil.copytree(directory / "checkpoints" / str(step), directory / END / str(step))
+        shutil.copytree(source, half)
+        half.replace(target)
     except OSError as error:
-        raise path_error(f"cannot write to {directory / END}", error) from error
+        raise DiskError(f"cannot write {target}: {error.strerror or 'the copy failed'}") from error
 
 
 def _keep(path: Path, variables: Any) -> None:
@@ -332,6 +344,8 @@ def _tidy(directory: Path, config: RunConfig, force: bool) -> dict[str, Any] | N
         if record is not None:
             return record
         path.unlink()
+        (directory / f"{CONNECTORS}.safetensors").unlink(missing_ok=True)
+    shutil.rmtree(directory / END, ignore_errors=True)  # of another training, or half written
     # What a killed process wrote half, and how the run ended before.
     for old in (*directory.glob("*.tmp"), directory / "diverged.json"):
         old.unlink(missing_ok=True)

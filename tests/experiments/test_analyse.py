@@ -13,7 +13,9 @@ from abflax.models import MODELS
 from abflax.models.variables import init_variables
 from abflax.weights import load_network, save_variables
 from experiments import analyse
+from experiments.analysis.report import arrays, examine_all, summarise, tables
 from experiments.common import cli
+from tests.methods.test_registry import Tiny
 
 SHAPE = (8, 8, 1)
 
@@ -112,3 +114,21 @@ def test_mistakes(command, workdir):
     for arguments, sentence in mistakes:
         code, out, err = command("--dataset", "digits", *arguments)
         assert (code, out) == (2, "") and sentence in err and err.count("\n") == 1, err
+
+
+def test_a_narrow_students_agreement_is_that_through_its_connectors(tmp_path):
+    """Those of the run, and only with the teacher that they were trained for."""
+    few, one = load("digits", "train").take(np.arange(16)), Resources(devices=1)
+    teacher, other = (
+        Network(Tiny(12), init_variables(Tiny(12), jax.random.key(seed), SHAPE)) for seed in (7, 8)
+    )
+    result = distill(Tiny(6), teacher, few, test=few, method="activation-boundary", epochs=(1, 0),
+                     batch_size=16, workdir=tmp_path, resources=one)  # fmt: skip
+    kept = analyse._connectors(result.directory, result.record, teacher)
+    findings = examine_all([Network(Tiny(6), result.variables)], teacher, few, connectors=[kept])
+    summary = summarise(findings, 2)
+    assert summary["unmatched"] == []
+    for layer, agreement in result.record["result"]["agreement"].items():
+        assert summary["layers"][layer]["agreement"] == [pytest.approx(agreement, abs=1e-6)]
+    assert len(tables(summary)) > 0 and len(arrays(findings)) > 0
+    assert analyse._connectors(result.directory, result.record, other) is None

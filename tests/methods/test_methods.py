@@ -202,7 +202,7 @@ def test_a_configuration_knows_its_settings():
     assert RunConfig.create(dataset="d", student="s", teacher="t", **config.settings) == config
     fields = {field.name for field in dataclasses.fields(RunConfig)}
     # The networks and the data are separate arguments of `distill`.
-    given = {"dataset", "student", "teacher", "anchors", "test", "options"}
+    given = {"dataset", "student", "teacher", "anchors", "test", "target_data", "options"}
     assert fields - set(config.settings) == given
     assert config.replace(margin=1.0, method="activation-boundary").options == (("margin", 1.0),)
 

@@ -215,12 +215,39 @@ def test_a_measured_tap_that_is_none(digits, teacher):
     assert sentence.startswith("the agreement of layer1 on held-out data is not finite")
 
 
+class NoLogits(Small):
+    """Its weights are numbers, its logits are none."""
+
+    @nn.compact
+    def __call__(self, images, *, train):
+        return jnp.sqrt(-1 - nn.Dense(10, name="classifier")(images.mean(axis=(1, 2))) ** 2)
+
+
+class Unused(nn.Module):
+    """One of its weights is no number, and has no part in the logits."""
+
+    @nn.compact
+    def __call__(self, images):
+        self.param("unused", nn.initializers.constant(jnp.nan), (2,))
+        return nn.Dense(10)(images.mean(axis=(1, 2)))
+
+
 def test_evaluating_numbers_that_are_none(digits, teacher):
     """It is no error of 90 %."""
     variables = jax.tree.map(np.array, teacher.variables)
     variables["params"]["classifier"]["bias"][3] = np.nan
-    with pytest.raises(NonFiniteError, match="the network's logits"):
+    with pytest.raises(NonFiniteError, match="the network's params/classifier/bias holds NaN"):
         evaluate(Network(Small(), variables), digits)
+    with pytest.raises(NonFiniteError, match="the network's logits"):
+        evaluate(
+            Network(NoLogits(), init_variables(NoLogits(), jax.random.key(0), (8, 8, 1))), digits
+        )
+
+
+def test_a_weight_that_is_none_is_told_where_the_loss_does_not_show_it(digits):
+    """As behind a ReLU that makes NaN 0, which JAX 0.12 compiles on CPUs."""
+    sentence = _fails(digits, None, student=Unused(), method="cross-entropy")
+    assert sentence.startswith("the student's params/unused is not finite after step")
 
 
 def test_json_holds_numbers():

@@ -37,7 +37,9 @@ def trained(data, epochs, **settings):
     [{"schedule": "constant", "ema": 0.9}, {"optimizer": optax.adam(1e-2)}],
     ids=["constant", "own"],
 )
-def test_a_grown_run_has_the_bits_of_one_that_was_long_from_the_start(data, settings, tmp_path):
+def test_a_grown_run_has_the_bits_of_one_that_was_long_from_the_start(
+    data, settings, tmp_path, monkeypatch
+):
     whole = trained(data, (0, 4), test=data, **settings)
     kept = {"workdir": tmp_path, "test": data, **settings}
     first = trained(data, (0, 2), **kept)
@@ -60,6 +62,14 @@ def test_a_grown_run_has_the_bits_of_one_that_was_long_from_the_start(data, sett
     )
     assert 10**6 - steps.left == 2
     assert "grown_from" not in trained(data, (0, 6), force=True, **kept).record
+    # What a killed process copied half is no checkpoint.
+    monkeypatch.setattr(
+        "shutil.copytree", lambda source, target: target.mkdir(parents=True) or 1 / 0
+    )
+    with pytest.raises(ZeroDivisionError):
+        trained(data, (0, 7), **kept)
+    monkeypatch.undo()
+    assert trained(data, (0, 7), **kept).record["grown_from"]
 
 
 def test_a_schedule_that_has_ended_begins_anew_and_says_so(data, tmp_path, caplog):
@@ -68,7 +78,7 @@ def test_a_schedule_that_has_ended_begins_anew_and_says_so(data, tmp_path, caplo
     assert not (first.directory / "end").exists()
     grown = trained(data, (0, 3), workdir=tmp_path)
     assert "grown_from" not in grown.record
-    assert f"{first.record['hash']} has fewer epochs" in caplog.text
+    assert f"{first.record['hash']} has the same settings and fewer epochs" in caplog.text
     chex.assert_trees_all_equal(grown.variables, trained(data, (0, 3)).variables)
 
 

@@ -5,7 +5,17 @@ import jax
 import numpy as np
 import pytest
 
-from abflax import Batches, Dataset, InputError, Interrupted, NonFiniteError, Resources, distill
+from abflax import (
+    Batches,
+    Dataset,
+    InputError,
+    Interrupted,
+    NonFiniteError,
+    Resources,
+    Seeds,
+    distill,
+    distill_group,
+)
 from abflax.data import BatchReader, Preprocessing, Stream
 from abflax.training.record import read_record
 from tests.conftest import Small
@@ -98,6 +108,20 @@ def test_a_loader_that_is_checkpointed_resumes_to_the_same_bits(data, shuffled, 
     chex.assert_trees_all_equal(whole.variables, resumed.variables)
     assert resumed.record["loader"] == {"resumes_exactly": True, "restarted_at": []}
     assert read_record(resumed.directory / "record.json", resumed.record["hash"])
+
+
+def test_runs_of_a_group_at_other_steps_get_the_batches_of_their_own(shuffled, tmp_path):
+    """One was stopped at step 2; the other begins and catches up."""
+    seeds = [Seeds(weights=seed) for seed in (0, 1)]
+    alone = [trained(shuffled, seeds=each) for each in seeds]
+    with pytest.raises(Interrupted):
+        trained(shuffled, seeds=seeds[0], workdir=tmp_path, reporter=_StopAt(2))
+    both = distill_group(
+        [{"seeds": each} for each in seeds], Small(), None, shuffled, workdir=tmp_path,
+        method="cross-entropy", epochs=(0, 3), resources=ONE,
+    )  # fmt: skip
+    for ours, theirs in zip(both, alone, strict=True):
+        chex.assert_trees_all_close(ours.variables, theirs.variables, rtol=1e-5, atol=1e-7)
 
 
 def test_devices_and_dispatches_change_nothing(shuffled):

@@ -97,6 +97,9 @@ def test_it_is_known_by_what_it_computes(data, tmp_path):
         trained(data, augment=other, **settings)
     labels = {OwnAugmentation.of(each).label for each in (noise, mix, lambda key, images: images)}
     assert len(labels) == 3
+    OwnAugmentation.of(clipped).require_fits(2, (8, 8, 1))
+    with pytest.raises(InputError, match="the label in a record"):
+        OwnAugmentation("custom:other").require_fits(2, (8, 8, 1))
 
 
 def test_metrics_count_every_example_once(data, tmp_path):
@@ -121,6 +124,11 @@ def test_metrics_count_every_example_once(data, tmp_path):
     assert trained(data, **settings).record == result.record
     with pytest.raises(InputError, match="another metric top2's computation"):
         trained(data, **settings | {"metrics": metrics | {"top2": lambda logits, labels: labels}})
+
+
+def clipped(key, images):
+    """A custom gradient, whose name JAX does not write twice the same."""
+    return jax.nn.relu(images)
 
 
 def impure(key, images):
