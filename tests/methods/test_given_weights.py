@@ -1,6 +1,7 @@
 """What a phase begins with: the paraphraser of the phase before, the teacher's classifier."""
 
 import dataclasses
+import functools
 
 import chex
 import jax
@@ -8,13 +9,14 @@ import numpy as np
 import optax
 import pytest
 
-from abflax import Dataset, InputError, Network, distill
+from abflax import Dataset, InputError, Interrupted, Network, distill
 from abflax.methods import METHODS, Phase, bind
 from abflax.methods.terms import LogitRegression, SoftmaxRegression
 from abflax.models.variables import init_variables
 from abflax.taps import run_model
 from abflax.training.step import create_train_state, train_step
 from tests.methods.test_registry import Tiny
+from tests.training.test_loop import _StopAt
 
 SHAPE = (8, 8, 1)
 
@@ -84,8 +86,11 @@ def test_a_loop_of_ones_own_hands_the_paraphraser_on(given):
     )
 
 
-def test_a_run_of_both_phases(given):
-    """The student's schedule is that of its own two epochs, of which the paraphraser's is none."""
+def test_a_run_of_both_phases(given, tmp_path):
+    """The student's schedule is that of its own two epochs, of which the paraphraser's is none.
+
+    Stopped in its second phase and resumed, it keeps the paraphraser.
+    """
     images, labels, teacher = given
     data = Dataset(images, labels, 10)
     run = {"data": data, "test": data, "batch_size": 8}
@@ -97,6 +102,12 @@ def test_a_run_of_both_phases(given):
     ]
     assert rates[0][1:] == rates[1] and rates[1][0] > rates[1][1]
     assert result.record["history"][0]["agreement"] == {}  # no layer of the two is as wide
+    taught = functools.partial(
+        distill, Tiny(6), teacher, method="ft", epochs=(1, 2), workdir=tmp_path, **run
+    )
+    with pytest.raises(Interrupted, match="stopped in phase classify .* from step 3"):
+        taught(reporter=_StopAt(3))
+    chex.assert_trees_all_equal(taught().variables, result.variables)
 
 
 def test_the_teachers_classifier_is_found_by_its_widths(given):
