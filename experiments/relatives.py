@@ -208,18 +208,13 @@ def page_table(summary: Mapping[str, Any]) -> str:
 
 def draw(errors: Errors, path: Path) -> None:
     """Draws the errors with their deviations."""
-    series = {
-        method: [
-            (100 * float(np.mean(own["test"])), 100 * float(np.std(own["test"], ddof=1)))
-            if method == place
-            else None
-            for place in errors
-        ]
-        for method, own in errors.items()
-    }
-    places = [(method, None) for method in errors]
-    panel = plots.Panel("as many steps for each", "test error, %", "", places, series)
-    plots.points([panel], list(errors), path, "A student of a tenth of the digits")
+    shares = [100 * np.asarray(own["test"]) for own in errors.values()]
+    values = [
+        (float(each.mean()), float(each.std(ddof=1)) if len(each) > 1 else None) for each in shares
+    ]
+    name, places = "mean ± standard deviation", [(method, None) for method in errors]
+    panel = plots.Panel("as many steps for each", "test error, %", "", places, {name: values})
+    plots.points([panel], [name], path, "A student of a tenth of the digits")
 
 
 def draw_domains(path: Path) -> None:
