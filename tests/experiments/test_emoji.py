@@ -6,8 +6,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from abflax.config import RunConfig
 from abflax.data import read_folder
 from experiments import emoji
+from experiments.common.stats import mean_and_std
+from tests.conftest import ROOT
 from tests.experiments.conftest import plain
 
 PICTURES = {"1f600.png": "Smileys & Emotion", "1f34e.png": "Food & Drink", "1f3fb.png": "Component"}
@@ -50,3 +53,16 @@ def test_no_package(call_command, packages, content):
     flags = ("--google", packages / "google", "--twitter", packages / "twitter")
     code, _, err = call_command(emoji.main, *flags, packages / "out")
     assert code == 2 and "is no unpacked package emoji-datasource-twitter" in plain(err)
+
+
+def test_the_page_says_what_was_measured():
+    records = [
+        json.loads(path.read_text()) for path in (ROOT / "experiments/records/emoji").glob("*.json")
+    ]
+    page = (ROOT / "docs" / "transfer.md").read_text()
+    for method in ("cross-entropy", "activation-boundary"):
+        runs = [record for record in records if record["config"]["method"] == method]
+        assert len({run["config"]["seeds"]["weights"] for run in runs}) == len(runs) == 2
+        accuracy = mean_and_std([1 - run["result"]["test_error"] for run in runs])
+        assert f"| {method} | {accuracy} |" in page
+    assert all(RunConfig.from_json(run["config"]).hash == run["hash"] for run in records)
