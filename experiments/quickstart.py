@@ -60,7 +60,7 @@ class Arguments(cli.Arguments):
 
     Attributes:
       photographs: learn photographs from a teacher that has seen ImageNet.
-      seeds: how many, or a list such as 0,3; left out: 5, or 2 with --photographs.
+      seeds: how many, or a list such as 0,3; left out: 5, or 1 with --photographs.
       data_dir: folder of TensorFlow Datasets, for --photographs; left out: TFDS_DATA_DIR.
       force: train finished runs again.
     """
@@ -84,7 +84,7 @@ def main(console: Console) -> None:
     }  # fmt: skip
     with reporter.shown():
         if arguments.photographs:
-            seeds = arguments.seeds or (0, 1)
+            seeds = arguments.seeds or (0,)
             title, records = photographs(seeds, arguments.data_dir, **common)
         else:
             title, records = digits(arguments.seeds or (0, 1, 2, 3, 4), **common)
