@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 import numbers
@@ -154,6 +155,13 @@ def _checked(pair: Any) -> tuple[Weight, Term]:
             f"a phase's term must be a pair of a weight and a Term, not {reprlib.repr(pair)}"
         )
     weight, term = pair
+    for given in (each for each in pair if isinstance(each, Term | Schedule)):
+        if unseen := _unseen(given):
+            raise InputError(
+                f"{type(given).__name__} keeps {unseen[0]}, by which it is not compared: terms and "
+                "schedules are frozen dataclasses (@dataclasses.dataclass(frozen=True)), whose "
+                "fields are all that they hold"
+            )
     if not isinstance(weight, Schedule):
         if not isinstance(weight, numbers.Real) or not math.isfinite(weight):
             raise InputError(
@@ -169,6 +177,17 @@ def _checked(pair: Any) -> tuple[Weight, Term]:
             "are written into the run's record, and name it"
         ) from None
     return weight, term
+
+
+def _unseen(given: Any) -> list[str]:
+    """What an object holds besides the fields that it is compared by, and cached properties."""
+    compared = {field.name for field in dataclasses.fields(given) if field.compare}
+    kind = type(given)
+    return [
+        name
+        for name in sorted(vars(given).keys() - compared)
+        if not isinstance(getattr(kind, name, None), functools.cached_property)
+    ]
 
 
 def _given(settings: Any) -> dict[str, Any]:

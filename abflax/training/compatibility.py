@@ -39,6 +39,7 @@ def require_compatible(
 ) -> None:
     """Raises where method, networks and data cannot go together."""
     phases, data = config.phases(), data_sets.train
+    _require_followed(config, phases)
     _require_data(config, phases, data_sets)
     if isinstance(student, Network):
         given, student = student.variables, student.model
@@ -77,6 +78,23 @@ def _require_loader(config: RunConfig, data: Batches) -> None:
         raise InputError("a loader does not go with target_data: give both as a Dataset")
     if jax.process_count() > 1:
         raise InputError("a loader is read by one process: here are several")
+
+
+def _require_followed(config: RunConfig, phases: Sequence[Phase]) -> None:
+    """Raises `InputError` where a phase's teacher is not there, or a teacher has no epoch."""
+    count = 1 + len(config.anchors or ())
+    for phase in phases:
+        if phase.teacher not in range(count):
+            raise InputError(
+                f"phase {phase.name} follows teacher {phase.teacher}; those that are given are 0 "
+                f"to {count - 1}"
+            )
+    followed = {phase.teacher for phase in phases if config.phase_epochs[phase.name]}
+    if missing := sorted({*range(count)} - followed if count > 1 else ()):
+        raise InputError(
+            f"teacher {missing[0]} of {count} (from 0) has no epoch: give more epochs, or name it "
+            "in a phase of your own, Phase(…, teacher=…)"
+        )
 
 
 def _require_data(config: RunConfig, phases: Sequence[Phase], data_sets: DataSets) -> None:

@@ -72,6 +72,9 @@ def evaluate(
         (measured,) = evaluation((program,), (student,), {})
     if not np.isfinite(measured["test_cross_entropy"]):
         raise NonFiniteError("the network's logits, or its cross-entropy, are not finite numbers")
+    for name, mean in measured.get("metrics", {}).items():
+        if not np.isfinite(mean):
+            raise NonFiniteError(f"the metric {name} is not a finite number")
     return measured
 
 

@@ -3,8 +3,8 @@
 A run's name is the hash of its configuration, in which data, networks and code are only names. So
 every run's folder holds the digests of what stands behind the names, `fingerprint.json`:
 
-- `inputs`: contents of the data, weights, and what networks compute, and terms, optimizers,
-  metrics and augmentations that were made outside abflax (their lowered programs);
+- `inputs`: contents of the data, weights, and what networks compute, and terms, their weights,
+  optimizers, metrics and augmentations that were made outside abflax (their lowered programs);
 - `surroundings`: JAX's flags that change numbers;
 - `versions`: of the packages, and a digest of abflax's own source;
 - `record`: of a finished run's `record.json`, which holds that of the weights;
@@ -20,8 +20,10 @@ import dataclasses
 import functools
 import hashlib
 import importlib.metadata
+import itertools
 import json
 from collections.abc import Callable, Mapping, Sequence
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +36,11 @@ from abflax.config import RunConfig
 from abflax.data import Batches, Dataset, DataSets, TrainData
 from abflax.errors import InputError
 from abflax.methods import Phase, PhaseSchedule, bind
+from abflax.methods.objective import Objective, make_targets, student_loss
 from abflax.methods.objective import begin as first_state
-from abflax.methods.objective import make_targets, student_loss
 from abflax.methods.optimizer import OwnOptimizer
+from abflax.methods.terms import Term
+from abflax.methods.weights import Schedule
 from abflax.metrics import Metric
 from abflax.models.network import Network, configure_model, digest
 from abflax.models.variables import abstract_variables, init_variables
@@ -92,6 +96,7 @@ def fingerprints(
         shared[f"anchor {index}'s {_PROGRAM}"] = _program_digest(
             anchor.model, precision, shape, False
         )
+    teachers = [each.model for each in (*anchors, teacher) if each is not None]
     shared |= _function_digests(members[0][0], metrics or {}, shape, data.num_classes)
     flags = {name: str(getattr(jax.config, name, None)) for name in _FLAGS}
     found = {}
@@ -101,18 +106,7 @@ def fingerprints(
             own["student's first weights"] = digest(student.variables)
             student = student.model
         own[f"student's {_PROGRAM}"] = _program_digest(student, precision, shape, True)
-        before = None
-        for phase in config.phases():
-            if isinstance(phase.optimizer, OwnOptimizer):
-                own[f"{phase.name} optimizer's {_PROGRAM}"] = _optimizer_digest(
-                    phase.optimizer, configure_model(student, precision, None), shape
-                )
-            if any(not type(term).__module__.startswith("abflax.") for _, term in phase.terms):
-                model = None if teacher is None else teacher.model
-                own[f"phase {phase.name}'s {_PROGRAM}"] = _objective_digest(
-                    student, model, phase, before, precision, shape
-                )
-            before = phase
+        own |= _phase_digests(config, student, teachers, len(data), shape)
         inputs = shared | own
         found[config.hash] = {"inputs": inputs, "surroundings": flags, "versions": _versions()}
     return found
@@ -210,7 +204,7 @@ def _data_digests(data: TrainData) -> dict[str, str]:
 
 def _array_digest(array: np.ndarray) -> str:
     sha = hashlib.sha256(f"{array.dtype}{array.shape}".encode())
-    sha.update(np.ascontiguousarray(array).data)
+    sha.update(np.ascontiguousarray(array).view(np.uint8).data)  # bfloat16 has none
     return sha.hexdigest()[:16]
 
 
@@ -261,10 +255,58 @@ def _lowered_digest(model: Model, precision: str, shape: tuple[int, ...], studen
     return hashlib.sha256("".join(texts).encode()).hexdigest()[:16]
 
 
-def _optimizer_digest(optimizer: OwnOptimizer, student: Model, shape: tuple[int, ...]) -> str:
-    """Digests what a transformation does to the parameters of a student."""
+def _is_own(given: Any) -> bool:
+    """Whether a term or its weight is of a class that was made outside abflax."""
+    return isinstance(given, Term | Schedule) and not type(given).__module__.startswith("abflax.")
+
+
+def _phase_digests(
+    config: RunConfig,
+    student: Model,
+    teachers: Sequence[Model],
+    examples: int,
+    shape: tuple[int, ...],
+) -> dict[str, str]:
+    """Digests what the user's optimizers, terms and weights compute, phase by phase."""
+    student, *models = (configure_model(each, config.precision, None)
+                        for each in (student, *teachers))  # fmt: skip
+    per_epoch = Fraction(examples, config.batch_size)
+
+    def bound(phase: Phase) -> Objective:
+        teacher, epochs = models[phase.teacher] if models else None, config.phase_epochs[phase.name]
+        return bind(student, teacher, phase, shape, steps_per_epoch=per_epoch, epochs=epochs)
+
+    found: dict[str, str] = {}
+    before = None
+    for phase in config.phases():
+        if isinstance(phase.optimizer, OwnOptimizer):
+            found[f"{phase.name} optimizer's {_PROGRAM}"] = _optimizer_digest(
+                phase.optimizer, bound(phase)
+            )
+        if any(map(_is_own, itertools.chain(*phase.terms))):
+            earlier = None if before is None else bound(before)
+            found[f"phase {phase.name}'s {_PROGRAM}"] = _objective_digest(bound(phase), earlier)
+        before = phase
+    return found
+
+
+def _abstract_params(objective: Objective) -> Any:
+    """The shapes of the parameters at the start of a phase."""
+    shape, teacher = objective.image_shape, None
+    if objective.phase.trains_teacher and objective.teacher is not None:
+        teacher = abstract_variables(objective.teacher, shape)
+    return jax.eval_shape(
+        lambda own, key, teacher: first_state(objective, own, key, shape, teacher)[0],
+        abstract_variables(objective.student, shape),
+        jax.random.key(0),
+        teacher,
+    )
+
+
+def _optimizer_digest(optimizer: OwnOptimizer, objective: Objective) -> str:
+    """Digests what a transformation does to the parameters of a phase."""
     made = optimizer.transformation(PhaseSchedule.single_step())
-    params = {"student": abstract_variables(student, shape)["params"], "connectors": {}}
+    params = _abstract_params(objective)
     try:
         state = jax.eval_shape(made.init, params)
         texts = _lowered(made.init, params), _lowered(made.update, params, state, params)
@@ -276,21 +318,12 @@ def _optimizer_digest(optimizer: OwnOptimizer, student: Model, shape: tuple[int,
     return hashlib.sha256("".join(texts).encode()).hexdigest()[:16]
 
 
-def _objective_digest(
-    student: Model,
-    teacher: Model | None,
-    phase: Phase,
-    before: Phase | None,
-    precision: str,
-    shape: tuple[int, ...],
-) -> str:
+def _objective_digest(objective: Objective, before: Objective | None) -> str:
     """Digests what a phase computes: its modules' first weights, targets, loss and gradients.
 
     The first weights may be taken from the modules of the phase before.
     """
-    student = configure_model(student, precision, None)
-    teacher = None if teacher is None else configure_model(teacher, precision, None)
-    objective = bind(student, teacher, phase, shape)
+    student, teacher, shape = objective.student, objective.teacher, objective.image_shape
     images = jax.ShapeDtypeStruct((2, *shape), jnp.result_type(float))
     labels, key = jax.ShapeDtypeStruct((2,), jnp.int32), jax.random.key(0)
     theirs = {} if teacher is None else dict(abstract_variables(teacher, shape))
@@ -314,12 +347,8 @@ def _objective_digest(
 
         return jax.value_and_grad(loss, has_aux=True)(state.params), targets
 
-    variables, modules = abstract_variables(student, shape), {}
-    if before is not None:
-        earlier = functools.partial(first_state, bind(student, teacher, before, shape))
-        start = jax.eval_shape(lambda own, key: earlier(own, key, shape)[0], variables, key)
-        modules = start["connectors"]
-    first = (variables, theirs, key, params, modules)
+    modules = {} if before is None else _abstract_params(before)["connectors"]
+    first = (abstract_variables(student, shape), theirs, key, params, modules)
     state = jax.eval_shape(begin, *first)
     texts = _lowered(begin, *first), _lowered(compute, state, params, images, labels, key)
     return hashlib.sha256("".join(texts).encode()).hexdigest()[:16]

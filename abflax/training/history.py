@@ -8,12 +8,15 @@ from collections.abc import Iterable
 from fractions import Fraction
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import unflatten_dict
 
 from abflax.config import RunConfig
 from abflax.errors import InputError
 from abflax.methods import Phase, PhaseSchedule
+from abflax.methods.weights import Schedule
 
 _GREW = 1000.0  # times
 _SMALL = 1e-3  # a loss that begins lower has room to grow
@@ -122,8 +125,9 @@ def phases_and_schedules(
 def begins(shorter: RunConfig, longer: RunConfig, examples: int) -> bool:
     """Whether all steps of a run are the first steps of one with more epochs.
 
-    The phases before the last have as many steps in both, and the learning rates of all its steps
-    are the same: so with a constant schedule or an optimizer that was given.
+    The phases before the last have as many steps in both, and in all its steps the learning rates
+    and the weights of terms are the same: so with a constant schedule or an optimizer that was
+    given, and weights that are numbers or do not depend on the phase's length.
     """
     if sum(shorter.epochs) >= sum(longer.epochs):
         return False
@@ -136,7 +140,19 @@ def begins(shorter: RunConfig, longer: RunConfig, examples: int) -> bool:
         all(our.steps == their.steps for _, our, their in before)
         and last[1].steps <= last[2].steps
         and all(phase.optimizer.begins(our, their) for phase, our, their in (*before, last))
+        and all(_same_weights(*each) for each in (*before, last))
     )
+
+
+def _same_weights(phase: Phase, shorter: PhaseSchedule, longer: PhaseSchedule) -> bool:
+    """Whether the weights of a phase's terms are the same in all steps of the shorter."""
+
+    def weights(span: PhaseSchedule) -> list[jax.Array]:
+        schedules = [weight for weight, _ in phase.terms if isinstance(weight, Schedule)]
+        at = lambda step: [each(step, span.steps_per_epoch, span.epochs) for each in schedules]  # noqa: E731
+        return jax.vmap(at)(jnp.arange(shorter.steps)) if schedules else []
+
+    return all(map(np.array_equal, weights(shorter), weights(longer)))
 
 
 def anchor_epochs(epochs: Iterable[int], count: int) -> set[int]:

@@ -50,8 +50,7 @@ class Result:
       trained: the student's variables; None: they are read from the directory when asked for.
       directory: where record and weights are; None without a workdir.
       model: the student without its weights.
-      average: as `variables`, with the averaged weights, where `ema` was given
-        (`directory / "student-ema.safetensors"` has them).
+      last_average: the averaged weights of a run that was trained just now.
       last_connectors: those of a run without a directory.
     """
 
@@ -59,7 +58,7 @@ class Result:
     trained: Any | None = dataclasses.field(repr=False)
     directory: Path | None
     model: Any = dataclasses.field(default=None, repr=False)
-    average: Any | None = dataclasses.field(default=None, repr=False)
+    last_average: Any | None = dataclasses.field(default=None, repr=False)
     last_connectors: Any | None = dataclasses.field(default=None, repr=False)
 
     @functools.cached_property
@@ -74,6 +73,19 @@ class Result:
         if self.directory is None:
             raise InputError("the result has neither weights nor a directory to read them from")
         return read_variables(self.directory / "student.safetensors")
+
+    @functools.cached_property
+    def average(self) -> dict[str, Any] | None:
+        """As `variables`, with the averaged weights. None: there was no `ema`.
+
+        Raises:
+          ValueError: if they are to be read from the directory, and cannot be.
+        """
+        if self.last_average is not None or "ema_weights" not in self.record:
+            return self.last_average
+        if self.directory is None:
+            raise InputError("the result has neither averaged weights nor a directory")
+        return read_variables(self.directory / "student-ema.safetensors")
 
     @functools.cached_property
     def connectors(self) -> dict[str, Any] | None:
@@ -181,8 +193,9 @@ class RunDirectory:
             return None
         on_process_zero(require_writable)(self.path)
         self._lock.enter_context(Lock(self.path / "lock", f"run {self._config.hash}"))
+        note = ""
         if self._fingerprint and not self._force:
-            require_same_run(self.path, self._fingerprint)
+            note = require_same_run(self.path, self._fingerprint)
         elif self._fingerprint and not is_same_run(self.path, self._fingerprint):
             on_process_zero(shutil.rmtree)(self.path / "checkpoints", ignore_errors=True)
         record = _tidy(self.path, self._config, self._force)
@@ -191,7 +204,9 @@ class RunDirectory:
         if record is not None:
             self.close()
             return Result(record, None, self.path)
-        if begins is not None and not self._force:
+        if note and on_process_zero(self._has_checkpoint)():
+            self.note = f"it goes on from a checkpoint, though {note}"
+        elif begins is not None and not self._force:
             self.note = self._adopt(begins)
         checkpoints = Checkpoints(self.path / "checkpoints")
         self._checkpoints = self._writers.enter_context(checkpoints)
@@ -229,16 +244,21 @@ class RunDirectory:
         self._checkpoints.wait()
         return self._checkpoints.latest_step()
 
+    def _has_checkpoint(self) -> bool:
+        """Whether there is one to go on from."""
+        assert self.path is not None
+        return any(path.name.isdigit() for path in (self.path / "checkpoints").glob("*"))
+
     @on_process_zero
     def _adopt(self, begins: Callable[[tuple[int, ...]], bool]) -> str:
         """Copies the last checkpoint, and the connectors, of the longest run that begins this one.
 
-        Returns a sentence where only the learning rate keeps a shorter run from beginning this one;
-        else "".
+        Returns a sentence where only a learning rate or weight keeps a shorter run from beginning
+        this one; else "".
         """
         assert self.path is not None
         checkpoints, shorter = self.path / "checkpoints", self._shorter()
-        if any(path.name.isdigit() for path in checkpoints.glob("*")):
+        if self._has_checkpoint():
             return ""
         first = {
             sum(epochs): other
@@ -254,7 +274,10 @@ class RunDirectory:
             return ""
         for epochs, other in shorter.items():
             if epochs[:-1] == self._config.epochs[:-1] and not begins(epochs):
-                fell = "but its learning rate fell to its own end, so this run begins anew"
+                fell = (
+                    "but its learning rate, or a weight, followed its own length, so this run "
+                    "begins anew"
+                )
                 return f"{other.name} has the same settings and fewer epochs, {fell}"
         return ""
 
@@ -293,7 +316,7 @@ class RunDirectory:
             on_process_zero(shutil.rmtree)(self.path / "checkpoints", ignore_errors=True)
         self.close()
         return Result(
-            record, variables, self.path, average=average, last_connectors=self._connectors
+            record, variables, self.path, last_average=average, last_connectors=self._connectors
         )
 
     def keep_connectors(self, variables: Any) -> None:
@@ -344,8 +367,10 @@ def _tidy(directory: Path, config: RunConfig, force: bool) -> dict[str, Any] | N
         if record is not None:
             return record
         path.unlink()
-        (directory / f"{CONNECTORS}.safetensors").unlink(missing_ok=True)
     shutil.rmtree(directory / END, ignore_errors=True)  # of another training, or half written
+    if not (directory / "checkpoints").exists():  # so these are of another training too
+        (directory / f"{CONNECTORS}.safetensors").unlink(missing_ok=True)
+        shutil.rmtree(directory / ANCHORS, ignore_errors=True)
     # What a killed process wrote half, and how the run ended before.
     for old in (*directory.glob("*.tmp"), directory / "diverged.json"):
         old.unlink(missing_ok=True)

@@ -13,7 +13,16 @@ import pytest
 
 from abflax import InputError, Network, Resources, distill, load
 from abflax.config import RunConfig
-from abflax.methods import METHODS, Method, Optimizer, Phase, Ramp, register_method, registry
+from abflax.methods import (
+    METHODS,
+    Method,
+    Optimizer,
+    Phase,
+    Ramp,
+    Schedule,
+    register_method,
+    registry,
+)
 from abflax.methods.objective import bind, make_targets, student_loss
 from abflax.methods.terms import CrossEntropy, KnowledgeDistillation, Term
 from abflax.models.variables import init_variables
@@ -147,6 +156,42 @@ def test_two_terms_of_one_name_are_never_mixed(teacher, data, tmp_path):
         run(Square(), workdir=tmp_path)
 
 
+def own_weight(factor):
+    """A class that is called `Own` whatever it computes."""
+
+    @dataclasses.dataclass(frozen=True)
+    class Own(Schedule):
+        def __call__(self, step, per_epoch, epochs=1):
+            return factor * jnp.asarray(float(epochs))
+
+    return Own()
+
+
+def test_two_weights_of_one_name_are_never_mixed(teacher, data, tmp_path):
+    def run(weight, **options):
+        phase = Phase("joint", [(weight, CrossEntropy())])
+        return trained(teacher, data, method=[phase], epochs=(0, 1), **options).record
+
+    one, other = own_weight(1.0), own_weight(2.0)
+    first = run(one, workdir=tmp_path)
+    assert run(one, workdir=tmp_path) == first
+    with pytest.raises(InputError, match="another phase joint's computation"):
+        run(other, workdir=tmp_path)
+    assert run(other)["history"][0]["loss"] == 2 * first["history"][0]["loss"]
+
+
+class _Hidden(CrossEntropy):
+    """A term whose scale is no field: two of them would count as equal."""
+
+    def __init__(self, scale):
+        object.__setattr__(self, "scale", scale)
+
+
+class _HiddenWeight(Schedule):
+    def __init__(self, value):
+        object.__setattr__(self, "value", value)
+
+
 def test_a_registered_method(teacher, data, monkeypatch):
     monkeypatch.setattr(registry, "_METHODS", dict(registry._METHODS))
     terms = (Square(),)
@@ -174,6 +219,8 @@ def test_a_registered_method(teacher, data, monkeypatch):
         (lambda: Phase("joint", [CrossEntropy()]), "pair of a weight and a Term"),
         (lambda: Phase("joint", [(jnp.inf, CrossEntropy())]), "finite number or a Ramp"),
         (lambda: Phase("joint", [(1.0, Square(scale=np.ones(3)))]), "numbers, words or tuples"),
+        (lambda: Phase("joint", [(1.0, _Hidden(2.0))]), "_Hidden keeps scale"),
+        (lambda: Phase("joint", [(_HiddenWeight(2.0), CrossEntropy())]), "keeps value"),
         (lambda: Ramp(0.0, 1.0, 0), "at least 1 epoch"),
         (lambda: _config([]), "one phase or more"),
         (lambda: _config([_PHASE, _PHASE]), "each with its name"),

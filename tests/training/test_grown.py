@@ -12,7 +12,8 @@ import pytest
 from abflax import Network, Resources, Result, distill, load
 from abflax.analysis import examine
 from abflax.config import RunConfig
-from abflax.methods import Optimizer, PhaseSchedule
+from abflax.methods import Optimizer, Phase, PhaseSchedule, Ramp
+from abflax.methods.terms import CrossEntropy
 from abflax.models.variables import init_variables
 from abflax.training.history import begins
 from abflax.training.record import read_record
@@ -87,6 +88,22 @@ def test_other_data_is_another_run(data, tmp_path):
     trained(data, (0, 2), **fixed)
     other = trained(data.take(np.arange(16)[::-1]), (0, 3), **fixed)
     assert "grown_from" not in other.record
+
+
+def test_weights_that_follow_the_length_of_the_phase_begin_anew(data, tmp_path):
+    def run(weight, epochs, **kept):
+        constant = Optimizer(decay="constant", drops=())
+        phase = Phase("joint", [(weight, CrossEntropy())], constant)
+        return trained(data, (epochs,), method=[phase], **kept)
+
+    for number, weight in enumerate((Ramp(0.0, 1.0), Ramp(0.0, 1.0, 2))):
+        kept = {"workdir": tmp_path / str(number)}
+        first, grown = (run(weight, epochs, **kept) for epochs in (2, 4))
+        expected = None if weight.epochs is None else first.record["hash"]
+        assert grown.record.get("grown_from") == expected
+        chex.assert_trees_all_equal(grown.variables, run(weight, 4).variables)
+    uda = {"schedule": "constant", "method": "progressive-uda"}
+    assert not begins(config((0, 2), **uda), config((0, 3), **uda), 256)
 
 
 def config(epochs, **settings):

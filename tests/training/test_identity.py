@@ -3,6 +3,7 @@
 import dataclasses
 import json
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
@@ -10,7 +11,8 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from abflax import InputError, Network, distill
+from abflax import InputError, Interrupted, Network, distill
+from abflax.data.image_files import exactly_named
 from abflax.models import model_name
 from abflax.training import fingerprint
 from abflax.training.record import read_record
@@ -28,6 +30,7 @@ from tests.identity import (
     outcome,
     tapped,
 )
+from tests.training.test_loop import _StopAt
 
 
 @pytest.fixture(scope="module")
@@ -149,6 +152,30 @@ def test_another_version_is_said(workdir, directory, monkeypatch):
     )
     with pytest.raises(InputError, match="another training images"):
         distill(**changed, workdir=workdir)
+
+
+def test_another_version_is_said_when_a_run_goes_on(tmp_path, monkeypatch):
+    settings = base() | {"epochs": (0, 1), "method": "cross-entropy", "teacher": None}
+    with pytest.raises(Interrupted):
+        distill(**settings, workdir=tmp_path, reporter=_StopAt(2))
+    versions = fingerprint._versions() | {"jax": "0.0.1"}
+    monkeypatch.setattr(fingerprint, "_versions", lambda: versions)
+    notes = []
+    reporter = identity.NullReporter()
+    monkeypatch.setattr(reporter, "finished", lambda note="": notes.append(note), raising=False)
+    distill(**settings, workdir=tmp_path, reporter=reporter)
+    assert "it goes on from a checkpoint, though it was made by other versions: jax" in notes[0]
+
+
+def test_images_of_bfloat16_are_known_by_their_contents(tmp_path):
+    settings = base() | {"epochs": (0, 1), "method": "cross-entropy", "teacher": None, "test": None}
+    data = settings["data"].take(np.arange(16))
+    data = dataclasses.replace(data, images=data.images.astype(jnp.bfloat16))
+    settings |= {"data": data, "workdir": tmp_path}
+    assert distill(**settings).record == distill(**settings).record
+    changed = dataclasses.replace(data, images=data.images[::-1])
+    with pytest.raises(InputError, match="another training images"):
+        distill(**settings | {"data": exactly_named(changed, data.name)})
 
 
 EDITS = st.fixed_dictionaries(

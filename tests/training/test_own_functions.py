@@ -9,7 +9,16 @@ import numpy as np
 import optax
 import pytest
 
-from abflax import Dataset, InputError, Interrupted, Network, Resources, distill, evaluate
+from abflax import (
+    Dataset,
+    InputError,
+    Interrupted,
+    Network,
+    NonFiniteError,
+    Resources,
+    distill,
+    evaluate,
+)
 from abflax.config import RunConfig
 from abflax.data import OwnAugmentation, Preprocessing
 from abflax.models.variables import init_variables
@@ -124,6 +133,12 @@ def test_metrics_count_every_example_once(data, tmp_path):
     assert trained(data, **settings).record == result.record
     with pytest.raises(InputError, match="another metric top2's computation"):
         trained(data, **settings | {"metrics": metrics | {"top2": lambda logits, labels: labels}})
+
+
+def test_a_metric_that_is_no_number_is_an_error(data):
+    network = Network(Small(), init_variables(Small(), jax.random.key(7), (8, 8, 1)))
+    with pytest.raises(NonFiniteError, match="the metric log is not a finite number"):
+        evaluate(network, data, 1, {"log": lambda logits, labels: jnp.log(0.0 * logits[:, 0])})
 
 
 def clipped(key, images):

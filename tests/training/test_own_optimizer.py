@@ -18,8 +18,10 @@ from abflax.methods import METHODS, Optimizer, Phase, PhaseSchedule
 from abflax.methods.optimizer import OwnOptimizer
 from abflax.methods.terms import CrossEntropy
 from abflax.models.network import Network
+from abflax.models.variables import init_variables
 from abflax.training.record import read_record
 from tests.conftest import Small
+from tests.methods.test_registry import Tiny
 
 SPAN = PhaseSchedule(2, 8, 2, 8, 10, Fraction(1))
 
@@ -33,7 +35,8 @@ def trained(data, **settings):
     """One batch an epoch, by labels alone."""
     resources = Resources(devices=1, checkpoint_seconds=0.0)
     fixed = {"method": "cross-entropy", "batch_size": 16, "resources": resources}
-    return distill(Small(), None, data, **{"epochs": (0, 3), **fixed, **settings})
+    student, teacher = settings.pop("student", Small()), settings.pop("teacher", None)
+    return distill(student, teacher, data, **{"epochs": (0, 3), **fixed, **settings})
 
 
 def test_settings_are_those_of_every_phase_and_of_the_hash():
@@ -102,6 +105,26 @@ def test_an_own_optimizer_is_known_by_what_it_computes(data, tmp_path):
     )
 
 
+def test_an_own_optimizer_is_known_by_what_it_does_to_connectors(data, tmp_path):
+    """The label's problem has none; the rates of the student are the same."""
+
+    def rates(connectors):
+        parts = {"student": optax.sgd(0.1), "connectors": optax.sgd(connectors)}
+        part_of = lambda path, _: path[0].key  # noqa: E731
+        label = lambda params: jax.tree_util.tree_map_with_path(part_of, params)  # noqa: E731
+        return optax.multi_transform(parts, label)
+
+    model = Tiny(12)
+    teacher = Network(model, init_variables(model, jax.random.key(7), (8, 8, 1)), "t")
+    settings = {"student": Tiny(6), "teacher": teacher, "method": "fitnet", "epochs": (1, 0),
+                "workdir": tmp_path}  # fmt: skip
+    one, other = rates(0.1), rates(1.0)
+    assert OwnOptimizer.of(one).label == OwnOptimizer.of(other).label
+    trained(data, optimizer=one, **settings)
+    with pytest.raises(InputError, match="another initialise optimizer's computation"):
+        trained(data, optimizer=other, **settings)
+
+
 def test_averaged_weights(data, tmp_path):
     """By hand from the weights of runs of one, two and three epochs; evaluated and saved."""
     lengths = [trained(data, epochs=(0, n), schedule="constant").variables for n in (1, 2, 3)]
@@ -128,7 +151,9 @@ def test_averaged_weights(data, tmp_path):
     )
     assert entry["test_cross_entropy"] != entry["ema"]["test_cross_entropy"]
     assert result.record["result"]["ema_test_error"] == measured["test_error"]
-    assert trained(data, **settings).record == result.record
+    served = trained(data, **settings)
+    assert served.record == result.record
+    chex.assert_trees_all_equal(served.average, jax.tree.map(np.asarray, result.average))
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Route-constrained optimization: phases with teachers of their own."""
 
+import dataclasses
 import os
 import signal
 
@@ -20,6 +21,8 @@ from abflax import (
     distill,
 )
 from abflax.losses import knowledge_distillation
+from abflax.methods import Phase
+from abflax.methods.terms import KnowledgeDistillation
 from abflax.runtime.reporter import NullReporter
 from abflax.taps import run_model
 from abflax.training.history import anchor_epochs
@@ -105,6 +108,10 @@ def test_anchors_are_kept(tmp_path):
     assert names == ["000002.safetensors", "000005.safetensors"]
     final = (result.directory / "student.safetensors").read_bytes()
     assert (result.directory / "anchors" / names[-1]).read_bytes() == final
+    kept = Resources(devices=1, keep_anchors=1)
+    train(None, method="cross-entropy", epochs=(0, 5), workdir=tmp_path, resources=kept, force=True)
+    left = [path.name for path in (result.directory / "anchors").iterdir()]
+    assert left == ["000005.safetensors"]  # none of the training before
     assert anchor_epochs([5, 10, 15, 20], 3) == {5, 15, 20}
     with pytest.raises(InputError, match="give a workdir"):
         train(None, method="cross-entropy", epochs=(0, 1), resources=kept)
@@ -115,4 +122,12 @@ def test_what_cannot_be_right():
         train([], epochs=(0, 1))
     with pytest.raises(InputError, match="follows from the arguments"):
         train(epochs=(0, 1), anchors=("other",))
+    with pytest.raises(InputError, match=r"teacher 0 of 2 \(from 0\) has no epoch"):
+        train(epochs=(0, 1))
+    of_first = Phase("joint", [(1.0, KnowledgeDistillation())])
+    with pytest.raises(InputError, match="teacher 1 of 2 .* has no epoch"):
+        train(method=[of_first], epochs=(2,))
+    for index in (-1, 1):
+        with pytest.raises(InputError, match=f"phase joint follows teacher {index}; .* 0 to 0"):
+            train(ROUTE[0], method=[dataclasses.replace(of_first, teacher=index)], epochs=(1,))
     assert RunConfig("digits", "net", "teacher").anchors is None
