@@ -149,6 +149,7 @@ def impure(key, images):
         ({"metrics": [top2], "test": "data"}, "functions by name"),
         ({"metrics": {"m": lambda logits, labels: logits}, "test": "data"}, "one number for each"),
         ({"metrics": {"m": lambda logits: logits}, "test": "data"}, "metric m fails on logits"),
+        ({"metrics": {1: top2}, "test": "data"}, "a metric's name must be str, not 1"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_right_is_said_in_a_sentence(data, teacher, settings, message):
