@@ -181,6 +181,7 @@ def test_a_registered_method(teacher, data, monkeypatch):
         (lambda: _config([_PHASE, _OTHER], epochs=(1,)), "for each of the phases joint, other"),
         (lambda: _config("own"), "unknown method 'own'"),
         (lambda: _config([CrossEntropy()]), "a list of phases, .* one of them is a CrossEntropy"),
+        (lambda: _config("kd", learning_rate=abs), r"optimizer=optax.sgd\(schedule, momentum"),
         (lambda: _config("kd", epochs=3), r"one for each phase, such as \(20, 100\), not 3"),
         (lambda: bind(Small(), None, "kd", (8, 8, 1)), "phase must be Phase, not 'kd'"),
         (lambda: bind(Small(), None, _PHASE, (4, 8, 8, 1)), r"\(height, width, channels\), not"),

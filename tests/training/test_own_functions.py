@@ -122,6 +122,8 @@ def test_metrics_count_every_example_once(data, tmp_path):
     assert measured["metrics"] == pytest.approx(expected, rel=1e-5)
     assert read_record(result.directory / "record.json", result.record["hash"]) == result.record
     assert trained(data, **settings).record == result.record
+    with pytest.raises(InputError, match="made with a metric (top2|largest)'s computation"):
+        trained(data, **settings | {"metrics": None})
     with pytest.raises(InputError, match="another metric top2's computation"):
         trained(data, **settings | {"metrics": metrics | {"top2": lambda logits, labels: labels}})
 
