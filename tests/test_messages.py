@@ -109,6 +109,18 @@ LINEAR = nnx.Linear(2, 2, rngs=nnx.Rngs(0))
         ),
         (lambda: Tapped(TREE, ["BN"]), r"such as {'layer1': 'Conv_0'}.* not \['BN'\]"),
         (lambda: Tapped(TREE, None), "not None"),
+        (
+            lambda: Tapped(None, {}),
+            "model must be a Linen or NNX module, or a Tapped one, not None",
+        ),
+        (lambda: Tapped(Network(LINEAR), {}), "not a Network"),
+        (lambda: Tapped(Tapped(LINEAR), {}), "Tapped already"),
+        (
+            lambda: Tapped(LINEAR, {}, output="logits"),
+            "what a model returns -> logits, not 'logits'",
+        ),
+        (lambda: evaluate(LINEAR, DATA.images), "test must be Dataset or ImageFiles, not an array"),
+        (lambda: examine(LINEAR, DATA.images), "data must be Dataset, not an array"),
         (lambda: suggest(TREE), r"suggest\(model, variables, images\)"),
         (lambda: suggest(LINEAR), r"a batch of them, \[batch, …\], not None"),
         (lambda: suggest(LINEAR, images=np.zeros(2)), r"not an array \[2\] of float64"),

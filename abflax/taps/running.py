@@ -101,6 +101,13 @@ class Tapped:
         tap_paths: Mapping[str, str] | Iterable[Any] = (),
         output: Callable[[Any], jax.Array] | None = None,
     ) -> None:
+        if isinstance(model, Tapped):
+            raise InputError("the model is Tapped already")
+        require_model("model", model)
+        if output is not None and not callable(output):
+            raise InputError(
+                f"output is a function, what a model returns -> logits, not {brief(output)}"
+            )
         object.__setattr__(self, "model", model)
         object.__setattr__(self, "tap_paths", _pairs(tap_paths))
         object.__setattr__(self, "output", output)
