@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from abflax.data import OwnAugmentation
-from abflax.errors import InputError, require_field_types, require_instances, unknown
+from abflax.errors import InputError, brief, require_field_types, require_instances, unknown
 from abflax.methods import METHODS, Phase
 from abflax.methods.optimizer import OwnOptimizer
 from abflax.methods.phase import RecordedPhase
@@ -207,7 +207,13 @@ class RunConfig:
         options = {name: value for name, value in plain.items() if name not in fields}
         if type(own.get("seeds")) is int:
             own["seeds"] = Seeds.all(own["seeds"])
+        _require_kinds(own)
         if isinstance(own.get("method"), list | tuple):
+            if wrong := [each for each in own["method"] if not isinstance(each, Phase)]:
+                raise InputError(
+                    "a method is a name or a list of phases, such as [Phase('joint', terms)]; one "
+                    f"of them is {brief(wrong[0])}"
+                )
             own["own_phases"], own["method"] = tuple(own["method"]), OWN
         elif own.get("method", OWN) != OWN:
             own["own_phases"] = None
@@ -380,6 +386,21 @@ def _require_count(name: str, value: int) -> None:
         raise InputError(f"{name} must be at least 1, not {value}")
     if value > MOST:
         raise InputError(f"{name} must be at most {MOST:,}, not {value:,}")
+
+
+def _require_kinds(settings: Mapping[str, Any]) -> None:
+    """Says what would be right, where a setting is often given in another form."""
+    if not isinstance(settings.get("epochs", ()), tuple):
+        raise InputError(
+            "epochs are a tuple of whole numbers, one for each phase, such as (20, 100), not "
+            f"{brief(settings['epochs'])}"
+        )
+    for name in ("learning_rate", "schedule"):
+        if callable(settings.get(name)):
+            raise InputError(
+                f"{name} cannot be a function: give your schedule to an optimizer, such as "
+                "optimizer=optax.sgd(schedule, momentum=0.9)"
+            )
 
 
 def _plain(value: Any) -> Any:

@@ -177,6 +177,8 @@ def distill_group(  # noqa: PLR0913 - the front door
     """
     teachers = _networks(teacher)
     require_devices()
+    if isinstance(test, Batches):
+        raise InputError("test is a Dataset: Batches(…).read() reads one pass into memory")
     require_instances({
         "data": (data, TrainData),
         "test": (test, Dataset | ImageFiles | None),

@@ -254,7 +254,7 @@ def outcome(settings: Settings, workdir: Path) -> tuple[str, str]:
         except AssertionError as error:
             return MIXED, str(error)
         except InputError as error:
-            asked = "was made with another" in str(error)
+            asked = "was made with" in str(error)
             return (REFUSED if asked else WRONG), str(error)
     return MIXED, "served"
 

@@ -20,13 +20,17 @@ import types
 from html.parser import HTMLParser
 from pathlib import Path
 
+import flax
 import jax
 import numpy as np
 import pytest
+import safetensors.flax
 from flax import linen as nn
+from flax import nnx
 
 import abflax
 from abflax import Dataset, Network, load
+from abflax.training.run_directory import Result
 from tests.conftest import Small
 
 ROOT = Path(__file__).parent.parent
@@ -154,6 +158,29 @@ def test_the_nnx_pages_python_runs():
         params, state, opt_state, value = names["step"](params, state, opt_state, names["images"])
         values.append(float(value))
     assert np.isfinite(values).all()
+
+
+def test_saved_weights_are_read_in_plain_nnx(tmp_path, monkeypatch):
+    """Into a module with a list, with other weights before."""
+
+    class Listed(nnx.Module):
+        def __init__(self, seed):
+            rngs = nnx.Rngs(seed)
+            self.blocks = nnx.List([nnx.Linear(3, 4, rngs=rngs), nnx.BatchNorm(4, rngs=rngs)])
+
+        def __call__(self, x):
+            return self.blocks[1](self.blocks[0](x))
+
+    monkeypatch.chdir(tmp_path)
+    saved, model, x = Listed(0), Listed(1), np.eye(3, dtype=np.float32)
+    saved(x)  # moves the running statistics
+    Result({}, Network(saved).variables, None).save("student.safetensors")
+    (block,) = [b for b in _blocks(ROOT / "docs/own_models.md", "python") if "nnx.update" in b]
+    exec(block, {"model": model, "nnx": nnx, "flax": flax, "safetensors": safetensors})
+    for each in (saved, model):
+        each.eval()
+    np.testing.assert_array_equal(model(x), saved(x))
+    assert not np.allclose(model(x), Listed(1)(x))
 
 
 def test_the_pages_links_lead_to_files_and_their_commands_to_modules():

@@ -22,6 +22,7 @@ from abflax import (
 from abflax.analysis import examine
 from abflax.errors import brief
 from abflax.taps import suggest
+from abflax.training.run_directory import Result
 from abflax.weights import from_torch, read_variables
 
 ARRAY = np.zeros((64, 64))
@@ -94,3 +95,39 @@ def test_values_are_told_in_brief():
     assert brief(TREE) == "a Sequential"
     assert brief(nnx.Linear(2, 2, rngs=nnx.Rngs(0))) == "a Linear"
     assert (brief(None), brief(2.5), brief("a"), brief(int)) == ("None", "2.5", "'a'", repr(int))
+
+
+LINEAR = nnx.Linear(2, 2, rngs=nnx.Rngs(0))
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (
+            lambda: Tapped(TREE, "Dense_0"),
+            r"such as {'layer1': 'Conv_0'} or marked.* not 'Dense_0'",
+        ),
+        (lambda: Tapped(TREE, ["BN"]), r"such as {'layer1': 'Conv_0'}.* not \['BN'\]"),
+        (lambda: Tapped(TREE, None), "not None"),
+        (
+            lambda: Tapped(None, {}),
+            "model must be a Linen or NNX module, or a Tapped one, not None",
+        ),
+        (lambda: Tapped(Network(LINEAR), {}), "not a Network"),
+        (lambda: Tapped(Tapped(LINEAR), {}), "Tapped already"),
+        (
+            lambda: Tapped(LINEAR, {}, output="logits"),
+            "what a model returns -> logits, not 'logits'",
+        ),
+        (lambda: evaluate(LINEAR, DATA.images), "test must be Dataset or ImageFiles, not an array"),
+        (lambda: examine(LINEAR, DATA.images), "data must be Dataset, not an array"),
+        (lambda: suggest(TREE), r"suggest\(model, variables, images\)"),
+        (lambda: suggest(LINEAR), r"a batch of them, \[batch, …\], not None"),
+        (lambda: suggest(LINEAR, images=np.zeros(2)), r"not an array \[2\] of float64"),
+        (lambda: Network(LINEAR, {"params": {}}).module, "for Linear: 'params/bias' is missing"),
+        (lambda: Result({}, {}, None).save(None), "path must be str or Path, not None"),
+    ],
+)
+def test_what_is_missing_is_said_in_a_sentence(call, message):
+    with pytest.raises(InputError, match=message):
+        call()

@@ -19,7 +19,7 @@ from abflax.analysis.measures import (
     pattern_digests,
 )
 from abflax.data import Dataset, Preprocessing, normalize
-from abflax.errors import InputError, unknown
+from abflax.errors import InputError, require_instances, unknown
 from abflax.losses import activation_indicator
 from abflax.methods.connectors import connect
 from abflax.metrics import misclassified
@@ -120,6 +120,7 @@ def examine(
     Raises:
       ValueError: if a network does not fit the data, or the connectors do not fit the student.
     """
+    require_instances({"data": (data, Dataset)})
     require_devices()
     roles = ("the student", "the teacher")
     given = (student,) if teacher is None else (student, teacher)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import dataclasses
 import hashlib
+import inspect
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
@@ -15,7 +16,7 @@ import numpy as np
 from abflax.data.augmentation import Preprocessing
 from abflax.data.dataset import Dataset
 from abflax.data.image_files import checked_classes, exactly_named, with_digest
-from abflax.errors import InputError, brief
+from abflax.errors import InputError, brief, require_instances
 
 _NOTHING = Preprocessing()
 
@@ -68,6 +69,9 @@ class Batches:
     resumes: bool = dataclasses.field(init=False)
 
     def __post_init__(self) -> None:
+        require_instances({
+            "preprocessing": (self.preprocessing, Preprocessing), "name": (self.name, str),
+        })  # fmt: skip
         iterator = self.begin()
         images, labels = _arrays(next(iterator, None))
         if images.ndim != 4 or 0 in images.shape or labels.shape != images.shape[:1]:
@@ -110,7 +114,14 @@ class Batches:
             return iterator
         if not callable(self.loader):
             raise InputError(f"the loader yields no batches: it is {brief(self.loader)}")
-        return iter(self.loader())
+        try:
+            inspect.signature(self.loader).bind()
+        except TypeError as error:
+            raise InputError(f"the loader must be a function without arguments: {error}") from None
+        batches = self.loader()
+        if not isinstance(batches, Iterable):
+            raise InputError(f"the loader's function must return an iterator, not {brief(batches)}")
+        return iter(batches)
 
     def require_batch(self, images: np.ndarray, labels: np.ndarray) -> None:
         """Raises `InputError` for a batch that is not as the first one, or with a wrong label."""
@@ -207,5 +218,7 @@ def _arrays(batch: Any) -> tuple[np.ndarray, np.ndarray]:
     if not isinstance(batch, Mapping) or not {"image", "label"} <= batch.keys():
         got = sorted(map(str, batch)) if isinstance(batch, Mapping) else brief(batch)
         raise InputError(f'a loader must yield {{"image": …, "label": …}}, not {got}'[:300])
-    images, labels = np.asarray(batch["image"]), np.asarray(batch["label"])
-    return images, labels
+    try:
+        return np.asarray(batch["image"]), np.asarray(batch["label"])
+    except (TypeError, ValueError) as error:
+        raise InputError(f"a batch's images or labels are no arrays: {error}"[:300]) from error

@@ -18,7 +18,7 @@ from flax import linen as nn
 from jax.extend.core import Var
 from jax.interpreters.partial_eval import dce_jaxpr
 
-from abflax.errors import InputError
+from abflax.errors import InputError, require_instances
 from abflax.methods.connectors import (
     Connectors,
     Pair,
@@ -187,6 +187,9 @@ def bind(
     Raises:
       ValueError: if a layer is missing in one of them, or their positions differ.
     """
+    require_instances({"phase": (phase, Phase)})
+    if len(image_shape) != 3:
+        raise InputError(f"image_shape is (height, width, channels), not {tuple(image_shape)}")
     own, its = (_model_of(each, axis_name) for each in (student, teacher))
     ours, theirs = (
         abstract_forward(model, abstract_variables(model, image_shape), (1, *image_shape))
@@ -457,7 +460,13 @@ def student_loss(
         scale: Any = weight
         if isinstance(weight, Schedule):
             scale = weight(step, objective.steps_per_epoch, objective.epochs)
-        total += scale * jnp.mean(term.loss(*compared))
+        losses = term.loss(*compared)
+        if losses.shape != compared[-1].shape:
+            raise InputError(
+                f"the loss of {type(term).__name__} must be one number for each example, [batch], "
+                f"not of shape {losses.shape}"
+            )
+        total += scale * jnp.mean(losses)
     if student.losses is not None:
         total += student.losses
         measures["sown_losses"] = student.losses

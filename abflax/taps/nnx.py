@@ -15,6 +15,7 @@ from flax import nnx
 from flax.errors import InvalidRngError
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from abflax.errors import InputError
 from abflax.taps.sides import (
     LOSSES,
     NORM_INPUT,
@@ -131,14 +132,17 @@ class Nnx(Side):
             for collection, tree in variables.items()
             for path, value in flatten_dict(tree).items()
         }
-        state = []
+        state: list[tuple[Any, Any]] = []
         for index, (path, leaf) in enumerate(self.template):
             if isinstance(leaf, nnx.RngKey):
                 value = _keys(jax.random.key(0) if key is None else key, index, _value(leaf))
             elif isinstance(leaf, _PASSING):
                 value = jax.tree.map(_zeros, _value(leaf))
             else:
-                value = flat[(_collection(leaf), *_names(path))]
+                name = (_collection(leaf), *_names(path))
+                if name not in flat:
+                    raise InputError(f"the weights for {self.name}: '{'/'.join(name)}' is missing")
+                value = flat[name]
             state.append((path, _with_value(leaf, value)))
         module: nnx.Module = nnx.merge(self.graph, nnx.from_flat_state(state))
         return module

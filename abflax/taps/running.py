@@ -101,9 +101,29 @@ class Tapped:
         tap_paths: Mapping[str, str] | Iterable[Any] = (),
         output: Callable[[Any], jax.Array] | None = None,
     ) -> None:
+        if isinstance(model, Tapped):
+            raise InputError("the model is Tapped already")
+        require_model("model", model)
+        if output is not None and not callable(output):
+            raise InputError(
+                f"output is a function, what a model returns -> logits, not {brief(output)}"
+            )
         object.__setattr__(self, "model", model)
-        object.__setattr__(self, "tap_paths", tuple(dict(tap_paths).items()))
+        object.__setattr__(self, "tap_paths", _pairs(tap_paths))
         object.__setattr__(self, "output", output)
+
+
+def _pairs(tap_paths: Any) -> tuple[tuple[str, str], ...]:
+    """(name, path) of each tap. Raises `InputError` for what names no paths."""
+    pairs = tap_paths.items() if isinstance(tap_paths, Mapping) else tap_paths
+    is_listed = isinstance(pairs, Iterable) and not isinstance(pairs, str)
+    listed = tuple(pairs) if is_listed else (tap_paths,)
+    if not all(isinstance(pair, tuple) and len(pair) == 2 for pair in listed):
+        raise InputError(
+            "taps are paths by name, such as {'layer1': 'Conv_0'} or marked(suggest(…)), not "
+            f"{brief(tap_paths)}"
+        )
+    return listed
 
 
 Model: TypeAlias = "nn.Module | nnx.Module | Side | Tapped"

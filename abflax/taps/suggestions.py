@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from abflax.errors import require_instances
+from abflax.errors import InputError, brief, require_instances
 from abflax.taps.dataflow import Dataflow
 from abflax.taps.paths import scanned
 from abflax.taps.running import (
@@ -98,6 +98,7 @@ def suggest(model: Model, variables: Any = None, images: Any = None) -> tuple[Ca
 
         module, own = Nnx.split(module)
         variables = own if variables is None else variables
+    _require_given(variables, images)
     side = side_of(module)
     keys: list[tuple[Path, str, tuple[int, ...]]] = []
 
@@ -141,6 +142,13 @@ def suggest(model: Model, variables: Any = None, images: Any = None) -> tuple[Ca
         dataclasses.replace(tap, marked=index in notes, note=notes.get(index, ""))
         for index, tap in enumerate(candidates)
     )
+
+
+def _require_given(variables: Any, images: Any) -> None:
+    if variables is None:
+        raise InputError("a Linen module needs its variables: suggest(model, variables, images)")
+    if getattr(images, "ndim", 0) < 2:
+        raise InputError(f"images must be a batch of them, [batch, …], not {brief(images)}")
 
 
 def _chosen(

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from abflax.config import RunConfig
 from abflax.data import Batches, Dataset, DataSets, ImageFiles, OwnAugmentation, TrainData
-from abflax.errors import InputError, brief
+from abflax.errors import InputError, brief, require_instances
 from abflax.methods import TARGET_DOMAIN, Phase
 from abflax.methods.terms import ActivationBoundary
 from abflax.models.checks import (
@@ -142,6 +142,7 @@ def require_metrics(metrics: Any, classes: int) -> None:
         )
     logits = jax.ShapeDtypeStruct((2, classes), jnp.result_type(float))
     for name, metric in metrics.items():
+        require_instances({"a metric's name": (name, str)})
         try:
             found = jax.eval_shape(metric, logits, jax.ShapeDtypeStruct((2,), jnp.int32))
         except Exception as error:

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from abflax.data import Dataset, ImageFiles
-from abflax.errors import NonFiniteError
+from abflax.errors import NonFiniteError, require_instances
 from abflax.methods import METHODS, PhaseSchedule
 from abflax.metrics import Metric
 from abflax.models.checks import require_classes, require_fits, require_runs
@@ -50,6 +50,7 @@ def evaluate(
       NonFiniteError: if its weights or logits are NaN or infinite.
     """
     network = require_network("the network", network)
+    require_instances({"test": (test, Dataset | ImageFiles)})
     require_devices()
     used = usable_devices(devices)
     require_runs("the network", network.model, test.image_shape, train=False, dropout=False)

@@ -143,9 +143,11 @@ def require_same_run(directory: Path, own: Fingerprint) -> str:
         for name in {**own[section], **sections[section]}:
             if name.endswith(_PROGRAM) and not same_versions:
                 continue
-            if own[section].get(name) != sections[section].get(name):
+            ours, made = own[section].get(name), sections[section].get(name)
+            if ours != made:
+                how = "without a" if made is None else "with a" if ours is None else "with another"
                 raise InputError(
-                    f"the run in {directory} was made with another {name}, "
+                    f"the run in {directory} was made {how} {name}, "
                     f"{_force_hint('though its configuration has the same names')}"
                 )
     if record not in (None, _record_digest(directory)):

@@ -14,7 +14,7 @@ from typing import Any
 from flax.traverse_util import unflatten_dict
 
 from abflax.config import RunConfig
-from abflax.errors import DiskError, InputError, local_path
+from abflax.errors import DiskError, InputError, local_path, require_instances
 from abflax.models.network import Network, digest
 from abflax.runtime.distributed import is_first, on_process_zero
 from abflax.storage.checkpoint import Checkpoints
@@ -116,6 +116,7 @@ class Result:
           ValueError: if the path does not end in `.safetensors`.
           DiskError: if the file cannot be written.
         """
+        require_instances({"path": (path, str | Path)})
         target = local_path(path)
         if target.suffix != ".safetensors":
             raise InputError(f"weights are saved as .safetensors, not as {target.name}")

@@ -227,12 +227,38 @@ def test_a_registered_method(teacher, data, monkeypatch):
         (lambda: _config([_PHASE], margin=1.0), "margin is said in their terms"),
         (lambda: _config([_PHASE, _OTHER], epochs=(1,)), "for each of the phases joint, other"),
         (lambda: _config("own"), "unknown method 'own'"),
+        (lambda: _config([CrossEntropy()]), "a list of phases, .* one of them is a CrossEntropy"),
+        (lambda: _config("kd", learning_rate=abs), r"optimizer=optax.sgd\(schedule, momentum"),
+        (lambda: _config("kd", epochs=3), r"one for each phase, such as \(20, 100\), not 3"),
+        (lambda: bind(Small(), None, "kd", (8, 8, 1)), "phase must be Phase, not 'kd'"),
+        (lambda: bind(Small(), None, _PHASE, (4, 8, 8, 1)), r"\(height, width, channels\), not"),
+        (lambda: _loss_of(Whole()), r"one number for each example, \[batch\], not of shape \(\)"),
     ],
 )
 def test_what_cannot_be_right_is_said_in_a_sentence(wrong, message):
     with pytest.raises(InputError, match=message) as error:
         wrong()
     assert len(str(error.value)) <= 400
+
+
+@dataclasses.dataclass(frozen=True)
+class Whole(Term):
+    """The mean over the batch, where one number for each example is needed."""
+
+    needs_teacher = False
+
+    def loss(self, student, targets, labels):
+        return student.logits.mean()
+
+
+def _loss_of(term):
+    return bind(Small(), None, Phase("joint", [(1.0, term)]), (8, 8, 1)).trainable()
+
+
+@pytest.mark.parametrize("what", ["targets", "loss"])
+def test_a_term_without_a_part_says_which(what):
+    with pytest.raises(NotImplementedError, match=f"Term defines no {what}"):
+        getattr(Term(), what)(*[None] * (1 if what == "targets" else 3))
 
 
 _PHASE = Phase("joint", [(1.0, CrossEntropy())])

@@ -131,6 +131,8 @@ def test_metrics_count_every_example_once(data, tmp_path):
     assert measured["metrics"] == pytest.approx(expected, rel=1e-5)
     assert read_record(result.directory / "record.json", result.record["hash"]) == result.record
     assert trained(data, **settings).record == result.record
+    with pytest.raises(InputError, match="made with a metric (top2|largest)'s computation"):
+        trained(data, **settings | {"metrics": None})
     with pytest.raises(InputError, match="another metric top2's computation"):
         trained(data, **settings | {"metrics": metrics | {"top2": lambda logits, labels: labels}})
 
@@ -164,6 +166,7 @@ def impure(key, images):
         ({"metrics": [top2], "test": "data"}, "functions by name"),
         ({"metrics": {"m": lambda logits, labels: logits}, "test": "data"}, "one number for each"),
         ({"metrics": {"m": lambda logits: logits}, "test": "data"}, "metric m fails on logits"),
+        ({"metrics": {1: top2}, "test": "data"}, "a metric's name must be str, not 1"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_right_is_said_in_a_sentence(data, teacher, settings, message):

@@ -91,11 +91,11 @@ class Term:
 
     def targets(self, teacher: Forward) -> Any:
         """Returns a pytree of arrays with a leading batch dimension."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} defines no targets")
 
     def loss(self, student: Forward, targets: Any, labels: jax.Array) -> jax.Array:
         """Computes one number per example, `[batch]`; the step takes the mean over the batch."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} defines no loss")
 
     def measures(self, student: Forward, targets: Any) -> dict[str, Any]:
         """Computes what training reports besides the loss: a (nested) dict of scalars."""
@@ -128,11 +128,11 @@ class LayerTerm(Term):
 
     def layer_targets(self, teacher: jax.Array) -> jax.Array:
         """Computes the targets of one layer from the teacher's tap."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} defines no layer_targets")
 
     def layer_loss(self, student: jax.Array, targets: jax.Array) -> jax.Array:
         """Computes the loss of one layer, `[batch]`, from the student's tap after its connector."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} defines no layer_loss")
 
     def targets(self, teacher: Forward) -> Any:
         """Computes the targets of each chosen layer."""
