@@ -30,6 +30,7 @@ from flax import nnx
 
 import abflax
 from abflax import Dataset, Network, load
+from abflax.methods import METHODS
 from abflax.training.run_directory import Result
 from tests.conftest import Small
 
@@ -131,6 +132,13 @@ def test_the_readmes_own_models_run():
     steps = {phase["name"]: phase["steps"] for phase in names["result"].record["phases"]}
     assert steps == {"initialise": 2, "classify": 13}  # ⌊20·16/128⌋, and ⌊120·16/128⌋ in all
     assert "Block_2/norm" in names["result"].record["config"]["teacher"]
+
+
+def test_the_readme_names_every_method():
+    (row,) = re.findall(
+        r"^\| methods \| (.*); sums", (ROOT / "README.md").read_text(), re.MULTILINE
+    )
+    assert set(re.findall(r"`([^`]+)`", row)) == set(METHODS)
 
 
 def test_the_bound_loop_is_short():

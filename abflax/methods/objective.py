@@ -461,10 +461,10 @@ def student_loss(
         if isinstance(weight, Schedule):
             scale = weight(step, objective.steps_per_epoch, objective.epochs)
         losses = term.loss(*compared)
-        if losses.shape != compared[-1].shape:
+        if jnp.shape(losses) != compared[-1].shape:
             raise InputError(
                 f"the loss of {type(term).__name__} must be one number for each example, [batch], "
-                f"not of shape {losses.shape}"
+                f"not of shape {jnp.shape(losses)}"
             )
         total += scale * jnp.mean(losses)
     if student.losses is not None:
