@@ -198,7 +198,7 @@ def distill_group(  # noqa: PLR0913 - the front door
     require_groupable(configs)
     if metrics and test is None:
         raise InputError("metrics are measured on held-out data: give test")
-    require_metrics(metrics, data.num_classes)
+    metrics = require_metrics(metrics, data.num_classes)
     resources = resources or Resources()
     paths: dict[str, Path | None] = dict.fromkeys((each.hash for each in configs), None)
     if workdir is not None:

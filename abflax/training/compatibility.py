@@ -18,6 +18,7 @@ from abflax.data import Batches, Dataset, DataSets, ImageFiles, OwnAugmentation,
 from abflax.errors import InputError, brief, require_instances
 from abflax.methods import TARGET_DOMAIN, Phase
 from abflax.methods.terms import ActivationBoundary
+from abflax.metrics import Metric
 from abflax.models.checks import (
     require_classes,
     require_fits,
@@ -28,6 +29,7 @@ from abflax.models.checks import (
 from abflax.models.network import Network
 from abflax.models.variables import abstract_variables
 from abflax.taps import Model, rectified_taps, side_of
+from abflax.training.fingerprint import as_it_is_now
 from abflax.training.parallel import InputSpec
 
 
@@ -132,19 +134,24 @@ def _require_alike(what: str, other: Dataset | ImageFiles, data: TrainData) -> N
         )
 
 
-def require_metrics(metrics: Any, classes: int) -> None:
-    """Raises `InputError` where metrics do not give one number for each example."""
+def require_metrics(metrics: Any, classes: int) -> dict[str, Metric]:
+    """Returns metrics as they are now; see `as_it_is_now`.
+
+    Raises `InputError` where they do not give one number for each example.
+    """
     if metrics is None:
-        return
+        return {}
     if not isinstance(metrics, Mapping):
         raise InputError(
             f"metrics are functions by name, such as {{'top5': f}}, not {brief(metrics)}"
         )
     logits = jax.ShapeDtypeStruct((2, classes), jnp.result_type(float))
+    labels, fresh = jax.ShapeDtypeStruct((2,), jnp.int32), {}
     for name, metric in metrics.items():
         require_instances({"a metric's name": (name, str)})
         try:
-            found = jax.eval_shape(metric, logits, jax.ShapeDtypeStruct((2,), jnp.int32))
+            fresh[name] = as_it_is_now(metric, logits, labels)
+            found = jax.eval_shape(fresh[name], logits, labels)
         except Exception as error:
             reason = next(iter(str(error).splitlines()), repr(error))[:200]
             raise InputError(f"metric {name} fails on logits {logits.shape}: {reason}") from error
@@ -153,6 +160,7 @@ def require_metrics(metrics: Any, classes: int) -> None:
                 f"metric {name} must give one number for each example, [batch], of logits "
                 f"[batch, classes] and labels [batch], not {getattr(found, 'shape', brief(found))}"
             )
+    return fresh
 
 
 def require_groupable(configs: Sequence[RunConfig]) -> None:

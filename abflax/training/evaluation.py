@@ -56,7 +56,7 @@ def evaluate(
     require_runs("the network", network.model, test.image_shape, train=False, dropout=False)
     require_classes("the network", network.model, test.image_shape, test.num_classes)
     require_fits("the weights", network.model, network.variables, test.image_shape)
-    require_metrics(metrics, test.num_classes)
+    metrics = require_metrics(metrics, test.num_classes)
     if names := not_finite(network.variables):
         raise NonFiniteError(f"the network's {names[0]} holds NaN or infinity")
     model = configure_model(network.model, "float32", AXIS)

@@ -356,6 +356,20 @@ def _objective_digest(objective: Objective, before: Objective | None) -> str:
     return hashlib.sha256("".join(texts).encode()).hexdigest()[:16]
 
 
+def as_it_is_now(function: Callable[..., Any], *arguments: Any) -> Callable[..., Any]:
+    """The function, as another object whenever it computes something else than before.
+
+    Compiled programs are kept by the functions in them, and a function may read what changes.
+    """
+    return _as_computed(function, _digest_of(function, *arguments))
+
+
+@functools.lru_cache(maxsize=64)
+def _as_computed(function: Callable[..., Any], computed: str) -> Callable[..., Any]:
+    del computed
+    return functools.partial(function)
+
+
 def _digest_of(function: Callable[..., Any], *arguments: Any) -> str:
     return hashlib.sha256(_lowered(function, *arguments).encode()).hexdigest()[:16]
 
@@ -378,6 +392,7 @@ def _function_digests(
 
 
 def _lowered(function: Callable[..., Any], *arguments: Any) -> str:
+    function = functools.partial(function)  # JAX remembers what it has traced
     return jax.jit(function).trace(*arguments).lower(lowering_platforms=("cpu",)).as_text()
 
 

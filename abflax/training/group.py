@@ -12,6 +12,7 @@ import numpy as np
 
 from abflax.config import Resources, RunConfig
 from abflax.data import (
+    Augment,
     Batches,
     Dataset,
     DataSets,
@@ -33,6 +34,7 @@ from abflax.training.devices import (
     usable_devices,
 )
 from abflax.training.evaluation import Evaluation
+from abflax.training.fingerprint import as_it_is_now
 from abflax.training.inputs import LoaderInputs, OrderedInputs, TrainInputs
 from abflax.training.parallel import InputSpec, compile_steps
 from abflax.training.record import environment
@@ -98,7 +100,7 @@ class TrainingGroup:
         self.spec = InputSpec(
             dataclasses.replace(data.preprocessing, views=config.views), data.image_shape, devices,
             streamed, self.steps_per_dispatch, target.preprocessing if target is not None else None,
-            augment=None if config.augment is None else config.augment.made,
+            augment=_augment_of(config, data.image_shape),
         )  # fmt: skip
         self.teachers = [_placed(each, config.precision, devices) for each in teachers]
         self.teachers = self.teachers or [Teacher()]
@@ -156,6 +158,14 @@ class TrainingGroup:
         for run, of_average in zip(averaged, measured[len(runs) :], strict=True):
             measured[runs.index(run)]["ema"] = of_average
         return measured[: len(runs)]
+
+
+def _augment_of(config: RunConfig, image_shape: tuple[int, ...]) -> Augment | None:
+    """The user's augmentation, as it is now."""
+    if config.augment is None or config.augment.made is None:
+        return None
+    images = jax.ShapeDtypeStruct((config.batch_size, *image_shape), jnp.result_type(float))
+    return as_it_is_now(config.augment.made, jax.random.key(0), images)
 
 
 def _selected(data: TrainData, config: RunConfig) -> TrainData:

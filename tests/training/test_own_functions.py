@@ -143,6 +143,28 @@ def test_a_metric_that_is_no_number_is_an_error(data):
         evaluate(network, data, 1, {"log": lambda logits, labels: jnp.log(0.0 * logits[:, 0])})
 
 
+class _Times:
+    """An object that is changed between two runs."""
+
+    factor = 1.0
+
+    def __call__(self, *arguments):
+        return self.factor * (arguments[1] if len(arguments[1].shape) == 4 else arguments[0][:, 0])
+
+
+def test_an_object_that_was_changed_is_another_function(data, tmp_path):
+    metric, augment = _Times(), _Times()
+    settings = {"test": data, "metrics": {"m": metric}, "epochs": (0, 1)}
+    first = trained(data, workdir=tmp_path, **settings).record["result"]["metrics"]["m"]
+    plain = trained(data, augment=augment, epochs=(0, 1)).record["history"][0]["loss"]
+    metric.factor = augment.factor = 2.0
+    with pytest.raises(InputError, match="another metric m's computation"):
+        trained(data, workdir=tmp_path, **settings)
+    forced = trained(data, workdir=tmp_path, force=True, **settings)
+    assert forced.record["result"]["metrics"]["m"] == 2 * first
+    assert trained(data, augment=augment, epochs=(0, 1)).record["history"][0]["loss"] != plain
+
+
 def clipped(key, images):
     """A custom gradient, whose name JAX does not write twice the same."""
     return jax.nn.relu(images)
