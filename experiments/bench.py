@@ -20,6 +20,7 @@ import dataclasses
 import importlib.util
 import itertools
 import json
+import re
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -153,7 +154,7 @@ def publish(measurements: dict[str, Any]) -> Path:
     Sections published before of the same commit, versions and setting stay.
     """
     setting = measurements["setting"]
-    device = "-".join(measurements["environment"]["device"].replace(",", "").split()).lower()
+    device = re.sub(r"[^a-z0-9]+", "-", measurements["environment"]["device"].lower())
     name = f"{device}-{setting['teacher']}-{setting['student']}-{setting['batch']}"
     PUBLISHED.mkdir(parents=True, exist_ok=True)
     path = PUBLISHED / f"{name}-{setting['precision']}.json"
