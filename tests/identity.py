@@ -40,9 +40,9 @@ from abflax import (
 )
 from abflax.data import few_shot_subset, subset
 from abflax.data.image_files import exactly_named
-from abflax.runtime.reporter import NullReporter
 from abflax.training.record import write_record
 from experiments.common import cli
+from tests.stopping import StopAt
 
 FACTS = Path(__file__).parent / "identity.json"
 MIXED, REFUSED, NAMED, WRONG = "mixed", "refused", "another name", "refused as input"
@@ -259,21 +259,6 @@ def outcome(settings: Settings, workdir: Path) -> tuple[str, str]:
     return MIXED, "served"
 
 
-class _Stop(NullReporter):
-    """Stops a run after some steps."""
-
-    def __init__(self, after: int) -> None:
-        self.left = after
-
-    def steps(self, count: int, images: int, epoch: float, loss: float | None) -> None:
-        """Raises the signal."""
-        import signal
-
-        self.left -= count
-        if self.left == 0:
-            signal.raise_signal(signal.SIGTERM)
-
-
 def finished(workdir: Path) -> Path:
     """Trains the base experiment. Returns its folder."""
     directory = distill(**base(), workdir=workdir).directory
@@ -284,7 +269,7 @@ def finished(workdir: Path) -> Path:
 def stopped(workdir: Path) -> None:
     """Trains the base experiment for three of its eight steps."""
     with contextlib.suppress(Interrupted):
-        distill(**base(), workdir=workdir, reporter=_Stop(3))
+        distill(**base(), workdir=workdir, reporter=StopAt(3))
 
 
 def flip(path: Path, bit: int) -> None:

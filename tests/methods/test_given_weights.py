@@ -16,7 +16,7 @@ from abflax.models.variables import init_variables
 from abflax.taps import run_model
 from abflax.training.step import create_train_state, train_step
 from tests.methods.test_registry import Tiny
-from tests.training.test_loop import _StopAt
+from tests.stopping import StopAt
 
 SHAPE = (8, 8, 1)
 
@@ -106,7 +106,7 @@ def test_a_run_of_both_phases(given, tmp_path):
         distill, Tiny(6), teacher, method="ft", epochs=(1, 2), workdir=tmp_path, **run
     )
     with pytest.raises(Interrupted, match="stopped in phase classify .* from step 3"):
-        taught(reporter=_StopAt(3))
+        taught(reporter=StopAt(3))
     chex.assert_trees_all_equal(taught().variables, result.variables)
 
 

@@ -1,7 +1,5 @@
 """Dreams: the published numbers, any model, any number of devices, and the same bits again."""
 
-import os
-import signal
 from typing import Any
 
 import chex
@@ -15,11 +13,11 @@ from flax import nnx
 
 from abflax import InputError, Interrupted, Network, Resources, load
 from abflax.data import Preprocessing
-from abflax.runtime.reporter import NullReporter
 from abflax.synthesis import Dreaming, dream, dream_loss
 from abflax.synthesis.dream import _rolled
 from abflax.taps import run_with_norms
 from tests.conftest import draw_variables, under
+from tests.stopping import StopAt
 
 SHAPE = (8, 8, 3)
 
@@ -128,16 +126,6 @@ COMMON = {"key": jax.random.key(3), "image_shape": SHAPE, "steps": 6, "batch_siz
           "preprocessing": Preprocessing((100.0,), (50.0,))}  # fmt: skip
 
 
-class _Stop(NullReporter):
-    def __init__(self, at):
-        self.left = at
-
-    def steps(self, count, images, epoch, loss):
-        self.left -= count
-        if self.left == 0:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-
 @pytest.mark.slow
 def test_devices_dispatches_and_sittings_change_nothing(network, tmp_path):
     """Two batches; stopped in the second, gone on with, and read again."""
@@ -146,7 +134,7 @@ def test_devices_dispatches_and_sittings_change_nothing(network, tmp_path):
     assert images.labels.tolist() == list(range(10)) and images.num_classes == 10
     assert images.images.min() >= 0 and images.images.max() <= 255 and images.images.std() > 10
     with pytest.raises(Interrupted, match="step 9 of 12"):
-        dream(network, 10, workdir=tmp_path, reporter=_Stop(9), **COMMON, **one)
+        dream(network, 10, workdir=tmp_path, reporter=StopAt(9), **COMMON, **one)
     again = dream(network, 10, workdir=tmp_path, **COMMON, **one)
     assert np.array_equal(again.images, images.images)
     stored = load(f"dreamed:{tmp_path}", "train")

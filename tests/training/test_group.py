@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import os
 import signal
 from types import SimpleNamespace
 
@@ -27,9 +26,9 @@ from abflax import (
 from abflax.methods import METHODS
 from abflax.methods.objective import bind, make_all_targets
 from abflax.runtime.preemption import Interrupted
-from abflax.runtime.reporter import NullReporter
 from abflax.training.loop import train as train_runs
 from abflax.training.record import read_record
+from tests.stopping import StopAt
 
 RESOURCES = Resources(devices=1, checkpoint_seconds=0.0)
 
@@ -115,26 +114,16 @@ def test_the_teacher_passes_once():
     assert forward_passes(*objectives[:4]) == 1 and forward_passes(*objectives) == 2
 
 
-class _StopAt(NullReporter):
-    def __init__(self, step):
-        self.left = step
-
-    def steps(self, count, images, epoch, loss):
-        self.left -= count
-        if self.left == 0:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-
 @pytest.mark.slow
 def test_both_are_saved_when_stopped_and_either_goes_on_alone(train, tmp_path):
     """From different steps as well: the one behind is alone until they meet."""
     beside = BESIDE[:1]
     whole = train(seeds=SEEDS, group=beside)
     with pytest.raises(Interrupted, match="goes on from step 2"):
-        train(seeds=SEEDS, group=beside, workdir=tmp_path, reporter=_StopAt(2))
+        train(seeds=SEEDS, group=beside, workdir=tmp_path, reporter=StopAt(2))
     assert len([*(tmp_path / "runs").glob("*/checkpoints/2")]) == 2
     with pytest.raises(Interrupted, match="goes on from step 5"):
-        train(**beside[0], workdir=tmp_path, reporter=_StopAt(3))
+        train(**beside[0], workdir=tmp_path, reporter=StopAt(3))
     resumed = train(seeds=SEEDS, group=beside, workdir=tmp_path)
     again = train(seeds=SEEDS, group=beside, workdir=tmp_path)
     for ours, theirs, found in zip(resumed, whole, again, strict=True):

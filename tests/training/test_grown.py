@@ -19,7 +19,7 @@ from abflax.training.history import begins
 from abflax.training.record import read_record
 from tests.conftest import Small
 from tests.methods.test_registry import Tiny
-from tests.training.test_loop import _StopAt
+from tests.stopping import StopAt
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +44,7 @@ def test_a_grown_run_has_the_bits_of_one_that_was_long_from_the_start(
     whole = trained(data, (0, 4), test=data, **settings)
     kept = {"workdir": tmp_path, "test": data, **settings}
     first = trained(data, (0, 2), **kept)
-    steps = _StopAt(10**6)
+    steps = StopAt(10**6)
     grown = trained(data, (0, 4), reporter=steps, **kept)
     assert 10**6 - steps.left == 4  # two batches in each of the two new epochs
     chex.assert_trees_all_equal(grown.variables, whole.variables)
@@ -57,7 +57,7 @@ def test_a_grown_run_has_the_bits_of_one_that_was_long_from_the_start(
     for length, result in (((0, 2), first), ((0, 4), grown)):
         assert trained(data, length, **kept).record == result.record
     # The longest of them is taken, and none by force.
-    steps = _StopAt(10**6)
+    steps = StopAt(10**6)
     assert (
         trained(data, (0, 5), reporter=steps, **kept).record["grown_from"] == grown.record["hash"]
     )

@@ -30,7 +30,7 @@ from tests.identity import (
     outcome,
     tapped,
 )
-from tests.training.test_loop import _StopAt
+from tests.stopping import StopAt
 
 
 @pytest.fixture(scope="module")
@@ -157,7 +157,7 @@ def test_another_version_is_said(workdir, directory, monkeypatch):
 def test_another_version_is_said_when_a_run_goes_on(tmp_path, monkeypatch):
     settings = base() | {"epochs": (0, 1), "method": "cross-entropy", "teacher": None}
     with pytest.raises(Interrupted):
-        distill(**settings, workdir=tmp_path, reporter=_StopAt(2))
+        distill(**settings, workdir=tmp_path, reporter=StopAt(2))
     versions = fingerprint._versions() | {"jax": "0.0.1"}
     monkeypatch.setattr(fingerprint, "_versions", lambda: versions)
     notes = []

@@ -1,7 +1,6 @@
 """Photographs through a run: decoded ahead by other processes, in an order that is given."""
 
 import contextlib
-import os
 import signal
 
 import chex
@@ -15,11 +14,11 @@ from abflax.data.decoders import Decoders
 from abflax.data.decoding import centre_crop, random_crop
 from abflax.models.variables import init_variables
 from abflax.runtime.preemption import Interrupted
-from abflax.runtime.reporter import NullReporter
 from abflax.training.inputs import EvaluationInputs, OrderedInputs
 from abflax.training.parallel import InputSpec
 from tests.conftest import Small
 from tests.image_files import make_folder
+from tests.stopping import StopAt
 
 SIDE = 16
 ONE = Resources(devices=1, workers=2)
@@ -126,21 +125,9 @@ def test_no_image_is_decoded_in_this_process(folder, whole, monkeypatch):
     assert 36 <= sum(evaluation) <= 36 + 4 * 12
 
 
-class _StopAfter(NullReporter):
-    """Asks the run to stop after so many steps."""
-
-    def __init__(self, steps):
-        self.left = steps
-
-    def steps(self, count, *_):
-        self.left -= count
-        if self.left == 0:
-            os.kill(os.getpid(), signal.SIGINT)
-
-
 def test_stopped_and_resumed_is_never_stopped(folder, whole, tmp_path):
     with pytest.raises(Interrupted):
-        _distill(folder, workdir=tmp_path, reporter=_StopAfter(6))
+        _distill(folder, workdir=tmp_path, reporter=StopAt(6, signal.SIGINT))
     result = _distill(folder, workdir=tmp_path)
     chex.assert_trees_all_equal(result.variables, whole.variables)
     assert result.record["history"] == whole.record["history"]

@@ -8,7 +8,7 @@ from flax import linen as nn
 
 from abflax import Interrupted, Network, Resources, distill, evaluate, load
 from abflax.losses import cross_entropy
-from tests.identity import _Stop
+from tests.stopping import StopAt
 
 SETTINGS = {"method": "cross-entropy", "epochs": (0, 2), "batch_size": 16}
 
@@ -37,7 +37,7 @@ def test_frozen_and_counted(digits, tmp_path):
     variables = Net().init(jax.random.key(0), jnp.zeros((1, 8, 8, 1)), train=False)
     student = Network(Net(), variables)
     with pytest.raises(Interrupted):
-        distill(student, None, digits, **SETTINGS, workdir=tmp_path, reporter=_Stop(3),
+        distill(student, None, digits, **SETTINGS, workdir=tmp_path, reporter=StopAt(3),
                 resources=Resources(2, checkpoint_seconds=0.0))  # fmt: skip
     trained = distill(student, None, digits, **SETTINGS, workdir=tmp_path,
                       resources=Resources(2)).variables  # fmt: skip

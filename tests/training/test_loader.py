@@ -19,7 +19,7 @@ from abflax import (
 from abflax.data import BatchReader, Preprocessing, Stream
 from abflax.training.record import read_record
 from tests.conftest import Small
-from tests.training.test_loop import _StopAt
+from tests.stopping import StopAt
 
 ONE = Resources(devices=1)
 NORMALIZED = Preprocessing((128.0,), (64.0,))
@@ -79,7 +79,7 @@ def trained(data, **settings):
 def stopped(tmp_path, data, step, **settings):
     """A run that was stopped at a step, and resumed."""
     with pytest.raises(Interrupted):
-        trained(data, workdir=tmp_path, reporter=_StopAt(step), **settings)
+        trained(data, workdir=tmp_path, reporter=StopAt(step), **settings)
     return trained(data, workdir=tmp_path, **settings)
 
 
@@ -115,7 +115,7 @@ def test_runs_of_a_group_at_other_steps_get_the_batches_of_their_own(shuffled, t
     seeds = [Seeds(weights=seed) for seed in (0, 1)]
     alone = [trained(shuffled, seeds=each) for each in seeds]
     with pytest.raises(Interrupted):
-        trained(shuffled, seeds=seeds[0], workdir=tmp_path, reporter=_StopAt(2))
+        trained(shuffled, seeds=seeds[0], workdir=tmp_path, reporter=StopAt(2))
     both = distill_group(
         [{"seeds": each} for each in seeds], Small(), None, shuffled, workdir=tmp_path,
         method="cross-entropy", epochs=(0, 3), resources=ONE,

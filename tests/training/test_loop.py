@@ -28,6 +28,7 @@ from abflax.runtime.reporter import NullReporter
 from abflax.storage.checkpoint import Checkpoints
 from abflax.training.record import read_record
 from tests.methods.test_registry import Tiny
+from tests.stopping import StopAt
 
 ONE = Resources(devices=1)
 SHAPE = (8, 8, 1)
@@ -61,18 +62,6 @@ def pair(request, teacher):
         return {"student": MODELS["wrn10-1"](), "teacher": teacher}
     known = Network(Tiny(12), init_variables(Tiny(12), jax.random.key(7), SHAPE), "small")
     return {"student": Tiny(6), "teacher": known}
-
-
-class _StopAt(NullReporter):
-    """Sends a signal to this process when a run has made so many steps."""
-
-    def __init__(self, step, number=signal.SIGTERM):
-        self.left, self.number = step, number
-
-    def steps(self, count, images, epoch, loss):
-        self.left -= count
-        if self.left == 0:
-            signal.raise_signal(self.number)
 
 
 @pytest.fixture(scope="module")
@@ -134,7 +123,7 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)
 def test_stopped_and_resumed_is_never_stopped(whole, digits, teacher, tmp_path, step, number):
     handlers = [signal.getsignal(each) for each in _SIGNALS]
     with pytest.raises(Interrupted, match=f"goes on from step {step}") as stopped:
-        _distill(digits, teacher, workdir=tmp_path, reporter=_StopAt(step, number))
+        _distill(digits, teacher, workdir=tmp_path, reporter=StopAt(step, number))
     assert stopped.value.signal == number
     assert handlers == [signal.getsignal(each) for each in _SIGNALS]
     resumed = _distill(digits, teacher, workdir=tmp_path)
@@ -240,7 +229,7 @@ def test_a_teacher_that_is_not_a_number(digits, teacher):
 @pytest.mark.slow
 def test_a_checkpoint_of_another_configuration(digits, teacher, tmp_path):
     with pytest.raises(Interrupted):
-        _distill(digits, teacher, workdir=tmp_path, reporter=_StopAt(2))
+        _distill(digits, teacher, workdir=tmp_path, reporter=StopAt(2))
     (run,) = (tmp_path / "runs").iterdir()
     other = _distill(digits, teacher, workdir=tmp_path / "x", epochs=(1, 2)).directory
     run.rename(tmp_path / "runs" / other.name)
@@ -256,7 +245,7 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_used(
 ):
     resources = Resources(devices=1, checkpoint_seconds=0.0)
     with pytest.raises(Interrupted):
-        _distill(digits, teacher, workdir=tmp_path, reporter=_StopAt(3), resources=resources)
+        _distill(digits, teacher, workdir=tmp_path, reporter=StopAt(3), resources=resources)
     (run,) = (tmp_path / "runs").iterdir()
     for file in (run / "checkpoints" / "3" / damaged).rglob("*"):
         if file.is_file():
@@ -271,7 +260,7 @@ def test_where_every_checkpoint_is_damaged_the_run_does_not_begin_anew(
     digits, teacher, tmp_path, damaged
 ):
     with pytest.raises(Interrupted):
-        _distill(digits, teacher, workdir=tmp_path, reporter=_StopAt(1))
+        _distill(digits, teacher, workdir=tmp_path, reporter=StopAt(1))
     for file in tmp_path.glob(f"runs/*/checkpoints/*/{damaged}/**/*"):
         if file.is_file():
             file.write_bytes(b"")
@@ -363,7 +352,7 @@ def test_a_teacher_of_other_images(digits):
 
 def test_force_lets_what_is_not_finished_go_on(whole, digits, teacher, tmp_path):
     with pytest.raises(Interrupted):
-        _distill(digits, teacher, workdir=tmp_path, reporter=_StopAt(5), force=True)
+        _distill(digits, teacher, workdir=tmp_path, reporter=StopAt(5), force=True)
     steps = []
 
     class Count(NullReporter):
@@ -378,7 +367,7 @@ def test_force_lets_what_is_not_finished_go_on(whole, digits, teacher, tmp_path)
 def test_a_checkpoint_of_eight_devices_goes_on_with_one(digits, teacher, tmp_path):
     eight = Resources(devices=8)
     with pytest.raises(Interrupted):
-        _distill(digits, teacher, workdir=tmp_path, reporter=_StopAt(2), resources=eight)
+        _distill(digits, teacher, workdir=tmp_path, reporter=StopAt(2), resources=eight)
     assert _distill(digits, teacher, workdir=tmp_path).record["phases"][1]["steps"] == 4
 
 
@@ -388,7 +377,7 @@ def test_data_of_other_contents_is_another_run(digits, teacher, tmp_path):
     fewer = train.take(np.arange(32)), test.take(np.arange(9))
     for data in (digits, (train, fewer[1]), (fewer[0], test), (train, None)):
         with pytest.raises(Interrupted):
-            _distill(data, teacher, workdir=tmp_path, reporter=_StopAt(1))
+            _distill(data, teacher, workdir=tmp_path, reporter=StopAt(1))
     assert len(list((tmp_path / "runs").iterdir())) == 4
     assert dataclasses.replace(train, num_classes=11, name=None).name != train.name
 

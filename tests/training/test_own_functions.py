@@ -24,7 +24,7 @@ from abflax.data import OwnAugmentation, Preprocessing
 from abflax.models.variables import init_variables
 from abflax.training.record import read_record
 from tests.conftest import Small
-from tests.training.test_loop import _StopAt
+from tests.stopping import StopAt
 
 ONE = Resources(devices=1)
 
@@ -85,7 +85,7 @@ def test_it_is_labelled_and_resumes_to_the_same_bits(data, tmp_path):
     whole = trained(data, augment=noise)
     assert whole.record["config"]["augment"] == OwnAugmentation.of(noise).label
     with pytest.raises(Interrupted):
-        trained(data, augment=noise, workdir=tmp_path, reporter=_StopAt(3))
+        trained(data, augment=noise, workdir=tmp_path, reporter=StopAt(3))
     resumed = trained(data, augment=noise, workdir=tmp_path)
     chex.assert_trees_all_equal(whole.variables, resumed.variables)
     record = read_record(resumed.directory / "record.json", resumed.record["hash"])

@@ -1,8 +1,6 @@
 """Route-constrained optimization: phases with teachers of their own."""
 
 import dataclasses
-import os
-import signal
 
 import chex
 import jax
@@ -23,10 +21,10 @@ from abflax import (
 from abflax.losses import knowledge_distillation
 from abflax.methods import Phase
 from abflax.methods.terms import KnowledgeDistillation
-from abflax.runtime.reporter import NullReporter
 from abflax.taps import run_model
 from abflax.training.history import anchor_epochs
 from tests.conftest import draw_variables
+from tests.stopping import StopAt
 
 DRAW = np.random.default_rng(0)
 DATA = Dataset(DRAW.standard_normal((16, 4, 4, 1)), np.arange(16) % 4)
@@ -75,16 +73,6 @@ def test_each_phase_has_its_teacher():
         assert (loss == pytest.approx(history[1]["loss"], rel=1e-5)) == same
 
 
-class _Stop(NullReporter):
-    def __init__(self, at):
-        self.left = at
-
-    def steps(self, count, images, epoch, loss):
-        self.left -= count
-        if self.left == 0:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-
 @pytest.mark.slow
 def test_activation_boundaries_along_the_route_resume_with_the_same_bits(tmp_path):
     settings = {"method": "activation-boundary", "epochs": (2, 3)}
@@ -93,7 +81,7 @@ def test_activation_boundaries_along_the_route_resume_with_the_same_bits(tmp_pat
         "initialise 1", "classify 1", "initialise 2", "classify 2", "classify 2"
     ]  # fmt: skip
     with pytest.raises(Interrupted, match="classify 2"):
-        train(**settings, workdir=tmp_path, reporter=_Stop(4))
+        train(**settings, workdir=tmp_path, reporter=StopAt(4))
     again = train(**settings, workdir=tmp_path)
     chex.assert_trees_all_equal(again.variables, whole.variables)
     assert again.record["hash"] == whole.record["hash"]

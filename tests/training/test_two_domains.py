@@ -1,8 +1,5 @@
 """Joint distillation and adaptation: a second domain, and a teacher that is trained along."""
 
-import os
-import signal
-
 import chex
 import jax
 import jax.numpy as jnp
@@ -26,9 +23,9 @@ from abflax.losses import cross_entropy, knowledge_distillation, maximum_mean_di
 from abflax.methods import METHODS, Phase, bind
 from abflax.methods.terms import BoundarySupport, TeacherCrossEntropy
 from abflax.models.network import configure_model
-from abflax.runtime.reporter import NullReporter
 from abflax.taps import run_model, sow_features
 from tests.conftest import draw_variables
+from tests.stopping import StopAt
 
 DRAW, SHAPE = np.random.default_rng(0), (4, 4, 1)
 SOURCE = Dataset(DRAW.standard_normal((16, *SHAPE)), np.arange(16) % 4)
@@ -133,20 +130,10 @@ def test_the_moving_teacher_is_measured():
     assert "teacher_test_error" not in kd["history"][-1] and "target_data" not in kd["phases"][0]
 
 
-class _Stop(NullReporter):
-    def __init__(self, at):
-        self.left = at
-
-    def steps(self, count, images, epoch, loss):
-        self.left -= count
-        if self.left == 0:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-
 def test_a_stopped_run_resumes_with_the_same_bits_and_other_data_are_refused(tmp_path):
     whole = train()
     with pytest.raises(Interrupted, match="joint"):
-        train(workdir=tmp_path, reporter=_Stop(3))
+        train(workdir=tmp_path, reporter=StopAt(3))
     again = train(workdir=tmp_path)
     chex.assert_trees_all_equal(again.variables, whole.variables)
     assert again.record["history"] == whole.record["history"]
