@@ -565,6 +565,19 @@ def connected_taps(connectors: nn.Module | None) -> tuple[str, ...]:
     return tuple(name for name, _ in getattr(connectors, "widths", ()))
 
 
+def abstract_start(objective: Objective, image_shape: tuple[int, ...]) -> Any:
+    """Computes the shapes of what `begin` makes: parameters and running statistics."""
+    teacher = None
+    if objective.teacher is not None and objective.phase.trains_teacher:
+        teacher = abstract_variables(objective.teacher, image_shape)
+    return jax.eval_shape(
+        lambda student, key, teacher: begin(objective, student, key, image_shape, teacher),
+        abstract_variables(objective.student, image_shape),
+        jax.random.key(0),
+        teacher,
+    )
+
+
 def trainable_mask(objective: Objective, image_shape: tuple[int, ...]) -> Any:
     """Finds which parameters get a gradient from the objective.
 
@@ -577,12 +590,7 @@ def trainable_mask(objective: Objective, image_shape: tuple[int, ...]) -> Any:
     teacher: Any = {"params": {}, "batch_stats": {}}
     if objective.teacher is not None:
         teacher = abstract_variables(objective.teacher, image_shape)
-    params, stats = jax.eval_shape(
-        lambda student, key, teacher: begin(objective, student, key, image_shape, teacher),
-        abstract_variables(objective.student, image_shape),
-        jax.random.key(0),
-        teacher if objective.phase.trains_teacher else None,
-    )
+    params, stats = abstract_start(objective, image_shape)
     stats["teacher"] = {name: tree for name, tree in teacher.items() if name != "params"}
     images = jax.ShapeDtypeStruct((2, *image_shape), jnp.result_type(float))
     labels = jax.ShapeDtypeStruct((2,), jnp.int32)

@@ -14,7 +14,7 @@ from flax import linen as nn
 
 from abflax.errors import InputError
 from abflax.models import model_name
-from abflax.taps import Model, Side, Tapped, is_nnx, side_of, with_side
+from abflax.taps import Model, Side, Tapped, is_nnx, side_of, split_nnx, with_side
 
 if TYPE_CHECKING:
     from flax import nnx
@@ -41,9 +41,7 @@ class Network:
         module = self.model.model if isinstance(self.model, Tapped) else self.model
         variables = self.variables
         if is_nnx(module):
-            from abflax.taps.nnx import Nnx
-
-            side, own = Nnx.split(module)
+            side, own = split_nnx(module)
             object.__setattr__(self, "model", with_side(self.model, side))
             variables = own if variables is None else variables
         if not isinstance(variables, Mapping):

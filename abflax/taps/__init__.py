@@ -14,6 +14,7 @@ from abflax.taps.running import (
     side_of,
     sow_features,
     sow_tap,
+    split_nnx,
     tap_shapes,
     with_side,
 )
@@ -40,6 +41,7 @@ __all__ = [
     "side_of",
     "sow_features",
     "sow_tap",
+    "split_nnx",
     "suggest",
     "tap_shapes",
     "with_side",

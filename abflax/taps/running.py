@@ -136,6 +136,13 @@ def is_nnx(model: object) -> TypeGuard[nnx.Module]:
     return nnx is not None and isinstance(model, nnx.Module)
 
 
+def split_nnx(module: nnx.Module) -> tuple[Side, dict[str, Any]]:
+    """Splits an NNX module, which is not changed, into the model and its variables."""
+    from abflax.taps.nnx import Nnx
+
+    return Nnx.split(module)
+
+
 def require_model(what: str, model: object) -> None:
     """Raises `InputError` if what was given is not a `Model`."""
     if not is_nnx(model) and not isinstance(model, nn.Module | Side | Tapped):
@@ -148,9 +155,7 @@ def side_of(model: Model) -> Side:
     """Returns what the engine knows of a model, without its taps."""
     inner = model.model if isinstance(model, Tapped) else model
     if is_nnx(inner):
-        from abflax.taps.nnx import Nnx
-
-        return Nnx.split(inner)[0]
+        return split_nnx(inner)[0]
     return Linen(inner) if isinstance(inner, nn.Module) else typing.cast(Side, inner)
 
 

@@ -23,6 +23,7 @@ from abflax.taps.running import (
     require_model,
     run_model,
     side_of,
+    split_nnx,
 )
 from abflax.taps.sides import COLLECTION, Path
 
@@ -94,9 +95,7 @@ def suggest(model: Model, variables: Any = None, images: Any = None) -> tuple[Ca
     require_instances({"variables": (variables, Mapping | None)})
     module = model.model if isinstance(model, Tapped) else model
     if is_nnx(module):
-        from abflax.taps.nnx import Nnx
-
-        module, own = Nnx.split(module)
+        module, own = split_nnx(module)
         variables = own if variables is None else variables
     _require_given(variables, images)
     side = side_of(module)

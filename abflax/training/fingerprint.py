@@ -36,8 +36,7 @@ from abflax.config import RunConfig
 from abflax.data import Batches, Dataset, DataSets, TrainData
 from abflax.errors import InputError
 from abflax.methods import Phase, PhaseSchedule, bind
-from abflax.methods.objective import Objective, make_targets, student_loss
-from abflax.methods.objective import begin as first_state
+from abflax.methods.objective import Objective, abstract_start, make_targets, student_loss
 from abflax.methods.optimizer import OwnOptimizer
 from abflax.methods.terms import Term
 from abflax.methods.weights import Schedule
@@ -292,23 +291,10 @@ def _phase_digests(
     return found
 
 
-def _abstract_params(objective: Objective) -> Any:
-    """The shapes of the parameters at the start of a phase."""
-    shape, teacher = objective.image_shape, None
-    if objective.phase.trains_teacher and objective.teacher is not None:
-        teacher = abstract_variables(objective.teacher, shape)
-    return jax.eval_shape(
-        lambda own, key, teacher: first_state(objective, own, key, shape, teacher)[0],
-        abstract_variables(objective.student, shape),
-        jax.random.key(0),
-        teacher,
-    )
-
-
 def _optimizer_digest(optimizer: OwnOptimizer, objective: Objective) -> str:
     """Digests what a transformation does to the parameters of a phase."""
     made = optimizer.transformation(PhaseSchedule.single_step())
-    params = _abstract_params(objective)
+    params, _ = abstract_start(objective, objective.image_shape)
     try:
         state = jax.eval_shape(made.init, params)
         texts = _lowered(made.init, params), _lowered(made.update, params, state, params)
@@ -349,7 +335,7 @@ def _objective_digest(objective: Objective, before: Objective | None) -> str:
 
         return jax.value_and_grad(loss, has_aux=True)(state.params), targets
 
-    modules = {} if before is None else _abstract_params(before)["connectors"]
+    modules = {} if before is None else abstract_start(before, shape)[0]["connectors"]
     first = (abstract_variables(student, shape), theirs, key, params, modules)
     state = jax.eval_shape(begin, *first)
     texts = _lowered(begin, *first), _lowered(compute, state, params, images, labels, key)

@@ -375,18 +375,18 @@ def _labels(inputs: StepInputs, index: Any) -> jax.Array:
 
 def _batch_key(examples: jax.Array, epochs: jax.Array, key: jax.Array, use: int) -> jax.Array:
     """The key of a batch, from its first example in its epoch, which no other batch begins with."""
-    example_key = jax.random.fold_in(jax.random.fold_in(key, epochs[0]), examples[0])
-    return jax.random.fold_in(example_key, use)
+    return _example_key(examples[0], epochs[0], key, use)
 
 
 def _view_keys(examples: jax.Array, epochs: jax.Array, key: jax.Array) -> jax.Array:
     """A key for each example in its epoch, whichever device has it."""
+    return jax.vmap(_example_key, in_axes=(0, 0, None, None))(examples, epochs, key, _VIEW)
 
-    def of_example(example: jax.Array, epoch: jax.Array) -> jax.Array:
-        own = jax.random.fold_in(jax.random.fold_in(key, epoch), example)
-        return jax.random.fold_in(own, _VIEW)
 
-    return jax.vmap(of_example)(examples, epochs)
+def _example_key(example: jax.Array, epoch: jax.Array, key: jax.Array, use: int) -> jax.Array:
+    """The key of an example in its epoch, for one of the uses above."""
+    own = jax.random.fold_in(jax.random.fold_in(key, epoch), example)
+    return jax.random.fold_in(own, use)
 
 
 def _find_nonfinite(
