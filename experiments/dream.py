@@ -34,7 +34,6 @@ from abflax.errors import unknown
 from abflax.models import MODELS
 from abflax.storage.files import as_json, write_whole
 from abflax.synthesis import Dreaming, dream
-from abflax.weights import load_network
 from experiments import quickstart
 from experiments.common import cli, plots
 from experiments.common.networks import find_teacher
@@ -253,9 +252,8 @@ def _teacher(name: str, data: Dataset, arguments: Arguments, common: dict[str, A
     """The shipped teacher, or for the digits one that is trained."""
     if name != "digits":
         return find_teacher(Arguments.teacher, name, None, arguments.workdir)
-    run = quickstart.teach(data, **common)
-    assert run.directory is not None
-    return load_network(quickstart.TEACHER, run.directory / "student.safetensors")
+    taught: Network = quickstart.teach(data, **common).student
+    return taught
 
 
 def _errors(runs: Sequence[dict[str, Any]]) -> list[float]:

@@ -34,7 +34,7 @@ from abflax.metrics import activation_agreement
 from abflax.models import MODELS
 from abflax.taps import run_model
 from abflax.training.record import require_writable
-from abflax.weights import load_network, read_variables
+from abflax.weights import read_variables
 from experiments import quickstart
 from experiments.common import cli, plots
 from experiments.paper_tables.records import RECORDS
@@ -69,9 +69,7 @@ def main(console: Console) -> None:
         "test": test, "protocol": "official", "workdir": arguments.workdir, "reporter": reporter,
     }  # fmt: skip
     with reporter.shown():
-        run = quickstart.teach(train, **common)
-        assert run.directory is not None
-        teacher = load_network(quickstart.TEACHER, run.directory / "student.safetensors")
+        teacher = quickstart.teach(train, **common).student
         first, _ = quickstart.EPOCHS
         students = quickstart.learn(
             "activation-boundary", teacher, train, seeds=0, epochs=(first, 1), evaluate_every=1,

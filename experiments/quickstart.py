@@ -30,7 +30,6 @@ from rich.table import Table
 from abflax import Dataset, Network, Result, distill, load
 from abflax.models import MODELS
 from abflax.training.record import require_writable
-from abflax.weights import load_network
 from experiments.common import cli, plots
 from experiments.common.networks import find_teacher, setting_of
 from experiments.common.stats import describe_points, mean_and_std, paired_difference, percent
@@ -106,8 +105,7 @@ def digits(seeds: Sequence[int], **common: Any) -> tuple[str, Records]:
     """
     train, common = load("digits", "train"), {"test": load("digits", "test"), **common}
     run = teach(train, **common)
-    assert run.directory is not None
-    teacher = load_network(TEACHER, run.directory / "student.safetensors")
+    teacher = run.student
     records = {
         method: [
             learn(method, teacher, train, seeds=seed, evaluate_every=5, **common).record

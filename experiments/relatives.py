@@ -19,7 +19,7 @@ import numpy as np
 import tyro
 from rich.console import Console
 
-from abflax import Dataset, Network, Resources, distill, evaluate, load
+from abflax import Dataset, Resources, distill, evaluate, load
 from abflax.data import holdout
 from abflax.models import MODELS
 from abflax.runtime.reporter import Reporter
@@ -106,7 +106,7 @@ def adapt(
         MODELS[quickstart.TEACHER](), None, source, method="cross-entropy",
         epochs=(0, DOMAIN_TEACHER_EPOCHS), seeds=quickstart.TEACHER_SEED, **common,
     )  # fmt: skip
-    teacher = Network(MODELS[quickstart.TEACHER](), taught.variables)
+    teacher = taught.student
     unlabelled = Dataset(target.images, preprocessing=target.preprocessing, name=target.name)
     settings: dict[str, dict[str, Any]] = {
         "source alone, `kd`": {"method": "kd"},
@@ -121,10 +121,9 @@ def adapt(
                 MODELS[quickstart.STUDENT](), teacher, source, epochs=(0, DOMAIN_EPOCHS),
                 seeds=seed, **own, **common,
             )  # fmt: skip
-            student = Network(MODELS[quickstart.STUDENT](), result.variables)
             found = result.record["result"]
             errors[name]["target"].append(found["test_error"])
-            errors[name]["source"].append(evaluate(student, tests["source"])["test_error"])
+            errors[name]["source"].append(evaluate(result.student, tests["source"])["test_error"])
             hashes[name].append(result.record["hash"])
             if "teacher_test_error" in found:
                 moved = errors[name].setdefault("target, its teacher", [])
