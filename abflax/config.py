@@ -100,7 +100,7 @@ class RunConfig:
         too; None: there are none.
       anchors: names of the teachers before `teacher`, checkpoints of its own training, each
         followed for an equal share of the epochs (Jin et al., ICCV 2019); None: there are none.
-      augment: a pure function (key, images) -> images of each batch, behind the crops and flips of
+      augment: a pure function (key, images) -> images of each batch, after the crops and flips of
         the data's preprocessing and before its normalization; None: there is none.
 
     Raises:

@@ -204,11 +204,11 @@ class OwnOptimizer:
 
     @property
     def endless(self) -> bool:
-        """It counts steps, and knows no end."""
+        """Returns True: its schedules count steps, whatever the length of the phase."""
         return True
 
     def begins(self, shorter: PhaseSchedule, longer: PhaseSchedule) -> bool:
-        """It counts steps, and knows no end."""
+        """Returns True: its schedules count steps, whatever the length of the phase."""
         del shorter, longer
         return True
 

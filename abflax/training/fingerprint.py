@@ -343,9 +343,9 @@ def _objective_digest(objective: Objective, before: Objective | None) -> str:
 
 
 def as_it_is_now(function: Callable[..., Any], *arguments: Any) -> Callable[..., Any]:
-    """The function, as another object whenever it computes something else than before.
+    """Returns a new object for the function whenever what it computes has changed.
 
-    Compiled programs are kept by the functions in them, and a function may read what changes.
+    Compiled programs are kept by the functions in them, and a function may read a global.
     """
     return _as_computed(function, _digest_of(function, *arguments))
 

@@ -163,7 +163,7 @@ class LoaderInputs:
         )
 
     def close(self) -> None:
-        """Leaves the loader to its owner."""
+        """Does nothing: the loader is the caller's."""
 
 
 class EvaluationInputs:
