@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from abflax import InputError, Interrupted, Network, distill
 from abflax.data.image_files import exactly_named
 from abflax.models import model_name
+from abflax.runtime.reporter import NullReporter
 from abflax.training import fingerprint
 from abflax.training.record import read_record
 from abflax.weights import read_state_dict
@@ -143,7 +144,7 @@ def test_another_version_is_said(workdir, directory, monkeypatch):
     versions = fingerprint._versions() | {"jax": "0.0.1"}
     monkeypatch.setattr(fingerprint, "_versions", lambda: versions)
     notes = []
-    reporter = identity.NullReporter()
+    reporter = NullReporter()
     monkeypatch.setattr(reporter, "finished", lambda note="": notes.append(note), raising=False)
     distill(**base(), workdir=workdir, reporter=reporter)
     assert "it was made by other versions: jax " in notes[0] and "not 0.0.1" in notes[0]
@@ -161,7 +162,7 @@ def test_another_version_is_said_when_a_run_goes_on(tmp_path, monkeypatch):
     versions = fingerprint._versions() | {"jax": "0.0.1"}
     monkeypatch.setattr(fingerprint, "_versions", lambda: versions)
     notes = []
-    reporter = identity.NullReporter()
+    reporter = NullReporter()
     monkeypatch.setattr(reporter, "finished", lambda note="": notes.append(note), raising=False)
     distill(**settings, workdir=tmp_path, reporter=reporter)
     assert "it goes on from a checkpoint, though it was made by other versions: jax" in notes[0]
