@@ -139,6 +139,22 @@ def points(panels: Sequence[Panel], names: Sequence[str], path: Path, title: str
                 axis.set_ylim(low - 0.03 * (high - low), high)
 
 
+def ranked(
+    values: Mapping[str, tuple[float, float | None]], xlabel: str, path: Path, title: str
+) -> None:
+    """Draws one mean a row, with its standard deviation if there is one, the smallest on top."""
+    rows = sorted(values, key=lambda name: values[name][0], reverse=True)
+    means, spreads = zip(*(values[name] for name in rows), strict=True)
+    with plt.rc_context(STYLE):
+        figure, axis = plt.subplots(figsize=(6.4, 1.2 + 0.28 * len(rows)), layout="constrained")
+        bars = [np.nan if spread is None else spread for spread in spreads]
+        axis.errorbar(means, range(len(rows)), xerr=bars, fmt="o", color=COLOURS[0], capsize=3)
+        axis.set_yticks(range(len(rows)), labels=rows)
+        axis.set(xlabel=xlabel, ylim=(-0.6, len(rows) - 0.4))
+        figure.suptitle(title, fontsize=11)
+        save(figure, path, 120)
+
+
 def _series(axis: Axes, panel: Panel, styles: Mapping[str, tuple[str, str]]) -> None:
     """Draws the series of one panel, side by side where the places are names."""
     numbers = [place for _, place in panel.places if place is not None]

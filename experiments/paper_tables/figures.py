@@ -14,7 +14,8 @@ def draw(filled: Filled, path: Path) -> None:
     table = filled.table
     title = f"Table {table.name}, scale {table.scale}. {table.title}\n"
     title += textwrap.fill(f"here: {table.setting}", 90)
-    (_curves if table.picture == "curves" else _points)(filled, path, title)
+    draws = {"curves": _curves, "points": _points, "ranked": _ranked}
+    draws[table.picture or "points"](filled, path, title)
 
 
 def _curves(filled: Filled, path: Path, title: str) -> None:
@@ -53,6 +54,14 @@ def _points(filled: Filled, path: Path, title: str) -> None:
                 )
                 panels.append(panel)
     plots.points(panels, _styled_names(filled, over), path, title)
+
+
+def _ranked(filled: Filled, path: Path, title: str) -> None:
+    """Draws the first measure of all rows that have a number."""
+    measure = next(iter(filled.cells.values())).measure.name
+    cells = [cell for cell in filled.cells.values() if cell.measure.name == measure]
+    numbers = {cell.row.label: number for cell in cells if (number := _here(cell)) is not None}
+    plots.ranked(numbers, measure, path, title)
 
 
 def _split(cell: Cell, over: Axis) -> tuple[Point, Point]:

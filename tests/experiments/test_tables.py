@@ -384,8 +384,22 @@ def test_pictures_show_the_numbers(monkeypatch, tmp_path):
     assert paper.series["activation-boundary"][0] == (13.9, None)
 
 
+def test_a_ranked_picture_has_the_rows_that_have_a_number(monkeypatch, tmp_path):
+    seen = []
+    monkeypatch.setattr(plots, "ranked", lambda *a: seen.extend(a[:2]))
+    table, records = TABLES["small"]["relatives"], {}
+    for method, errors in {"kd": (0.2, 0.22), "ofd": (0.1,)}.items():
+        for seed, error in enumerate(errors):
+            records |= dict([record(run_of(table, method, "test error"), seed, error, TAUGHT)])
+    figures.draw(fill(table, records), tmp_path / "picture.png")
+    numbers, label = seen
+    assert numbers == {"kd": (pytest.approx(21.0), pytest.approx(1.41421356)), "ofd": (10.0, None)}
+    assert label == "test error, %"
+
+
 def test_pictures_are_drawn(tmp_path):
-    for table, name in ((GRID, "curves"), (dataclasses.replace(GRID, picture="points"), "points")):
+    for name in ("curves", "points", "ranked"):
+        table = dataclasses.replace(GRID, picture=name)
         figures.draw(fill(table, _records(ERRORS)), tmp_path / f"{name}.png")
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
 

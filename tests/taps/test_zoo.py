@@ -33,13 +33,22 @@ SETTINGS = {"epochs": (1, 1), "batch_size": 32, "resources": ONE}
 
 @functools.cache
 def _network(name, width):
-    """A random network of a style."""
+    """A random network of a style, whose scales are not those of the start.
+
+    A scale of zero leaves nothing of a branch. The attention maps of a post-activation ResNet on
+    images of one channel are then the same for all weights.
+    """
     style = STYLES[name]
     model = style.make(width)
     if isinstance(model, nnx.Module):
-        return Network(Tapped(model, style.taps))
-    variables = jax.jit(lambda key: init_variables(model, key, (8, 8, 1)))(jax.random.key(width))
-    return Network(Tapped(model, style.taps), variables)
+        network = Network(Tapped(model, style.taps))
+    else:
+        init = jax.jit(lambda key: init_variables(model, key, (8, 8, 1)))
+        network = Network(Tapped(model, style.taps), init(jax.random.key(width)))
+    moved = {k: v for k, v in network.variables.items() if k != "batch_stats"}
+    noise = lambda leaf: 0.1 * np.cos(np.arange(leaf.size)).reshape(leaf.shape)
+    moved = jax.tree.map(lambda leaf: leaf + noise(leaf), moved)
+    return Network(network.model, {**network.variables, **moved})
 
 
 def _native(model, variables):
@@ -59,10 +68,6 @@ def test_a_style(name):
     """What `suggest` marks; the taps against the network cut by hand; the model's own logits."""
     style, network = STYLES[name], _network(name, 4)
     variables, side = network.variables, side_of(network.model)
-    # Scales that start at zero would leave nothing of a branch.
-    noise = jax.tree.map(lambda leaf: leaf + 0.1 * np.cos(np.arange(leaf.size)).reshape(leaf.shape),
-                         {k: v for k, v in variables.items() if k != "batch_stats"})  # fmt: skip
-    variables = variables | noise
     if isinstance(side, Nnx):
         module = side.merge(variables)
         module.eval()
@@ -116,8 +121,9 @@ def test_a_style_learns(name, method):
     student, teacher = (_network(name, width) for width in (4, 6))
     phases = METHODS[method](protocol="paper")
     epochs = (20, 0) if len(phases) > 1 else (0, 20)
+    # NST's loss of most styles grows at the protocol's own rate, 0.1.
     result = distill(student, teacher, DATA, method=method, epochs=epochs, batch_size=32,
-                     resources=ONE)  # fmt: skip
+                     learning_rate=0.01, resources=ONE)  # fmt: skip
     losses = [entry["loss"] for entry in result.record["history"]]
     assert np.mean(losses[-3:]) < np.mean(losses[:3])
     logits = run_model(student.model, result.variables, IMAGES, train=False).logits
