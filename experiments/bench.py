@@ -36,7 +36,13 @@ from abflax.losses.nst import channel_patterns
 from abflax.methods import METHODS
 from abflax.training.devices import usable_devices
 from abflax.training.record import environment, write_record
-from experiments.benchmark import compile_ahead, depthwise_work, scaling, whole
+from experiments.benchmark import (
+    compile_ahead,
+    convolution_work,
+    depthwise_work,
+    scaling,
+    whole,
+)
 from experiments.benchmark.jax_work import Bench
 from experiments.benchmark.report import COMPILED, PUBLISHED, compiled_section, page, section
 from experiments.benchmark.timing import Work, alternate, compiled_work, median_ratio, peak_flops
@@ -192,7 +198,7 @@ def steps(bench: Bench, repetitions: int) -> Rows:
         "evaluate": bench.evaluate(),
     }
     theirs: dict[str, Mapping[str, Callable[[], None]]] = {}
-    if _torch_version() and bench.devices[0].platform == "cpu" and bench.precision == "float32":
+    if _beside_torch(bench):
         from experiments.benchmark import torch_work
 
         made = (bench.teacher, bench.student, bench.batch, works["evaluate"].images)
@@ -224,6 +230,38 @@ def parts(bench: Bench, repetitions: int) -> Rows:
         {"name": name, "seconds": [time / works[name].steps for time in seconds[name]]}
         for name in works
     ]
+
+
+def convolutions(bench: Bench, repetitions: int) -> Rows:
+    """Each convolution of a step: the teacher's forward; the student's with their gradients."""
+    rows: Rows = []
+    for role, network in (("teacher", bench.teacher), ("student", bench.student)):
+        for convolution, count in convolution_work.convolutions(network):
+            setting = bench.batch, role == "student"
+            work = convolution.work(*setting)
+            theirs = {}
+            if _beside_torch(bench):
+                from experiments.benchmark import torch_work
+
+                theirs["torch_channels_last"] = convolution.in_torch(*setting, bfloat16=False)
+                if torch_work.multiplies_bfloat16():
+                    theirs["torch_bfloat16"] = convolution.in_torch(*setting, bfloat16=True)
+            found = alternate({"own": work.run, **theirs}, repetitions)
+            found = {name: [count * time for time in times] for name, times in found.items()}
+            alike = dataclasses.replace(work, flops=count * (work.flops or 0))
+            seconds = found.pop("own")
+            row = _described(f"{role}: {convolution}; {count} alike", alike, seconds) | found
+            row |= {"images_per_second": None, "role": role}
+            if found:
+                row["ratio"] = median_ratio(seconds, found["torch_channels_last"])
+            rows.append(row)
+    return rows
+
+
+def _beside_torch(bench: Bench) -> bool:
+    """Whether PyTorch is here and does the same work: on a CPU, in float32."""
+    on_cpu = bench.devices[0].platform == "cpu"
+    return bool(_torch_version()) and on_cpu and bench.precision == "float32"
 
 
 def methods(bench: Bench, repetitions: int) -> Rows:
@@ -331,6 +369,7 @@ def _torch_version() -> str | None:
 SECTIONS: Mapping[str, Section] = {
     "steps": steps,
     "parts": parts,
+    "convolutions": convolutions,
     "methods": methods,
     "seeds": seeds,
     "epochs": scaling.epochs,

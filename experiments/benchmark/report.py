@@ -15,6 +15,8 @@ _TITLES = {
     "steps": "What a run is made of",
     "parts": "Where an initialise step goes: the teacher; the student's parts on its targets, each "
     "with the forward pass; all of it with augmentation and optimiser",
+    "convolutions": "The convolutions of a step one by one: the teacher's forward, the student's "
+    "with their gradients; times are of all that are alike",
     "methods": "One step of every method, each phase in turn with a step of cross-entropy",
     "seeds": "Initialise steps of several students in one program, in turn with that of one",
     "epochs": "A run of one initialise epoch, its compilation included; measured once",
@@ -127,6 +129,26 @@ def _shares(rows: Sequence[Mapping[str, Any]]) -> str:
     return f"By their medians, of a whole step: {shares}."
 
 
+def _convolved(rows: Sequence[Mapping[str, Any]]) -> str:
+    """What all convolutions of each network take together."""
+    kinds = {
+        "seconds": "here",
+        "torch_channels_last": "in PyTorch with channels_last",
+        "torch_bfloat16": "in bfloat16",
+    }
+    sums = []
+    for role in ("teacher", "student"):
+        own = [row for row in rows if row["role"] == role]
+        times = {
+            shown: 1000 * sum(statistics.median(row[kind]) for row in own)
+            for kind, shown in kinds.items()
+            if kind in own[0]
+        }
+        told = ", ".join(f"{time:.0f} ms {shown}" for shown, time in times.items())
+        sums.append(f"the {role}'s convolutions take {told}")
+    return f"In all, {'; '.join(sums)}."
+
+
 def _milliseconds(seconds: Sequence[float]) -> str:
     times = [1000 * time for time in seconds]
     return f"{statistics.median(times):.1f} ({min(times):.1f} to {max(times):.1f})"
@@ -144,6 +166,7 @@ _COLUMNS: Mapping[str, tuple[str, Callable[[Any], str]]] = {
     "compiled, ms": ("torch_compiled", _milliseconds),
     "both, ms": ("torch_compiled_channels_last", _milliseconds),
     "both, bfloat16, ms": ("torch_compiled_channels_last_bfloat16", _milliseconds),
+    "bfloat16, ms": ("torch_bfloat16", _milliseconds),
     "ratio": ("ratio", _number(2)),
     "to its best": ("ratio_to_best", _number(2)),
     "lax.conv, ms": ("convolved_seconds", _milliseconds),
@@ -173,5 +196,6 @@ _COLUMNS: Mapping[str, tuple[str, Callable[[Any], str]]] = {
 
 _SUMMARIES: Mapping[str, Callable[[Sequence[Mapping[str, Any]]], str]] = {
     "parts": _shares,
+    "convolutions": _convolved,
     "seeds": _epochs,
 }

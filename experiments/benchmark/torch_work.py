@@ -60,9 +60,14 @@ HALF = {  # where the processor multiplies matrices of bfloat16
 }
 
 
+def multiplies_bfloat16() -> bool:
+    """Whether the processor has matrix products of bfloat16 (AMX)."""
+    return bool(torch.cpu._is_amx_tile_supported())
+
+
 def variants() -> dict[str, Variant]:
     """What is worth a try on this processor, by name."""
-    return VARIANTS | (HALF if torch.cpu._is_amx_tile_supported() else {})
+    return VARIANTS | (HALF if multiplies_bfloat16() else {})
 
 
 class Block(nn.Module):

@@ -7,8 +7,18 @@ import jax.numpy as jnp
 import pytest
 
 from abflax.errors import InputError
+from abflax.models import MODELS
+from abflax.models.variables import abstract_variables
+from abflax.taps import run_model
 from experiments import bench, quickstart
-from experiments.benchmark import compile_ahead, jax_work, scaling, timing, whole
+from experiments.benchmark import (
+    compile_ahead,
+    convolution_work,
+    jax_work,
+    scaling,
+    timing,
+    whole,
+)
 from experiments.benchmark.report import page, section
 from experiments.benchmark.timing import alternate, compiled, median_ratio
 from experiments.common.flops import count_flops
@@ -165,6 +175,21 @@ def test_all_work_fits_the_engine(monkeypatch):
     assert bench_.train(bench_.phases[0]).flops > bench_.teacher_forward().flops > 1e6
     assert bench_.evaluate().images >= 1000
     assert compile_ahead._flops(bench_, "targets") > 1e6
+
+
+def test_the_convolutions_of_a_network_are_found(monkeypatch):
+    """Their FLOP are those of the network's forward pass, all but one percent."""
+    found = convolution_work.convolutions("wrn16-2")
+    assert sum(count for _, count in found) == 16  # the first, two a block, three shortcuts
+    assert str(found[0][0]) == "3×3, 3 → 16, of 32²" and found[0][0].is_first
+    assert "1×1, 32 → 64, of 32², stride 2" in [str(each) for each, _ in found]
+    monkeypatch.setattr(timing, "compiled", lambda *_: (None, 0.0, 0))
+    flops = sum(count * each.work(8, trained=False).flops for each, count in found)
+    model = MODELS["wrn16-2"]()
+    variables = abstract_variables(model, jax_work.SHAPE)
+    images = jax.ShapeDtypeStruct((8, *jax_work.SHAPE), jnp.float32)
+    forward = lambda v, x: run_model(model, v, x, train=False).logits
+    assert 0.97 < flops / count_flops(forward, variables, images) < 1
 
 
 @pytest.mark.slow
