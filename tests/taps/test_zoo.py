@@ -121,9 +121,10 @@ def test_a_style_learns(name, method):
     student, teacher = (_network(name, width) for width in (4, 6))
     phases = METHODS[method](protocol="paper")
     epochs = (20, 0) if len(phases) > 1 else (0, 20)
-    # NST's loss of most styles grows at the protocol's own rate, 0.1.
+    # NST's loss of some styles grows at the protocol's own rate, 0.1.
+    rate = 0.01 if method == "nst" else None
     result = distill(student, teacher, DATA, method=method, epochs=epochs, batch_size=32,
-                     learning_rate=0.01, resources=ONE)  # fmt: skip
+                     learning_rate=rate, resources=ONE)  # fmt: skip
     losses = [entry["loss"] for entry in result.record["history"]]
     assert np.mean(losses[-3:]) < np.mean(losses[:3])
     logits = run_model(student.model, result.variables, IMAGES, train=False).logits
