@@ -353,3 +353,38 @@ def test_every_field_is_documented(room):
         for field in dataclasses.fields(kind):
             is_internal = field.name in ("parent", "name") or field.name.startswith("_")
             assert is_internal or re.search(rf"\b{field.name}\b", text), f"{kind}.{field.name}"
+
+
+def test_attributes_have_a_line_each():
+    """Sphinx takes the first of two names, such as "a, b: the ends", for the type of the other."""
+    several = re.compile(r"^ {6}(?!self)\w+(?:, \w+)+: .*", re.MULTILINE)
+    for path in (ROOT / "abflax").rglob("*.py"):
+        assert not several.findall(path.read_text()), path
+
+
+def test_tables_say_nothing_twice():
+    for page in PAGES:
+        rows = re.findall(r"^\|.*[^|\s:-].*\|$", page.read_text(), re.MULTILINE)
+        assert len(rows) == len(set(rows)), page.name
+
+
+def _sentences(page: Path) -> list[str]:
+    """The prose of a page, without code, tables of results, lists of links and pictures."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+    text = re.sub(r"<!-- results: begin -->.*<!-- results: end -->", "", text, flags=re.DOTALL)
+    text = re.sub(r"!\[.*?\]\(.*?\)|^(\[.*\]\(.*\) ·.*)+$", "", text, flags=re.MULTILINE)
+    blocks = re.split(r"\n\s*\n|\n(?=[-|])", re.sub(r"\]\([^)]*\)", "]", text))
+    return [part for block in blocks for part in re.split(r"(?<=[.!?])\s", block.strip("| "))]
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/get_started.md", "docs/index.md"])
+def test_sentences_have_at_most_thirty_words(page):
+    """A name in backquotes is no word where several are listed."""
+    for sentence in _sentences(ROOT / page):
+        words = re.sub(r"(`[^`]+`, ?)+", "", sentence).split()
+        assert len(words) <= 30, sentence
+
+
+def test_pages_are_short():
+    assert len((ROOT / "README.md").read_bytes()) <= 7_000
+    assert len((ROOT / "CONTRIBUTING.md").read_bytes()) <= 3_000

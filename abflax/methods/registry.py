@@ -50,8 +50,9 @@ class Method:
     Attributes:
       summary: one line.
       reference: the source.
-      initialise, classify: terms with the method's own defaults. The protocol's choices
-        (`layer_ratio`, `temperature`) and the caller's options replace their fields.
+      initialise: terms with the method's own defaults. The protocol's choices (`layer_ratio`,
+        `temperature`) and the caller's options replace their fields.
+      classify: the terms of the second phase, likewise.
       classifies: whether the method, added to one that transfers, replaces the knowledge
         distillation that this brings, and leaves the initialise phase to it.
       weights: class of a term -> its weight, where that is not 1 or, of a transfer loss, the
