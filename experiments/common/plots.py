@@ -139,6 +139,40 @@ def points(panels: Sequence[Panel], names: Sequence[str], path: Path, title: str
                 axis.set_ylim(low - 0.03 * (high - low), high)
 
 
+def rows(
+    values: Mapping[str, Sequence[tuple[float, float | None] | None]],
+    sources: Sequence[str],
+    path: Path,
+    title: str,
+    measure: str,
+) -> None:
+    """Draws the numbers of a single column: a row for each name, a marker for each source.
+
+    `values` has (mean, standard deviation or None) of each source, or None; names without any
+    number are left out. The first source is filled, the others are hollow.
+    """
+    drawn = {name: found for name, found in values.items() if any(found)}
+    with plt.rc_context(STYLE):
+        size = (6.0, 0.3 * len(drawn) + 1.5)
+        figure, axis = plt.subplots(figsize=size, layout="constrained")
+        for index, source in enumerate(sources):
+            colour, marker = COLOURS[index], MARKERS[index]
+            for row, found in enumerate(drawn.values()):
+                if (number := found[index]) is not None:
+                    axis.errorbar(
+                        number[0], row, xerr=number[1], fmt=marker, color=colour, capsize=3,
+                        mfc=colour if index == 0 else "white", label=source,
+                    )  # fmt: skip
+        handles, labels = axis.get_legend_handles_labels()
+        axis.set_yticks(range(len(drawn)), labels=list(drawn))
+        axis.set_ylim(len(drawn) - 0.5, -0.5)
+        axis.set(xlabel=measure)
+        once = dict(zip(labels, handles, strict=True))
+        figure.legend(once.values(), once.keys(), loc="outside lower center", ncols=len(once))
+        figure.suptitle(title, fontsize=11)
+        save(figure, path, 120)
+
+
 def _series(axis: Axes, panel: Panel, styles: Mapping[str, tuple[str, str]]) -> None:
     """Draws the series of one panel, side by side where the places are names."""
     numbers = [place for _, place in panel.places if place is not None]

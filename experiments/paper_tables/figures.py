@@ -37,6 +37,10 @@ def _points(filled: Filled, path: Path, title: str) -> None:
         cells = [cell for cell in filled.cells.values() if cell.measure.name == measure]
         labels = {_split(cell, over)[0].label for cell in cells}
         places = [point for point in over if point.label in labels]
+        if len(filled.table.columns.points) == len(places) == 1:
+            rows = {_split(cell, over)[1].label: (_here(cell), _paper(cell)) for cell in cells}
+            plots.rows(rows, ("here", "paper"), path, title, measure)
+            return
         for here in (True, False):
             series: dict[str, dict[str, tuple[float, float | None] | None]] = {}
             for cell in cells:

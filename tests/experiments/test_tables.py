@@ -48,7 +48,7 @@ def test_markdown_to_the_letter():
         "| activation-boundary | 16.39 │ **27.00 ± 1.50** (3) | – │ – |\n\n"
         "activation-boundary beats kd by 0.50 ± 25.41 points (n = 2, undecided), cross-entropy by "
         "4.00 ± 31.77 points (n = 2, undecided).\n\n"
-        "The paper's order: of 3 pairs 0 the same here, none reversed here, 3 undecided.\n\n"
+        "Pairs that have the paper's order here: 0 of 3; 0 reversed; 3 undecided.\n\n"
         "Test error, %: paper │ here, mean ± sample standard deviation (number of seeds), last "
         "epoch; the best in bold.\n\n"
         "<details><summary>Where the numbers come from</summary>\n\n"
@@ -82,25 +82,25 @@ def test_nothing_and_a_single_seed():
     once = {("cross-entropy", "1+1"): (0.3,), ("kd", "1+1"): (0.4, 0.4)}
     assert order(fill(GRID, _records(once))) == (
         "cross-entropy beats kd by 10.00 points (n = 1).\n\n"
-        "The paper's order: of 1 pair 0 the same here, none reversed here, 1 undecided."
+        "Pairs that have the paper's order here: 0 of 1; 0 reversed; 1 undecided."
     )
 
 
 @pytest.mark.parametrize(
     ("kd", "verdict"),
     [
-        ((0.36, 0.39), "1 the same here, none reversed here, 0 undecided"),
-        ((0.30, 0.33), "0 the same here, none reversed here, 1 undecided"),
+        ((0.36, 0.39), "1 of 1; 0 reversed; 0 undecided"),
+        ((0.30, 0.33), "0 of 1; 0 reversed; 1 undecided"),
         (
             (0.20, 0.22),
-            "0 the same here, 1 reversed here (kd before cross-entropy at 1+1), 0 undecided",
+            "0 of 1; 1 reversed (kd before cross-entropy at 1+1); 0 undecided",
         ),
     ],
 )
 def test_verdicts(kd, verdict):
     errors = {("cross-entropy", "1+1"): (0.30, 0.32), ("kd", "1+1"): kd}
     text = order(fill(GRID, _records(errors)))
-    assert text.endswith(f"The paper's order: of 1 pair {verdict}.")
+    assert text.endswith(f"Pairs that have the paper's order here: {verdict}.")
 
 
 def test_several_groups_name_the_next_best_alone():
