@@ -363,8 +363,9 @@ def test_attributes_have_a_line_each():
 
 
 def test_tables_say_nothing_twice():
+    """Except in heads."""
     for page in PAGES:
-        rows = re.findall(r"^\|.*[^|\s:-].*\|$", page.read_text(), re.MULTILINE)
+        rows = re.findall(r"^\|(?! :?-).*\|$(?!\n\| :?-)", page.read_text(), re.MULTILINE)
         assert len(rows) == len(set(rows)), page.name
 
 
@@ -388,3 +389,16 @@ def test_sentences_have_at_most_thirty_words(page):
 def test_pages_are_short():
     assert len((ROOT / "README.md").read_bytes()) <= 7_000
     assert len((ROOT / "CONTRIBUTING.md").read_bytes()) <= 3_000
+
+
+def test_badges_are_true():
+    badges = dict(re.findall(r"badge/(\w+)-(\S+)-blue", (ROOT / "README.md").read_text()))
+    setup = (ROOT / "setup.py").read_text()
+    assert f'python_requires=">={badges["python"].removesuffix("+")}"' in setup
+    assert f'license="{badges["licence"].replace("--", "-")}"' in setup
+
+
+def test_one_version_everywhere():
+    (version,) = re.findall(r'version="([\d.]+)"', (ROOT / "setup.py").read_text())
+    assert f"\nversion: {version}\n" in (ROOT / "CITATION.cff").read_text()
+    assert f"\n## {version}\n" in (ROOT / "CHANGELOG.md").read_text()
