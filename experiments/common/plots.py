@@ -52,7 +52,8 @@ def curves(records: Records, path: Path, title: str) -> None:
             _panel(axis, records, _agreement(layer), styles)
             axis.axhline(50, color="0.5", linewidth=0.8, linestyle=":")
             axis.set(title=f"agreement, {layer}", ylim=(45, 100))
-        for axis in axes[0]:
+        _shade_initialise(error, records, "initialise:\nclassifier\nuntrained")
+        for axis in agreement:
             _shade_initialise(axis, records)
         if agreement:
             agreement[0].set_ylabel("neurons that fire alike, %")
@@ -267,7 +268,7 @@ def _error_panel(
     axis.set_ylim(room * (100 * float(min(means))), 110)
 
 
-def _shade_initialise(axis: Axes, records: Records) -> None:
+def _shade_initialise(axis: Axes, records: Records, text: str = "initialise") -> None:
     """Shades the epochs in which two-stage methods use no labels and no logits."""
     ends = [
         entry["epoch"]
@@ -278,7 +279,7 @@ def _shade_initialise(axis: Axes, records: Records) -> None:
     if ends:
         axis.axvspan(0, max(ends), color="0.92", zorder=0, linewidth=0)
         place = axis.get_xaxis_transform()
-        axis.text(0.4, 1.0, "initialise", transform=place, fontsize=8, color="0.35", va="top")
+        axis.text(0.4, 0.02, text, transform=place, fontsize=8, color="0.35", va="bottom")
     axis.set_xlim(left=0)
 
 
