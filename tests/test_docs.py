@@ -195,6 +195,7 @@ def test_the_pages_links_lead_to_files_and_their_commands_to_modules():
     for page in PAGES:
         text = page.read_text()
         prose = re.sub(r"^```.*?^```|`[^`\n]*`", "", text, flags=re.DOTALL | re.MULTILINE)
+        assert "[](" not in prose, page.name  # GitHub shows nothing there
         links = re.findall(r"\]\((?!https?:)([^)#\s]+)", prose)
         targets = {page.parent / link.replace("\\", "") for link in links}
         added = re.findall(r"^```python (\S+)$", text, re.MULTILINE)  # by who follows the page
