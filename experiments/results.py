@@ -81,7 +81,7 @@ def page(records: Mapping[str, Record], diverged: Mapping[str, Record] | None = 
         "Rebuilt by `python -m experiments.results` from the records in `experiments/records`. "
         "Left of the bar are the numbers of Heo et al. (2019), right of it what was measured here. "
         "Differences are paired by seed: their mean with its 95 % interval by the t-test. They are "
-        "undecided where the interval holds 0, or where there is a single pair. In pictures a "
+        "undecided where the interval contains 0, or where there is a single pair. In pictures a "
         "hollow mark is a single number, without deviation. Scales:\n",
         "\n".join(f"- `{name}`: {scale.summary}" for name, scale in SCALES.items()) + "\n",
     ]

@@ -96,7 +96,7 @@ def main(console: Console) -> None:
     """Runs the command."""
     methods = {name: METHODS.describe(name) for name in METHODS}
     choices = {
-        "methods (they add up with +)": {
+        "methods (names can be summed with +)": {
             name: f"{method.summary} [{method.reference}]" for name, method in methods.items()
         },
         "protocols": {name: settings["cifar"].summary for name, settings in PROTOCOLS.items()},

@@ -152,8 +152,12 @@ def test_the_nnx_pages_python_runs():
     names = {"images": data.images.astype(np.float32), "labels": data.labels}
     exec(NNX, names)
     assert isinstance(names["trained"], names["Net"]) and names["trained"] is not names["student"]
+    test = load("digits", "test").take(range(64))
+    names |= {"test_images": test.images.astype(np.float32), "test_labels": test.labels}
     exec(README.replace("(20, 100)", "(2, 3)"), names)
-    assert names["paths"] == {"layer1": "norm"}
+    assert names["tapped"](names["student"]).tap_paths == (("layer1", "norm"),)
+    assert 0 <= names["result"].record["result"]["test_error"] <= 1
+    assert isinstance(names["trained"], names["Net"])
     # The loop has no connectors, so both networks must have the same neurons.
     network = dict.fromkeys(("student", "teacher"), Network(names["teacher"]))
     names |= {role: each.model for role, each in network.items()}
@@ -195,6 +199,7 @@ def test_the_pages_links_lead_to_files_and_their_commands_to_modules():
     for page in PAGES:
         text = page.read_text()
         prose = re.sub(r"^```.*?^```|`[^`\n]*`", "", text, flags=re.DOTALL | re.MULTILINE)
+        assert "[](" not in prose, page.name  # GitHub shows nothing there
         links = re.findall(r"\]\((?!https?:)([^)#\s]+)", prose)
         targets = {page.parent / link.replace("\\", "") for link in links}
         added = re.findall(r"^```python (\S+)$", text, re.MULTILINE)  # by who follows the page
@@ -353,3 +358,52 @@ def test_every_field_is_documented(room):
         for field in dataclasses.fields(kind):
             is_internal = field.name in ("parent", "name") or field.name.startswith("_")
             assert is_internal or re.search(rf"\b{field.name}\b", text), f"{kind}.{field.name}"
+
+
+def test_attributes_have_a_line_each():
+    """Sphinx takes the first of two names, such as "a, b: the ends", for the type of the other."""
+    several = re.compile(r"^ {6}(?!self)\w+(?:, \w+)+: .*", re.MULTILINE)
+    for path in (ROOT / "abflax").rglob("*.py"):
+        assert not several.findall(path.read_text()), path
+
+
+def test_tables_say_nothing_twice():
+    """Except in heads."""
+    for page in PAGES:
+        rows = re.findall(r"^\|(?! :?-).*\|$(?!\n\| :?-)", page.read_text(), re.MULTILINE)
+        assert len(rows) == len(set(rows)), page.name
+
+
+def _sentences(page: Path) -> list[str]:
+    """The prose of a page, without code, tables of results, lists of links and pictures."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+    text = re.sub(r"<!-- results: begin -->.*<!-- results: end -->", "", text, flags=re.DOTALL)
+    text = re.sub(r"!\[.*?\]\(.*?\)|^(\[.*\]\(.*\) ·.*)+$", "", text, flags=re.MULTILINE)
+    blocks = re.split(r"\n\s*\n|\n(?=[-|])", re.sub(r"\]\([^)]*\)", "]", text))
+    return [part for block in blocks for part in re.split(r"(?<=[.!?])\s", block.strip("| "))]
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/get_started.md", "docs/index.md"])
+def test_sentences_have_at_most_thirty_words(page):
+    """A name in backquotes is no word where several are listed."""
+    for sentence in _sentences(ROOT / page):
+        words = re.sub(r"(`[^`]+`, ?)+", "", sentence).split()
+        assert len(words) <= 30, sentence
+
+
+def test_pages_are_short():
+    assert len((ROOT / "README.md").read_bytes()) <= 7_000
+    assert len((ROOT / "CONTRIBUTING.md").read_bytes()) <= 3_000
+
+
+def test_badges_are_true():
+    badges = dict(re.findall(r"badge/(\w+)-(\S+)-blue", (ROOT / "README.md").read_text()))
+    setup = (ROOT / "setup.py").read_text()
+    assert f'python_requires=">={badges["python"].removesuffix("+")}"' in setup
+    assert f'license="{badges["licence"].replace("--", "-")}"' in setup
+
+
+def test_one_version_everywhere():
+    (version,) = re.findall(r'version="([\d.]+)"', (ROOT / "setup.py").read_text())
+    assert f"\nversion: {version}\n" in (ROOT / "CITATION.cff").read_text()
+    assert f"\n## {version}\n" in (ROOT / "CHANGELOG.md").read_text()

@@ -42,7 +42,9 @@ class Batches:
       preprocessing: normalization, crops and flips on the device; by default none.
       name: in records; a digest of shapes and settings is added, and of the first batch where
         iterators are checkpointed.
-      batch_size, image_shape, dtype: of the first batch's images; read when this is made.
+      batch_size: the first batch's, read when this is made.
+      image_shape: of the first batch's images, likewise.
+      dtype: of the first batch's images, likewise.
       resumes: whether iterators are checkpointed.
 
     Raises:

@@ -26,7 +26,8 @@ class Folder:
     """A class folder's images.
 
     Attributes:
-      train, test: the training and the held-out images.
+      train: the training images.
+      test: the held-out images.
       notes: what was skipped or looks wrong, a sentence each.
     """
 

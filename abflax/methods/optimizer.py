@@ -27,7 +27,8 @@ class PhaseSchedule:
     Attributes:
       start: the run's steps before the phase.
       steps: the phase's own.
-      epochs_before, epochs: the same two in epochs.
+      epochs_before: the run's epochs before the phase.
+      epochs: the phase's own.
       run_epochs: epochs of the whole run.
       steps_per_epoch: examples / batch size, as an exact fraction.
     """

@@ -40,7 +40,9 @@ class Protocol:
 
     Attributes:
       summary: one line.
-      initialise, classify, joint: the optimizer of each phase.
+      initialise: the optimizer of this phase.
+      classify: the optimizer of this phase.
+      joint: the optimizer of a single phase.
       alone: the optimizer of a phase that trains a module without the student. The student's
         schedule is that of its own epochs then.
       temperature: of knowledge distillation.

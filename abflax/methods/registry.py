@@ -50,8 +50,9 @@ class Method:
     Attributes:
       summary: one line.
       reference: the source.
-      initialise, classify: terms with the method's own defaults. The protocol's choices
-        (`layer_ratio`, `temperature`) and the caller's options replace their fields.
+      initialise: terms with the method's own defaults. The protocol's choices (`layer_ratio`,
+        `temperature`) and the caller's options replace their fields.
+      classify: the terms of the second phase, likewise.
       classifies: whether the method, added to one that transfers, replaces the knowledge
         distillation that this brings, and leaves the initialise phase to it.
       weights: class of a term -> its weight, where that is not 1 or, of a transfer loss, the
@@ -112,7 +113,7 @@ _METHODS: dict[str, Method] = {
         **_two_stage(FlowOfSolution()),
     ),
     "attention": Method(
-        "where each layer looks, all along",
+        "where each layer is active, all along",
         "Zagoruyko, Komodakis, ICLR 2017",
         **_joint(AttentionTransfer()),
     ),
@@ -130,7 +131,7 @@ _METHODS: dict[str, Method] = {
     "l1": _power(1.0),
     "l0.5": _power(0.5),
     "nst": Method(
-        "which positions each channel likes, all along",
+        "where each channel is active, all along",
         "Huang, Wang 2017",
         **_joint(NeuronSelectivity()),
     ),
@@ -157,7 +158,7 @@ _METHODS: dict[str, Method] = {
         classifies=True,
     ),
     "bss": Method(
-        "softened logits, on images and on what the teacher's gradients make of them; and labels",
+        "softened logits, on images and on images at the teacher's boundary; and labels",
         "Heo et al., AAAI 2019 (boundary-supporting samples)",
         **_alone(CrossEntropy(), KnowledgeDistillation(), BoundarySupport()),
         classifies=True,
@@ -168,7 +169,7 @@ _METHODS: dict[str, Method] = {
         },
     ),
     "progressive-uda": Method(
-        "two domains: the teacher adapts to unlabelled target_data, and the student follows it",
+        "two domains: the teacher adapts to unlabelled target_data, the student learns from it",
         "Nguyen-Meidine et al., IJCNN 2020",
         **_alone(TeacherCrossEntropy(), DomainDiscrepancy(), TwoDomainDistillation()),
         weights={
@@ -178,7 +179,7 @@ _METHODS: dict[str, Method] = {
         },
     ),
     "sp": Method(
-        "which examples the last layer finds alike, all along",
+        "which examples are similar in the last layer, all along",
         "Tung, Mori, ICCV 2019",
         **_joint(SimilarityPreserving()),
     ),
@@ -219,7 +220,7 @@ _METHODS: dict[str, Method] = {
         classify=(CrossEntropy(), FactorTransfer()),
     ),
     "srrl": Method(
-        "the features, also as the teacher's classifier sees them; and labels",
+        "the features, also through the teacher's classifier; and labels",
         "Yang et al., ICLR 2021",
         **_alone(CrossEntropy(), SoftmaxRegression()),
     ),

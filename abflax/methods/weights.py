@@ -88,7 +88,8 @@ class Progressive(Schedule):
 
     Attributes:
       of: "student": the weight is β; "teacher": it is 1 − β; "discrepancy": it is (1 − β)·γ.
-      start, end: of β, in (0, 1).
+      start: β at the start, in (0, 1).
+      end: β at the end, in (0, 1).
 
     Raises:
       ValueError: for a value that cannot be right.

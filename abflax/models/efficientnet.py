@@ -37,7 +37,8 @@ class EfficientNetLite(ConfiguredModule):
       stage_sizes: the number of blocks in each stage.
       width: the width multiplier of the stages; stem and last convolution are not scaled.
       num_classes: the number of logits.
-      pixel_mean, pixel_std: what the published weights normalize the pixels 0 to 255 with.
+      pixel_mean: the published weights expect (x − pixel_mean) / pixel_std of pixels 0 to 255.
+      pixel_std: see `pixel_mean`.
 
     References:
       https://github.com/tensorflow/tpu/tree/master/models/official/efficientnet/lite

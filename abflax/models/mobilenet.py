@@ -83,7 +83,8 @@ class InvertedResidual(ConfiguredModule):
     Attributes:
       features: the channels of the output.
       expansion: the factor on the channels of the input; None: there is no expansion.
-      stride, kernel: of the depthwise convolution.
+      stride: of the depthwise convolution.
+      kernel: the side of the depthwise convolution.
       tensorflow: see `layers`.
     """
 

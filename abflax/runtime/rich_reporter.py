@@ -50,9 +50,11 @@ class RichReporter(Reporter):
 
     def phase(self, label: str, name: str, steps: int, done: int, epochs: int) -> None:
         """Starts a bar."""
-        self._fields = {"epochs": epochs, "epoch": 0.0, "loss": None, "measured": "-", "rate": 0.0}
+        self._fields = {"epochs": epochs, "epoch": 0.0, "loss": None, "measured": "", "rate": 0.0}
         # While initialising the classifier is untrained, and its error says nothing.
         self._fields["shown"] = "agreement" if name == "initialise" else "error"
+        if name == "initialise":
+            self._fields["measured"] = "classifier not trained yet"
         self._label, self._total = f"{label}  {name}", steps
         self._done = done
         self._started = self._printed = time.perf_counter()
@@ -85,7 +87,9 @@ class RichReporter(Reporter):
         if self._fields["shown"] == "agreement":
             shares = entry.get("agreement", {}).values()
             measured = statistics.fmean(shares) if shares else None
-        self._fields |= {"loss": entry["loss"], "measured": _percent(measured)}
+        self._fields["loss"] = entry["loss"]
+        if measured is not None:
+            self._fields["measured"] = f"{self._fields['shown']} {100 * measured:.2f} %"
         self._fields["epoch"] = entry["epoch_of_phase"]
         self._last = None
         self._show()
@@ -129,17 +133,14 @@ class _Summary(ProgressColumn):
 
 
 def _describe(fields: dict[str, Any]) -> str:
-    """Formats the numbers of one phase."""
-    loss = "-" if fields["loss"] is None else f"{fields['loss']:.3g}"
-    rate = f"{fields['rate']:,.0f}" if fields["rate"] else "-"
-    return (
-        f"epoch {fields['epoch']:.1f}/{fields['epochs']}  loss {loss}  "
-        f"{fields['shown']} {fields['measured']}  {rate} images/s"
+    """Formats the numbers of one phase that are known."""
+    parts = (
+        f"epoch {fields['epoch']:.1f}/{fields['epochs']}",
+        "" if fields["loss"] is None else f"loss {fields['loss']:.3g}",
+        fields["measured"],
+        f"{fields['rate']:,.0f} images/s" if fields["rate"] else "",
     )
-
-
-def _percent(share: float | None) -> str:
-    return "-" if share is None else f"{100 * share:.2f} %"
+    return "  ".join(part for part in parts if part)
 
 
 def _duration(seconds: float) -> str:

@@ -57,7 +57,8 @@ class Dreaming:
       warmup: steps in which it rises to that.
       statistics: the weight of `batch_norm_statistics_loss`, summed over the batch norms.
       first_statistics: a factor on that of the first batch norm (10 in later published code).
-      tv_l1, tv_l2: the weights of `total_variation` of order 1 and 2.
+      tv_l1: the weight of `total_variation` of order 1.
+      tv_l2: the weight of `total_variation` of order 2.
       l2: the weight of the images' mean norm.
       competition: the weight of `agreement_of_logits` with a student, at τ = 3.
       jitter: images are rolled by up to that many pixels at each step, along both sides.

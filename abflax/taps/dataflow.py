@@ -48,7 +48,8 @@ class Dataflow:
 
     Attributes:
       steps: the primitives in order.
-      inputs, outputs: the numbers of the arrays that go in and come out.
+      inputs: the numbers of the arrays that go in.
+      outputs: the numbers of the arrays that come out.
       shapes: of each array, inside the scans.
     """
 

@@ -114,7 +114,8 @@ class Trend:
 
     Attributes:
       norm: ℓ2 norm of the student's weights where the phase began, or was gone on with.
-      lowest, last: the smallest and the newest finite loss since.
+      lowest: the smallest finite loss since.
+      last: the newest finite loss since.
     """
 
     norm: float

@@ -103,7 +103,8 @@ class PhaseProgram:
     """The compiled functions of one phase on some devices.
 
     Attributes:
-      objective, optimizer: what a step is made of.
+      objective: gives a step its loss.
+      optimizer: gives a step its updates.
       init: key -> variables of a new student.
       begin: (student variables, teacher statistics, key, teacher params, the connectors' params of
         the phase before) -> the phase's first `TrainState`. Without the last two, its shapes,

@@ -54,7 +54,8 @@ class Run:
       reporter: shows its progress.
 
     Attributes:
-      program, state: of the current phase.
+      program: the compiled functions of the current phase.
+      state: the state of the current phase.
       cached_targets: of the current phase, if they are cached.
       snapshot: (step, state) of the newest copy on the host: plain arrays, safe from donation.
       snapshot_position: that of a loader then.

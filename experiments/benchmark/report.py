@@ -20,7 +20,7 @@ _TITLES = {
     "methods": "One step of every method, each phase in turn with a step of cross-entropy",
     "seeds": "Initialise steps of several students in one program, in turn with that of one",
     "epochs": "A run of one initialise epoch, its compilation included; measured once",
-    "cache": "Memory of kept targets, initialise phase; measured once",
+    "cache": "Memory of cached targets, initialise phase; measured once",
     "precision": "The effect of half precision: the quickstart's digits, activation boundaries, "
     "protocol `official`, 5 seeds",
     "nst": "NST at [32, 8, 8, 256], value and gradient",

@@ -182,7 +182,7 @@ def work(
     return {
         "teacher": lambda: teach() and None,
         "initialise": lambda: initialise(lambda: teach()[1]),
-        "initialise, kept bits": lambda: initialise(lambda: cached),
+        "initialise, cached targets": lambda: initialise(lambda: cached),
         "classify": classify,
         "evaluate": evaluate,
     }

@@ -23,7 +23,7 @@ def read(path: Path) -> Record:
     if config["teacher"] is None:
         raise InputError(f"{path} is of a run without a teacher")
     if "abreast" in record["environment"]:
-        raise InputError(f"{path} is of a run that shared its seconds with others, abreast")
+        raise InputError(f"{path} is of a run that was trained in one program with others")
     return record
 
 

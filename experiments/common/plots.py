@@ -52,7 +52,8 @@ def curves(records: Records, path: Path, title: str) -> None:
             _panel(axis, records, _agreement(layer), styles)
             axis.axhline(50, color="0.5", linewidth=0.8, linestyle=":")
             axis.set(title=f"agreement, {layer}", ylim=(45, 100))
-        for axis in axes[0]:
+        _shade_initialise(error, records, "initialise:\nclassifier\nuntrained")
+        for axis in agreement:
             _shade_initialise(axis, records)
         if agreement:
             agreement[0].set_ylabel("neurons that fire alike, %")
@@ -139,18 +140,36 @@ def points(panels: Sequence[Panel], names: Sequence[str], path: Path, title: str
                 axis.set_ylim(low - 0.03 * (high - low), high)
 
 
-def ranked(
-    values: Mapping[str, tuple[float, float | None]], xlabel: str, path: Path, title: str
+def rows(
+    values: Mapping[str, Sequence[tuple[float, float | None] | None]],
+    sources: Sequence[str],
+    path: Path,
+    title: str,
+    measure: str,
 ) -> None:
-    """Draws one mean a row, with its standard deviation if there is one, the smallest on top."""
-    rows = sorted(values, key=lambda name: values[name][0], reverse=True)
-    means, spreads = zip(*(values[name] for name in rows), strict=True)
+    """Draws the numbers of a single column: a row for each name, a marker for each source.
+
+    `values` has (mean, standard deviation or None) of each source, or None; names without any
+    number are left out. The first source is filled, the others are hollow.
+    """
+    drawn = {name: found for name, found in values.items() if any(found)}
     with plt.rc_context(STYLE):
-        figure, axis = plt.subplots(figsize=(6.4, 1.2 + 0.28 * len(rows)), layout="constrained")
-        bars = [np.nan if spread is None else spread for spread in spreads]
-        axis.errorbar(means, range(len(rows)), xerr=bars, fmt="o", color=COLOURS[0], capsize=3)
-        axis.set_yticks(range(len(rows)), labels=rows)
-        axis.set(xlabel=xlabel, ylim=(-0.6, len(rows) - 0.4))
+        size = (6.0, 0.3 * len(drawn) + 1.5)
+        figure, axis = plt.subplots(figsize=size, layout="constrained")
+        for index, source in enumerate(sources):
+            colour, marker = COLOURS[index], MARKERS[index]
+            for row, found in enumerate(drawn.values()):
+                if (number := found[index]) is not None:
+                    axis.errorbar(
+                        number[0], row, xerr=number[1], fmt=marker, color=colour, capsize=3,
+                        mfc=colour if index == 0 else "white", label=source,
+                    )  # fmt: skip
+        handles, labels = axis.get_legend_handles_labels()
+        axis.set_yticks(range(len(drawn)), labels=list(drawn))
+        axis.set_ylim(len(drawn) - 0.5, -0.5)
+        axis.set(xlabel=measure)
+        once = dict(zip(labels, handles, strict=True))
+        figure.legend(once.values(), once.keys(), loc="outside lower center", ncols=len(once))
         figure.suptitle(title, fontsize=11)
         save(figure, path, 120)
 
@@ -249,7 +268,7 @@ def _error_panel(
     axis.set_ylim(room * (100 * float(min(means))), 110)
 
 
-def _shade_initialise(axis: Axes, records: Records) -> None:
+def _shade_initialise(axis: Axes, records: Records, text: str = "initialise") -> None:
     """Shades the epochs in which two-stage methods use no labels and no logits."""
     ends = [
         entry["epoch"]
@@ -260,7 +279,7 @@ def _shade_initialise(axis: Axes, records: Records) -> None:
     if ends:
         axis.axvspan(0, max(ends), color="0.92", zorder=0, linewidth=0)
         place = axis.get_xaxis_transform()
-        axis.text(0.4, 1.0, "initialise", transform=place, fontsize=8, color="0.35", va="top")
+        axis.text(0.4, 0.02, text, transform=place, fontsize=8, color="0.35", va="bottom")
     axis.set_xlim(left=0)
 
 

@@ -333,9 +333,9 @@ def _pairs(filled: Filled) -> str:
         return ""
     examples = "; ".join(against[:_LISTED])
     examples += f"; {len(against) - _LISTED} more" * (len(against) > _LISTED)
-    reversed_ = f"{len(against)} reversed here ({examples})" if against else "none reversed here"
+    reversed_ = f"{len(against)} reversed ({examples})" if against else "0 reversed"
     return (
-        f"The paper's order: of {total} pair{'s' * (total > 1)} {same} the same here, {reversed_}, "
+        f"Pairs that have the paper's order here: {same} of {total}; {reversed_}; "
         f"{undecided} undecided."
     )
 

@@ -14,7 +14,8 @@ def draw(filled: Filled, path: Path) -> None:
     table = filled.table
     title = f"Table {table.name}, scale {table.scale}. {table.title}\n"
     title += textwrap.fill(f"here: {table.setting}", 90)
-    draws = {"curves": _curves, "points": _points, "ranked": _ranked}
+    single = table.picture == "points" and len(table.columns.points) == 1
+    draws = {"curves": _curves, "points": _rows if single else _points, "rows": _rows}
     draws[table.picture or "points"](filled, path, title)
 
 
@@ -56,12 +57,12 @@ def _points(filled: Filled, path: Path, title: str) -> None:
     plots.points(panels, _styled_names(filled, over), path, title)
 
 
-def _ranked(filled: Filled, path: Path, title: str) -> None:
-    """Draws the first measure of all rows that have a number."""
+def _rows(filled: Filled, path: Path, title: str) -> None:
+    """Draws the first measure of all rows, in one panel: the numbers here, and the paper's."""
     measure = next(iter(filled.cells.values())).measure.name
     cells = [cell for cell in filled.cells.values() if cell.measure.name == measure]
-    numbers = {cell.row.label: number for cell in cells if (number := _here(cell)) is not None}
-    plots.ranked(numbers, measure, path, title)
+    numbers = {cell.row.label: (_here(cell), _paper(cell)) for cell in cells}
+    plots.rows(numbers, ("here", "paper"), path, title, measure)
 
 
 def _split(cell: Cell, over: Axis) -> tuple[Point, Point]:

@@ -160,7 +160,7 @@ class Table:
         must be given.
       examples, classes: of the training data, all of it.
       picture: "curves": learning curves, a panel for each point that does not compete; "points":
-        numbers over those points; "ranked": a row each, by the first measure; None: no picture.
+        numbers over those points; "rows": the first measure, a row each; None: no picture.
       shows: what cells show if neither row nor column has a measure.
       caveat: what readers must know of its numbers, besides the scale's caveat.
     """
@@ -176,7 +176,7 @@ class Table:
     paper: Mapping[tuple[str, str], float]
     paper_setting: str
     teacher_run: RunConfig | None
-    picture: Literal["curves", "points", "ranked"] | None = "points"
+    picture: Literal["curves", "points", "rows"] | None = "points"
     examples: int = 50_000
     classes: int = 10
     shows: Measure = ERROR

@@ -101,12 +101,12 @@ def test_where_a_step_goes(found):
 
 def test_seconds_an_epoch(found):
     rows = [
-        {"name": "1 abreast", "seconds": [0.5], "images_per_second": 250.0},
-        {"name": "8 abreast", "seconds": [2.0], "images_per_second": 12.5},
+        {"name": "1 in one program", "seconds": [0.5], "images_per_second": 250.0},
+        {"name": "8 in one program", "seconds": [2.0], "images_per_second": 12.5},
         {"name": "a line: …"},
     ]
     assert section("seeds", found | {"sections": {"seeds": rows}}).endswith(
-        "an epoch of 50,000 images takes 200 s (1 abreast), 4,000 s (8 abreast).\n"
+        "an epoch of 50,000 images takes 200 s (1 in one program), 4,000 s (8 in one program).\n"
     )
 
 
@@ -154,7 +154,7 @@ def test_a_run_on_another_device_or_of_other_images_is_named(monkeypatch, record
         whole.read(tmp_path / "record.json")
     shared = {**record, "environment": {**record["environment"], "abreast": 2}}
     (tmp_path / "record.json").write_text(json.dumps(shared))
-    with pytest.raises(InputError, match="is of a run that shared its seconds with others"):
+    with pytest.raises(InputError, match="is of a run that was trained in one program"):
         whole.read(tmp_path / "record.json")
     record["config"]["teacher"] = None
     (tmp_path / "record.json").write_text(json.dumps(record))

@@ -22,3 +22,8 @@ def test_a_record_without_agreement_is_no_point(tmp_path):
         [record, {"config": {"method": "l2"}, "result": measured}], tmp_path / "picture.png"
     )
     assert (tmp_path / "picture.png").stat().st_size > 10_000
+
+
+def test_the_losses_are_drawn(tmp_path):
+    pictures._draw_losses(tmp_path / "picture.png")
+    assert (tmp_path / "picture.png").stat().st_size > 10_000

@@ -28,8 +28,8 @@ def test_a_line_says_where_the_run_is(lines):
     live.steps(1, 128, 0.25, None)
     live.steps(1, 128, 0.5, 1.25)
     first, second = text.getvalue().splitlines()
-    assert first == "kd seed 0  classify  3/8  epoch 0.2/2  loss -  error -  - images/s  compiled"
-    assert second.startswith("kd seed 0  classify  4/8  epoch 0.5/2  loss 1.25  error -  ")
+    assert first == "kd seed 0  classify  3/8  epoch 0.2/2  compiled"
+    assert second.startswith("kd seed 0  classify  4/8  epoch 0.5/2  loss 1.25  ")
     assert second.endswith(" left")
 
 
@@ -54,6 +54,11 @@ def test_an_evaluation_and_the_end(lines):
 def test_while_the_classifier_is_untrained_its_error_is_not_shown(lines):
     live, text = lines
     live.phase("activation-boundary seed 0", "initialise", steps=8, done=0, epochs=2)
+    live.steps(1, 128, 0.5, 7.0)
+    live.evaluated({"test_error": 0.968, "loss": 6, "epoch_of_phase": 1, "agreement": {}})
     agreement = {"layer1": 0.75, "layer2": 0.875}
     live.evaluated({"test_error": 0.968, "loss": 5, "epoch_of_phase": 1, "agreement": agreement})
-    assert text.getvalue().splitlines()[-1].split("  ")[5] == "agreement 81.25 %"
+    lines = text.getvalue().splitlines()
+    assert [line.split("  ")[5] for line in lines] == 2 * ["classifier not trained yet"] + [
+        "agreement 81.25 %"
+    ]
