@@ -150,7 +150,7 @@ def rows(
     """Draws the numbers of a single column: a row for each name, a marker for each source.
 
     `values` has (mean, standard deviation or None) of each source, or None; names without any
-    number are left out. The first source is filled, the others are hollow.
+    number are left out. A number without deviation is hollow.
     """
     drawn = {name: found for name, found in values.items() if any(found)}
     with plt.rc_context(STYLE):
@@ -162,14 +162,15 @@ def rows(
                 if (number := found[index]) is not None:
                     axis.errorbar(
                         number[0], row, xerr=number[1], fmt=marker, color=colour, capsize=3,
-                        mfc=colour if index == 0 else "white", label=source,
+                        mfc="white" if number[1] is None else colour, label=source,
                     )  # fmt: skip
         handles, labels = axis.get_legend_handles_labels()
         axis.set_yticks(range(len(drawn)), labels=list(drawn))
         axis.set_ylim(len(drawn) - 0.5, -0.5)
         axis.set(xlabel=measure)
         once = dict(zip(labels, handles, strict=True))
-        figure.legend(once.values(), once.keys(), loc="outside lower center", ncols=len(once))
+        if len(once) > 1:
+            figure.legend(once.values(), once.keys(), loc="outside lower center", ncols=len(once))
         figure.suptitle(title, fontsize=11)
         save(figure, path, 120)
 

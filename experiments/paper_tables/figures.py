@@ -13,10 +13,10 @@ def draw(filled: Filled, path: Path) -> None:
     """Writes the PNG of a table that has at least one number."""
     table = filled.table
     title = f"Table {table.name}, scale {table.scale}. {table.title}\n"
-    title += textwrap.fill(f"here: {table.setting}", 90)
     single = table.picture == "points" and len(table.columns.points) == 1
-    draws = {"curves": _curves, "points": _rows if single else _points, "rows": _rows}
-    draws[table.picture or "points"](filled, path, title)
+    kind = "rows" if single else table.picture or "points"
+    title += textwrap.fill(f"here: {table.setting}", 65 if kind == "rows" else 90)
+    {"curves": _curves, "points": _points, "rows": _rows}[kind](filled, path, title)
 
 
 def _curves(filled: Filled, path: Path, title: str) -> None:
