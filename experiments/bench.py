@@ -2,8 +2,8 @@
 
 Work is the engine's own compiled programs on made-up images (`precision`: on digits). Where
 PyTorch is installed the same work (`steps`, on CPUs in float32), written as its users write it,
-runs in turn with ours; a ratio is the median over pairs. `epochs`, `cache` and `precision` are
-measured once. Use an idle machine.
+runs in turn with ours; a ratio is the median over pairs. `epochs`, `cache`, `precision` and
+`startup` are measured once. Use an idle machine.
 
 Examples:
   python -m experiments.bench
@@ -41,6 +41,7 @@ from experiments.benchmark import (
     convolution_work,
     depthwise_work,
     scaling,
+    startup,
     whole,
 )
 from experiments.benchmark.jax_work import Bench
@@ -377,6 +378,7 @@ SECTIONS: Mapping[str, Section] = {
     "precision": scaling.precision,
     "nst": nst,
     "depthwise": depthwise,
+    "startup": startup.startup,
 }
 
 

@@ -26,6 +26,8 @@ _TITLES = {
     "nst": "NST at [32, 8, 8, 256], value and gradient",
     "depthwise": "MobileNets, 8 images of 112×112, a step of cross-entropy: depthwise convolutions "
     "as they are here, in turn with XLA's own",
+    "startup": "From the command to the first step and to the end: the quickstart with one seed, "
+    "a teacher and three students; measured once",
     "whole": "A whole run, its compilation and evaluation included",
 }
 
@@ -175,6 +177,7 @@ _COLUMNS: Mapping[str, tuple[str, Callable[[Any], str]]] = {
     "time, × one student": ("times_one", _number(2)),
     "of it, each": ("share_each", _number(2)),
     "s": ("epoch_seconds", _number(1)),
+    "s to the first step": ("first_seconds", _number(1)),
     "s in all": ("whole_seconds", _number(0)),
     "test error %": ("test_error", str),
     "agreement %": ("agreement", str),
