@@ -313,6 +313,13 @@ def site(tmp_path_factory):
 
 
 @pytest.mark.slow
+def test_no_page_has_a_box_of_errors(site):
+    """The theme draws one where a page has its own table of contents."""
+    for path in site[1]:
+        assert "ERROR: Adding a table of contents" not in path.read_text(), path
+
+
+@pytest.mark.slow
 def test_every_link_of_the_pages_leads_on(site):
     folder, pages = site
     followed = 0

@@ -27,13 +27,13 @@ class Batches:
 
     A batch is a dict of "image" `[batch, height, width, channels]`, uint8 or floating, and "label",
     integers `[batch]` in `[0, num_classes)`: NumPy arrays, or what NumPy can read. All are of one
-    size. `iter` begins a pass over the data, and another where one has ended: so of a Grain
-    `DataLoader` or dataset, a PyTorch `DataLoader`, `tfds.as_numpy(…)`, or a class of one's own.
+    size. `iter` starts a pass over the data, and is called again when the pass has ended. A Grain
+    `DataLoader` or dataset, a PyTorch `DataLoader`, `tfds.as_numpy(…)` and your own class work.
 
-    Iterators with `get_state()` and `set_state(state)`, as Grain's have, are checkpointed: a run
-    that was stopped resumes with the same bits. The state, bytes or plain JSON values, has to say
-    all that decides about the batches to come. A run on other iterators begins another pass when it
-    is resumed, and its record says so.
+    Iterators with `get_state()` and `set_state(state)`, such as Grain's, are checkpointed: a run
+    that was stopped resumes with the same bits. The state is bytes or plain JSON values, and must
+    determine all batches to come. A run on other iterators starts another pass when it is resumed,
+    and its record says so.
 
     Attributes:
       loader: the loader, or a function without arguments that returns an iterator.
@@ -48,7 +48,7 @@ class Batches:
       resumes: whether iterators are checkpointed.
 
     Raises:
-      ValueError: if the loader cannot be iterated twice, or its first batch is none.
+      ValueError: if the loader cannot be iterated twice, or its first batch is not valid.
 
     Example:
       >>> images, labels = np.zeros((4, 8, 8, 1), np.uint8), np.arange(4)

@@ -6,7 +6,7 @@ import textwrap
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from matplotlib import pyplot as plt
@@ -52,7 +52,7 @@ def curves(records: Records, path: Path, title: str) -> None:
             _panel(axis, records, _agreement(layer), styles)
             axis.axhline(50, color="0.5", linewidth=0.8, linestyle=":")
             axis.set(title=f"agreement, {layer}", ylim=(45, 100))
-        _shade_initialise(error, records, "initialise:\nclassifier\nuntrained")
+        _shade_initialise(error, records, "initialise:\nclassifier\nuntrained", "bottom")
         for axis in agreement:
             _shade_initialise(axis, records)
         if agreement:
@@ -269,7 +269,12 @@ def _error_panel(
     axis.set_ylim(room * (100 * float(min(means))), 110)
 
 
-def _shade_initialise(axis: Axes, records: Records, text: str = "initialise") -> None:
+def _shade_initialise(
+    axis: Axes,
+    records: Records,
+    text: str = "initialise",
+    place: Literal["top", "bottom"] = "top",
+) -> None:
     """Shades the epochs in which two-stage methods use no labels and no logits."""
     ends = [
         entry["epoch"]
@@ -279,8 +284,8 @@ def _shade_initialise(axis: Axes, records: Records, text: str = "initialise") ->
     ]
     if ends:
         axis.axvspan(0, max(ends), color="0.92", zorder=0, linewidth=0)
-        place = axis.get_xaxis_transform()
-        axis.text(0.4, 0.02, text, transform=place, fontsize=8, color="0.35", va="bottom")
+        y, transform = 1.0 if place == "top" else 0.02, axis.get_xaxis_transform()
+        axis.text(0.4, y, text, transform=transform, fontsize=8, color="0.35", va=place)
     axis.set_xlim(left=0)
 
 

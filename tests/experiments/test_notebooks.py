@@ -7,6 +7,11 @@ from tests.conftest import ROOT
 NOTEBOOKS = ROOT / "experiments" / "notebooks"
 
 
+@pytest.mark.parametrize("path", sorted(NOTEBOOKS.glob("*.ipynb")), ids=lambda path: path.stem)
+def test_a_notebook_has_a_picture(path):
+    assert '"image/png"' in path.read_text()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("path", sorted(NOTEBOOKS.glob("*.ipynb")), ids=lambda path: path.stem)
 def test_notebook(path):
