@@ -27,7 +27,12 @@ from abflax.runtime.jax_checks import jax_defaults, require_devices
 from abflax.runtime.preemption import Interrupted, Preemption
 from abflax.runtime.reporter import NullReporter, Reporter
 from abflax.taps import Model, require_model
-from abflax.training.compatibility import require_compatible, require_groupable, require_metrics
+from abflax.training.compatibility import (
+    require_compatible,
+    require_groupable,
+    require_metrics,
+    require_teachers,
+)
 from abflax.training.fingerprint import Fingerprint, fingerprints, require_same_run
 from abflax.training.group import TrainingGroup
 from abflax.training.history import phases_and_schedules
@@ -210,6 +215,7 @@ def distill_group(  # noqa: PLR0913 - the front door
         for run_config, run_student in members:
             for network in teachers or (None,):
                 require_compatible(run_config, run_student, network, data_sets)
+            require_teachers(run_config, teachers, data.image_shape)
         own = {}
         if workdir is not None:
             last = teachers[-1] if teachers else None

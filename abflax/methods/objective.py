@@ -176,7 +176,7 @@ def bind(
 
     Args:
       student: the model, in the precision that it trains in; of a `Network` its model counts.
-      teacher: likewise; None if no term needs one.
+      teacher: likewise; None if no term needs one. A term may check the weights of a `Network`.
       phase: its terms with their weights.
       image_shape: (height, width, channels).
       axis_name: the mapped axis over which gradients and metrics are averaged, by the loop, and the
@@ -185,11 +185,15 @@ def bind(
       epochs: of the phase, likewise.
 
     Raises:
-      ValueError: if a layer is missing in one of them, or their positions differ.
+      ValueError: if a layer is missing in one of them, their positions differ, or a term cannot
+        learn from that teacher.
     """
     require_instances({"phase": (phase, Phase)})
     if len(image_shape) != 3:
         raise InputError(f"image_shape is (height, width, channels), not {tuple(image_shape)}")
+    if isinstance(network := as_network(teacher), Network):
+        for _, term in phase.terms:
+            term.require_teacher(network, tuple(image_shape))
     own, its = (_model_of(each, axis_name) for each in (student, teacher))
     ours, theirs = (
         abstract_forward(model, abstract_variables(model, image_shape), (1, *image_shape))

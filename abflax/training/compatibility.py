@@ -66,6 +66,15 @@ def require_compatible(
         _warn_of_rectified_taps(student, data.image_shape)
 
 
+def require_teachers(
+    config: RunConfig, teachers: Sequence[Network], image_shape: tuple[int, ...]
+) -> None:
+    """Raises where a term cannot learn from the teacher of its phase."""
+    for phase in config.phases():
+        for _, term in phase.terms if teachers else ():
+            term.require_teacher(teachers[phase.teacher], image_shape)
+
+
 def _require_loader(config: RunConfig, data: Batches) -> None:
     """Raises `InputError` where a setting needs to know a loader's examples."""
     if config.batch_size != data.batch_size:
