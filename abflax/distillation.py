@@ -35,10 +35,10 @@ from abflax.training.compatibility import (
 )
 from abflax.training.fingerprint import Fingerprint, fingerprints, require_same_run
 from abflax.training.group import TrainingGroup
-from abflax.training.history import phases_and_schedules
+from abflax.training.history import anchor_epochs, phases_and_schedules
 from abflax.training.loop import train
 from abflax.training.run import Run
-from abflax.training.run_directory import Result, RunDirectory, finished_record
+from abflax.training.run_directory import Result, RunDirectory, finished_record, require_anchors
 
 
 def distill(  # noqa: PLR0913 - the front door
@@ -221,7 +221,7 @@ def distill_group(  # noqa: PLR0913 - the front door
             last = teachers[-1] if teachers else None
             own = fingerprints(members, last, data_sets, teachers[:-1], metrics)
         require_same("the data, the networks or the versions", repr(own))
-        results = {} if force else _finished(paths, own, reporter)
+        results = {} if force else _finished(paths, own, reporter, resources.keep_anchors)
         left = [member for member in members if member[0].hash not in results]
         if left:
             group = TrainingGroup(
@@ -325,13 +325,22 @@ def _checked_runs(runs: Any) -> Sequence[Mapping[str, Any]]:
 
 
 def _finished(
-    paths: Mapping[str, Path | None], own: Mapping[str, Fingerprint], reporter: Reporter | None
+    paths: Mapping[str, Path | None],
+    own: Mapping[str, Fingerprint],
+    reporter: Reporter | None,
+    anchors: int,
 ) -> dict[str, Result]:
-    """The results of the runs that were finished before. Raises if they are other experiments'."""
+    """The results of the runs that were finished before.
+
+    Raises if they are other experiments', or lack some of so many anchors.
+    """
     results = {}
     for name, path in paths.items():
         if path is not None and (record := finished_record(path)):
             note = require_same_run(path, own[name])
+            if anchors:
+                epochs = anchor_epochs((each["epoch"] for each in record["history"]), anchors)
+                require_anchors(path, epochs, record.get("anchors", {}))
             said = f"{name} is finished already: {path}" + f"; {note}" * bool(note)
             if reporter is not None:
                 reporter.finished(said)
