@@ -612,7 +612,7 @@ def trainable_mask(objective: Objective, image_shape: tuple[int, ...]) -> Any:
     arguments = (params, teacher["params"], images, labels)
     jaxpr = jax.make_jaxpr(loss, axis_env=axes)(*arguments).jaxpr
     _, used = dce_jaxpr(jaxpr, [True])
-    gradients = jax.make_jaxpr(jax.grad(loss), axis_env=axes)(*arguments).jaxpr
+    gradients = jax.make_jaxpr(jax.grad(loss, allow_int=True), axis_env=axes)(*arguments).jaxpr
     computed = set(gradients.invars)  # else an output is a constant: the zero of no gradient
     for equation in gradients.eqns:
         if any(isinstance(each, Var) and each in computed for each in equation.invars):
