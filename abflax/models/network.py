@@ -14,7 +14,8 @@ from flax import linen as nn
 from flax.traverse_util import flatten_dict
 
 from abflax.errors import InputError
-from abflax.models import model_name
+from abflax.models import is_local, model_name
+from abflax.models.variables import abstract_variables
 from abflax.taps import Model, Side, Tapped, is_nnx, side_of, split_nnx, with_side
 from abflax.taps.sides import is_key, lasting
 
@@ -91,6 +92,22 @@ def digest(variables: Any) -> str:
         sha.update(f"{jax.tree_util.keystr(path)}{leaf.dtype}{leaf.shape}".encode())
         sha.update(leaf.tobytes())
     return sha.hexdigest()[:12]
+
+
+def student_name(model: Model, image_shape: tuple[int, ...]) -> str:
+    """Returns `model_name`, and for a local class a digest of its variables' names and shapes.
+
+    So a class that is edited in a notebook, with another layer, makes another run.
+    """
+    name = model_name(model)
+    if not is_local(model):
+        return name
+    try:
+        flat = flatten_dict(abstract_variables(model, image_shape), sep="/")
+    except Exception:  # noqa: BLE001 - a model that cannot run is refused by name later
+        return name
+    shapes = sorted((path, leaf.shape) for path, leaf in flat.items())
+    return f"{name}, variables {hashlib.sha256(repr(shapes).encode()).hexdigest()[:8]}"
 
 
 def configure_model(model: Model, precision: str, axis_name: str | None) -> Side | Tapped:

@@ -146,6 +146,8 @@ class Run:
             self._begin_phase(0, None)
         else:
             self._restore_checkpoint(description)
+            if isinstance(self.group.data, Batches):
+                self._say(f"it goes on with a loader that is known by {self.group.data.known_by}")
         self.history.group_size = max(self.history.group_size, self.group.size)
         if self.group.resources.tensorboard:
             self.directory.log_to_tensorboard(self.history.entries)
