@@ -427,7 +427,8 @@ class Resources:
       tensorboard: write the history as TensorBoard events too, beside the record.
       workers: processes that decode images; None: one a core, 16 at most.
       keep_anchors: how many students of the run are kept as `anchors/EPOCH.safetensors`, at equal
-        distances of epochs (as far as these are evaluated), for a route of teachers later.
+        distances of epochs (after which it is evaluated), for a route of teachers later. A run that
+        has passed such an epoch without keeping its student is refused.
     """
 
     devices: int | None = None

@@ -15,8 +15,7 @@ from abflax.config import NO_TEST, Resources, RunConfig
 from abflax.data import Batches, Dataset, DataSets, ImageFiles, TrainData
 from abflax.errors import InputError, brief, local_path, require_instances
 from abflax.metrics import Metric
-from abflax.models import model_name
-from abflax.models.network import Network, as_network, require_network
+from abflax.models.network import Network, as_network, require_network, student_name
 from abflax.runtime.distributed import (
     detect_lost_process,
     is_first,
@@ -27,13 +26,23 @@ from abflax.runtime.jax_checks import jax_defaults, require_devices
 from abflax.runtime.preemption import Interrupted, Preemption
 from abflax.runtime.reporter import NullReporter, Reporter
 from abflax.taps import Model, require_model
-from abflax.training.compatibility import require_compatible, require_groupable, require_metrics
-from abflax.training.fingerprint import Fingerprint, fingerprints, require_same_run
+from abflax.training.compatibility import (
+    require_compatible,
+    require_groupable,
+    require_metrics,
+    require_teachers,
+)
+from abflax.training.fingerprint import (
+    Fingerprint,
+    fingerprints,
+    program_digests,
+    require_same_run,
+)
 from abflax.training.group import TrainingGroup
-from abflax.training.history import phases_and_schedules
+from abflax.training.history import anchor_epochs, phases_and_schedules
 from abflax.training.loop import train
 from abflax.training.run import Run
-from abflax.training.run_directory import Result, RunDirectory, finished_record
+from abflax.training.run_directory import Result, RunDirectory, finished_record, require_anchors
 
 
 def distill(  # noqa: PLR0913 - the front door
@@ -210,17 +219,19 @@ def distill_group(  # noqa: PLR0913 - the front door
         for run_config, run_student in members:
             for network in teachers or (None,):
                 require_compatible(run_config, run_student, network, data_sets)
+            require_teachers(run_config, teachers, data.image_shape)
+        programs = program_digests(members, teachers, data, metrics)
         own = {}
         if workdir is not None:
-            last = teachers[-1] if teachers else None
-            own = fingerprints(members, last, data_sets, teachers[:-1], metrics)
+            own = fingerprints(members, teachers, data_sets, programs)
         require_same("the data, the networks or the versions", repr(own))
-        results = {} if force else _finished(paths, own, reporter)
+        results = {} if force else _finished(paths, own, reporter, resources.keep_anchors, data)
         left = [member for member in members if member[0].hash not in results]
         if left:
             group = TrainingGroup(
                 configs[0], teachers, data_sets, resources, size=len(left), metrics=metrics,
                 keep_going=workdir is not None, reporter=reporter or NullReporter(),
+                code=repr(programs),
             )  # fmt: skip
             with contextlib.closing(group):
                 directories = [
@@ -291,16 +302,17 @@ def _configure(
         require_model("student", student)
     own = {name: value for name, value in run.items() if name != "student"}
     data, test, target = data_sets.train, data_sets.test, data_sets.target
+    name = student.name if isinstance(student, Network) else student_name(student, data.image_shape)
     names: dict[str, Any] = {
         "dataset": data.name,
-        "student": str(student.name) if isinstance(student, Network) else model_name(student),
+        "student": str(name),
         "teacher": teachers[-1].name if teachers else None,
         "anchors": tuple(str(each.name) for each in teachers[:-1]) or None,
         "test": NO_TEST if test is None else test.name if test.name != data.name else None,
         "target_data": None if target is None else target.name,
     }
-    for name in {*settings, *own} & {"dataset", "teacher", "test", "anchors", "target_data"}:
-        raise InputError(f"{name} is the same for all runs, and follows from the arguments")
+    for fixed in {*settings, *own} & {"dataset", "teacher", "test", "anchors", "target_data"}:
+        raise InputError(f"{fixed} is the same for all runs, and follows from the arguments")
     if isinstance(data, Batches):
         names = {"batch_size": data.batch_size, **names}
         names |= {k: v for k, v in {**settings, **own}.items() if k == "batch_size"}
@@ -319,14 +331,27 @@ def _checked_runs(runs: Any) -> Sequence[Mapping[str, Any]]:
 
 
 def _finished(
-    paths: Mapping[str, Path | None], own: Mapping[str, Fingerprint], reporter: Reporter | None
+    paths: Mapping[str, Path | None],
+    own: Mapping[str, Fingerprint],
+    reporter: Reporter | None,
+    anchors: int,
+    data: TrainData,
 ) -> dict[str, Result]:
-    """The results of the runs that were finished before. Raises if they are other experiments'."""
+    """The results of the runs that were finished before.
+
+    Raises if they are other experiments', or lack some of so many anchors.
+    """
     results = {}
     for name, path in paths.items():
         if path is not None and (record := finished_record(path)):
             note = require_same_run(path, own[name])
-            said = f"{name} is finished already: {path}" + f"; {note}" * bool(note)
+            if anchors:
+                epochs = anchor_epochs((each["epoch"] for each in record["history"]), anchors)
+                require_anchors(path, epochs, record.get("anchors", {}))
+            notes = [f"{name} is finished already: {path}", *([note] if note else [])]
+            if isinstance(data, Batches):
+                notes.append(f"its loader is known by {data.known_by}")
+            said = "; ".join(notes)
             if reporter is not None:
                 reporter.finished(said)
             elif is_first():

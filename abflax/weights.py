@@ -130,6 +130,22 @@ def save_variables(path: str | Path, variables: Any) -> None:
     write_whole(Path(path), safetensors.numpy.save(flat))
 
 
+def require_savable(what: str, variables: Any) -> None:
+    """Raises `InputError` where `save_variables` cannot write arrays of those dtypes.
+
+    Args:
+      what: begins the message.
+      variables: a tree of arrays, or of their shapes and dtypes.
+    """
+    for name, leaf in flatten_dict(variables, sep="/").items():
+        try:
+            safetensors.numpy.save({"": np.zeros(1, leaf.dtype)})
+        except (safetensors.SafetensorError, TypeError) as error:
+            raise InputError(
+                f"{what} '{name}' holds {leaf.dtype}, which cannot be saved with the weights"
+            ) from error
+
+
 def read_variables(path: str | Path) -> dict[str, Any]:
     """Reads what `save_variables` wrote, for any Flax model: {"params", "batch_stats", …}.
 

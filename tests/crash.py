@@ -320,6 +320,8 @@ reads one | `tests/experiments/test_foreign_json.py` |
 | images: odd EXIF orientations, pipes and devices, long thin ones, a file in two classes, a \
 damaged shard; a killed parent | passed over, skipped, or named; decoding processes end too \
 | `tests/data/test_image_files.py` |
+| anchors that a finished, resumed or grown run did not keep, or that are damaged | named, or the \
+run begins anew | `tests/training/test_route.py` |
 | the same command twice, in two phases and in a joint one | the same bits \
 | `python -m pytest -n 0 -m slow tests/training/test_determinism.py` |
 | one seed of four varied | only the draws that it names change \

@@ -19,11 +19,12 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 from unittest import mock
 
 import jax
 import numpy as np
+import optax
 from flax import linen as nn
 from rich.console import Console
 
@@ -40,6 +41,8 @@ from abflax import (
 )
 from abflax.data import few_shot_subset, subset
 from abflax.data.image_files import exactly_named
+from abflax.methods import Phase, Ramp, terms
+from abflax.methods.weights import Schedule
 from abflax.training.record import write_record
 from experiments.common import cli
 from tests.stopping import StopAt
@@ -61,7 +64,7 @@ class _Shift:
 
 
 def make_net(scale=0.1, factor=1.0, momentum=0.9, epsilon=1e-5, rate=0.0, slope=0.0, shift=0.0,
-             frozen=False):  # noqa: PLR0913  # fmt: skip
+             frozen=False, evaluated=1.0, sown=0.0):  # noqa: PLR0913  # fmt: skip
     """A small network of a local class; what the arguments change has no name of its own."""
 
     class Net(nn.Module):
@@ -82,6 +85,8 @@ def make_net(scale=0.1, factor=1.0, momentum=0.9, epsilon=1e-5, rate=0.0, slope=
             x = jax.lax.stop_gradient(x) if frozen else x
             x = nn.BatchNorm(not train, momentum=momentum, epsilon=epsilon)(x)
             x = self.activate(self.moved(x)).mean(axis=(1, 2))
+            x = x if train else evaluated * x
+            self.sow("losses", "own", sown * x.mean())
             if rate:
                 x = nn.Dropout(rate, deterministic=not train)(x)
             return nn.Dense(10, kernel_init=self.kernel_init)(x)
@@ -99,6 +104,103 @@ def make_teacher(net=None, change=lambda variables: variables, path="BatchNorm_0
     module = (net or make_net())(3)
     variables = module.init(jax.random.key(5), np.zeros((1, 8, 8, 1)), train=False)
     return Network(tapped(module, path), change(jax.tree.map(np.array, dict(variables))), "teacher")
+
+
+def make_augment(factor):
+    """An augmentation of a local function."""
+
+    def augment(key, images):
+        return images + factor * jax.random.normal(key, images.shape)
+
+    return augment
+
+
+def make_metric(factor, array=None):
+    """A metric of a local function, with an array that it closes over."""
+
+    def metric(logits, labels):
+        return factor * (logits.argmax(axis=-1) == labels) + (0 if array is None else array.sum())
+
+    return metric
+
+
+def make_method(factor=1.0, end=1.0, weight=1.0, late=10_000, ema=0.9):
+    """Phases with a weight, a term, its module and an optimizer of local classes."""
+
+    class Module(nn.Module):
+        """Scales what a dense layer makes of the logits."""
+
+        @nn.compact
+        def __call__(self, student, targets, *, train):
+            """Replaces the logits."""
+            del train
+            return dataclasses.replace(student, logits=factor * nn.Dense(3)(student.logits)), None
+
+    @dataclasses.dataclass(frozen=True)
+    class Norm(terms.Term):
+        """The squared norm of what its module makes."""
+
+        needs_teacher: ClassVar[bool] = False
+
+        def module(self, pair):
+            """Adds the module."""
+            del pair
+            return Module()
+
+        def loss(self, student, targets, labels):
+            """Computes one number per example."""
+            del targets, labels
+            return weight * (student.logits**2).sum(axis=-1)
+
+    @dataclasses.dataclass(frozen=True)
+    class Rising(Schedule):
+        """Rises with the steps."""
+
+        def __call__(self, step, steps_per_epoch, epochs=1):
+            """Computes the weight."""
+            del steps_per_epoch, epochs
+            return end * jax.numpy.asarray(step, float) / 10
+
+    def rate(step):
+        return jax.numpy.where(step < late, 0.05, 0.01)
+
+    optimizer: Any = optax.sgd(rate, momentum=0.9)
+    second = [(1.0, terms.CrossEntropy()), (Rising(), Norm())]
+    return [
+        Phase("first", [(1.0, terms.ActivationBoundary())]),
+        Phase("second", second, optimizer=optimizer, ema=ema),
+    ]
+
+
+def own() -> Settings:
+    """The base experiment with functions and classes that were made outside abflax."""
+    metrics = {"hits": make_metric(1.0)}
+    return base() | {"method": make_method(), "augment": make_augment(1.0), "metrics": metrics}
+
+
+def own_variants() -> Iterator[tuple[str, Settings]]:
+    """(what differs, changed settings) of other experiments with code of one's own."""
+    other = np.zeros((64, 64))
+    other[31, 17] = 1
+    yield "augmentation", {"augment": make_augment(2.0)}
+    yield "augmentation, by little", {"augment": make_augment(1.0 + 1e-6)}
+    yield "no augmentation", {"augment": None}
+    yield "metric", {"metrics": {"hits": make_metric(2.0)}}
+    yield "metric's array", {"metrics": {"hits": make_metric(1.0, other)}}
+    yield "metric's name", {"metrics": {"other": make_metric(1.0)}}
+    yield "another metric", {"metrics": {"hits": make_metric(1.0), "more": make_metric(1.0)}}
+    yield "no metric", {"metrics": None}
+    for what, changed in (
+        ("term", {"weight": 2.0}), ("term's module", {"factor": 2.0}), ("schedule", {"end": 2.0}),
+        ("optimizer after many steps", {"late": 10_001}), ("average", {"ema": 0.99}),
+        ("no average", {"ema": None}),
+    ):  # fmt: skip
+        yield what, {"method": make_method(**changed)}
+    first, second = make_method()
+    (weight, cross_entropy), (_, norm) = second.terms
+    ramped = ((weight, cross_entropy), (Ramp(0.0, 1.0), norm))
+    yield "another schedule", {"method": [first, dataclasses.replace(second, terms=ramped)]}
+    yield "phases swapped", {"method": [second, first]}
 
 
 def _edited(array, index=0, by=1):
@@ -173,6 +275,7 @@ def variants(start: Settings) -> Iterator[tuple[str, str, Settings]]:
         ("unnamed object", {"shift": 0.1}), ("factor in its code", {"factor": 2.0}),
         ("momentum in its code", {"momentum": 0.5}), ("epsilon in its code", {"epsilon": 1e-3}),
         ("dropout in its code", {"rate": 0.5}), ("gradient in its code", {"frozen": True}),
+        ("evaluation in its code", {"evaluated": 2.0}), ("loss in its code", {"sown": 0.1}),
     ):  # fmt: skip
         yield "student", what, {"student": tapped(make_net(**arguments)(2))}
     yield "student", "width", {"student": tapped(make_net()(4))}
@@ -233,6 +336,12 @@ def experiments(start: Settings) -> Iterator[tuple[str, str, Settings, Any]]:
         yield "surroundings", what, start, _flag(name, other)
 
 
+def own_experiments() -> Iterator[tuple[str, str, Settings, Any]]:
+    """Likewise, of the experiment with code of one's own."""
+    for what, changed in own_variants():
+        yield "code of one's own", what, own() | changed, contextlib.nullcontext()
+
+
 class _Trains(Exception):
     """A run under another name would be trained."""
 
@@ -259,17 +368,17 @@ def outcome(settings: Settings, workdir: Path) -> tuple[str, str]:
     return MIXED, "served"
 
 
-def finished(workdir: Path) -> Path:
-    """Trains the base experiment. Returns its folder."""
-    directory = distill(**base(), workdir=workdir).directory
+def finished(workdir: Path, settings: Settings) -> Path:
+    """Trains an experiment. Returns its folder."""
+    directory = distill(**settings, workdir=workdir).directory
     assert directory is not None
     return directory
 
 
-def stopped(workdir: Path) -> None:
-    """Trains the base experiment for three of its eight steps."""
+def stopped(workdir: Path, settings: Settings) -> None:
+    """Trains an experiment for three of its eight steps."""
     with contextlib.suppress(Interrupted):
-        distill(**base(), workdir=workdir, reporter=StopAt(3))
+        distill(**settings, workdir=workdir, reporter=StopAt(3))
 
 
 def flip(path: Path, bit: int) -> None:
@@ -309,12 +418,14 @@ def measure(note: Callable[[str], None]) -> dict[str, Any]:
     """Tries everything, and counts."""
     facts: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
-        directory = finished(Path(folder) / "finished")
-        stopped(Path(folder) / "stopped halfway")
+        directory = finished(Path(folder) / "finished", base())
+        finished(Path(folder) / "finished", own())
+        for settings in (base(), own()):
+            stopped(Path(folder) / "stopped halfway", settings)
         for kind in ("finished", "stopped halfway"):
             workdir = Path(folder) / kind
             counts: dict[str, Counter[str]] = {}
-            for of, what, settings, context in experiments(base()):
+            for of, what, settings, context in (*experiments(base()), *own_experiments()):
                 with context:
                     found, why = outcome(settings, workdir)
                 counts.setdefault(of, Counter())[found] += 1

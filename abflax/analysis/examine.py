@@ -27,6 +27,7 @@ from abflax.models.checks import require_classes, require_fits, require_runs
 from abflax.models.network import Network, configure_model, require_network
 from abflax.runtime.jax_checks import jax_defaults, require_devices
 from abflax.taps import Forward, Model, run_model, tap_shapes
+from abflax.training.fingerprint import code_digest
 from abflax.training.inputs import EVALUATION_BATCH, padded_batches
 
 
@@ -127,7 +128,8 @@ def examine(
     networks = tuple(map(require_network, roles, given))
     models = tuple(_checked(roles[i], network, data) for i, network in enumerate(networks))
     variables = tuple(dict(network.variables) for network in networks)
-    run = _observe(models, data.preprocessing)
+    code = tuple(code_digest(model, data.image_shape) for model in models)
+    run = _observe(models, data.preprocessing, code)
     batches = [
         _on_host(run(variables, connectors, images, labels, valid), int(valid.sum()))
         for images, labels, valid in _batches(data)
@@ -172,7 +174,7 @@ def boundary_distances(
     network = require_network("the network", network)
     model = _checked("the network", network, data)
     variables = dict(network.variables)
-    distance = _distance(model, data.preprocessing, layer)
+    distance = _distance(model, data.preprocessing, layer, code_digest(model, data.image_shape))
     shapes = tap_shapes(model, variables, data.image_shape)
     if layer not in shapes:
         raise unknown("layer", layer, shapes)
@@ -203,12 +205,13 @@ def _batches(data: Dataset) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray
 
 
 @functools.lru_cache(maxsize=16)
-def _observe(models: tuple[Model, ...], preprocessing: Preprocessing) -> Any:
+def _observe(models: tuple[Model, ...], preprocessing: Preprocessing, code: tuple[str, ...]) -> Any:
     """Compiles the measures of a batch: each model's firing neurons, and the agreement of two.
 
     Returns a function of (variables of each model, connectors of the first or None, images, labels,
-    mask). It returns indicators as packed bits.
+    mask). It returns indicators as packed bits. `code` is what the models compute now.
     """
+    del code
 
     @jax.jit
     def observe(
@@ -262,8 +265,12 @@ def _on_host(batch: dict[str, Any], count: int) -> dict[str, Any]:
 
 
 @functools.lru_cache(maxsize=64)
-def _distance(model: Model, preprocessing: Preprocessing, layer: str) -> Any:
-    """Compiles the distance: (variables, images, index of a neuron) -> `[batch]`."""
+def _distance(model: Model, preprocessing: Preprocessing, layer: str, code: str) -> Any:
+    """Compiles the distance: (variables, images, index of a neuron) -> `[batch]`.
+
+    `code` is what the model computes now.
+    """
+    del code
 
     @jax.jit
     def distance(variables: Any, images: jax.Array, neuron: jax.Array) -> jax.Array:

@@ -59,6 +59,8 @@ class Dataset:
         name: str | None = None,
     ) -> None:
         unlabelled = labels is None and num_classes is None
+        if type(num_classes) is int and num_classes == 0:  # `dataclasses.replace` of one without
+            unlabelled = bool((np.asarray(labels) == -1).all())
         images = np.asarray(images)
         labels = np.full(images.shape[:1], -1) if unlabelled else np.asarray(labels)
         if images.ndim != 4 or labels.shape != images.shape[:1] or not len(images):

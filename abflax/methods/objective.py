@@ -176,7 +176,7 @@ def bind(
 
     Args:
       student: the model, in the precision that it trains in; of a `Network` its model counts.
-      teacher: likewise; None if no term needs one.
+      teacher: likewise; None if no term needs one. A term may check the weights of a `Network`.
       phase: its terms with their weights.
       image_shape: (height, width, channels).
       axis_name: the mapped axis over which gradients and metrics are averaged, by the loop, and the
@@ -185,11 +185,15 @@ def bind(
       epochs: of the phase, likewise.
 
     Raises:
-      ValueError: if a layer is missing in one of them, or their positions differ.
+      ValueError: if a layer is missing in one of them, their positions differ, or a term cannot
+        learn from that teacher.
     """
     require_instances({"phase": (phase, Phase)})
     if len(image_shape) != 3:
         raise InputError(f"image_shape is (height, width, channels), not {tuple(image_shape)}")
+    if isinstance(network := as_network(teacher), Network):
+        for _, term in phase.terms:
+            term.require_teacher(network, tuple(image_shape))
     own, its = (_model_of(each, axis_name) for each in (student, teacher))
     ours, theirs = (
         abstract_forward(model, abstract_variables(model, image_shape), (1, *image_shape))
@@ -608,7 +612,7 @@ def trainable_mask(objective: Objective, image_shape: tuple[int, ...]) -> Any:
     arguments = (params, teacher["params"], images, labels)
     jaxpr = jax.make_jaxpr(loss, axis_env=axes)(*arguments).jaxpr
     _, used = dce_jaxpr(jaxpr, [True])
-    gradients = jax.make_jaxpr(jax.grad(loss), axis_env=axes)(*arguments).jaxpr
+    gradients = jax.make_jaxpr(jax.grad(loss, allow_int=True), axis_env=axes)(*arguments).jaxpr
     computed = set(gradients.invars)  # else an output is a constant: the zero of no gradient
     for equation in gradients.eqns:
         if any(isinstance(each, Var) and each in computed for each in equation.invars):

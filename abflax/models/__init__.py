@@ -127,24 +127,39 @@ def model_name(model: Model) -> str:
         if full_width in _NAMED:
             return f"{full_width}-{model.width!r}"
     text = repr(model)
-    for function in _functions(model):
+    for function in _code(model):
         if name := getattr(function, "__qualname__", None):
             text = text.replace(repr(function), name)
     return re.sub(r"\s+", " ", re.sub(r" at 0x[0-9a-f]+", "", text))
 
 
-def _functions(value: Any) -> Iterator[Callable[..., Any]]:
-    """Yields the functions among a module's fields, at any depth."""
+def is_local(model: Model) -> bool:
+    """Whether the code of a Linen module has no name to import it by, so that two may share one.
+
+    That is so for a class or function made in a function, a notebook or a script.
+    """
+    names = ("__qualname__", "__module__")
+    return side_of(model).digest is None and any(
+        "<" in qualname or module == "__main__"
+        for qualname, module in (
+            [getattr(each, name, None) or "" for name in names] for each in _code(module_of(model))
+        )
+    )
+
+
+def _code(value: Any) -> Iterator[Callable[..., Any]]:
+    """Yields the classes of modules, and the functions among their fields, at any depth."""
     if isinstance(value, nn.Module):
+        yield type(value)
         for field in dataclasses.fields(value):
             if field.name != "parent":
-                yield from _functions(getattr(value, field.name, None))
+                yield from _code(getattr(value, field.name, None))
     elif isinstance(value, functools.partial):
-        yield from _functions((value.func, *value.args, *value.keywords.values()))
+        yield from _code((value.func, *value.args, *value.keywords.values()))
     elif isinstance(value, Mapping):
-        yield from _functions(tuple(value.values()))
+        yield from _code(tuple(value.values()))
     elif isinstance(value, (list, tuple)):
         for item in value:
-            yield from _functions(item)
+            yield from _code(item)
     elif callable(value) and not isinstance(value, type):
         yield value

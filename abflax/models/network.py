@@ -11,10 +11,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+from flax.traverse_util import flatten_dict
 
 from abflax.errors import InputError
-from abflax.models import model_name
+from abflax.models import is_local, model_name
+from abflax.models.variables import abstract_variables
 from abflax.taps import Model, Side, Tapped, is_nnx, side_of, split_nnx, with_side
+from abflax.taps.sides import is_key, lasting
 
 if TYPE_CHECKING:
     from flax import nnx
@@ -27,8 +30,8 @@ class Network:
     Attributes:
       model: a Linen module, or an NNX module, which is copied; or
         `Tapped(module, {"layer1": path, …})`.
-      variables: its `params` and, if it has any, `batch_stats` and other collections; None: those
-        that the NNX module holds.
+      variables: its `params` and, if it has any, `batch_stats` and other collections; what was
+        sown, and random keys, are left out. None: those that the NNX module holds.
       name: the network's name in records; None: the architecture's name and a digest of the
         weights.
     """
@@ -49,7 +52,11 @@ class Network:
             raise InputError(f"a network's variables are a dict with 'params', not {kind}")
         if "params" not in variables:
             raise InputError(f"a network's variables need 'params'; there are {sorted(variables)}")
-        object.__setattr__(self, "variables", nn.unbox(variables))
+        variables = lasting(nn.unbox(variables))
+        for path, leaf in flatten_dict(variables, sep="/").items():
+            if is_key(leaf):
+                raise InputError(f"a network's variables: '{path}' holds random keys, no weights")
+        object.__setattr__(self, "variables", variables)
         if self.name is None:
             name = f"{model_name(self.model)}:{digest(self.variables)}"
             object.__setattr__(self, "name", name)
@@ -85,6 +92,22 @@ def digest(variables: Any) -> str:
         sha.update(f"{jax.tree_util.keystr(path)}{leaf.dtype}{leaf.shape}".encode())
         sha.update(leaf.tobytes())
     return sha.hexdigest()[:12]
+
+
+def student_name(model: Model, image_shape: tuple[int, ...]) -> str:
+    """Returns `model_name`, and for a local class a digest of its variables' names and shapes.
+
+    So a class that is edited in a notebook, with another layer, makes another run.
+    """
+    name = model_name(model)
+    if not is_local(model):
+        return name
+    try:
+        flat = flatten_dict(abstract_variables(model, image_shape), sep="/")
+    except Exception:  # noqa: BLE001 - a model that cannot run is refused by name later
+        return name
+    shapes = sorted((path, leaf.shape) for path, leaf in flat.items())
+    return f"{name}, variables {hashlib.sha256(repr(shapes).encode()).hexdigest()[:8]}"
 
 
 def configure_model(model: Model, precision: str, axis_name: str | None) -> Side | Tapped:

@@ -10,6 +10,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 
 from abflax.taps import Model, side_of
+from abflax.taps.sides import is_key
 
 
 def abstract_variables(model: Model, image_shape: tuple[int, ...]) -> Any:
@@ -39,4 +40,5 @@ def not_finite(variables: Any) -> list[str]:
     A network's outputs do not tell: on CPUs JAX 0.12 compiles some ReLUs so that NaN becomes 0.
     """
     flat = flatten_dict(dict(variables), sep="/")
-    return [name for name, leaf in flat.items() if not np.isfinite(leaf).all()]
+    numbers = {name: leaf for name, leaf in flat.items() if not is_key(leaf)}
+    return [name for name, leaf in numbers.items() if not np.isfinite(leaf).all()]

@@ -22,6 +22,7 @@ COLLECTION = "intermediates"  # a collection that Flax's `init` does not return
 NORM_INPUT = "batch_norm_input"  # what a batch norm gets, sown where `RECORD_NORMS` is set
 RECORD_NORMS: contextvars.ContextVar[bool] = contextvars.ContextVar("norms", default=False)
 LOSSES = "losses"  # Flax's usual collection for losses that modules sow
+_WEIGHTS = ("params", "batch_stats")
 _PASSING = (COLLECTION, LOSSES, "perturbations")  # of one pass, not of the model
 
 # The common names of the switch between training and evaluation in Flax models -> its value in
@@ -122,7 +123,8 @@ def lasting(variables: Mapping[str, Any]) -> dict[str, Any]:
     return {
         name: tree
         for name, tree in variables.items()
-        if name not in _PASSING and not any(map(_is_key, jax.tree.leaves(tree)))
+        if name in _WEIGHTS
+        or (name not in _PASSING and not any(map(is_key, jax.tree.leaves(tree))))
     }
 
 
@@ -132,5 +134,6 @@ def sum_of_losses(values: Iterable[Any]) -> jax.Array | None:
     return sum(means[1:], start=means[0]) if means else None
 
 
-def _is_key(leaf: Any) -> bool:
-    return jax.numpy.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+def is_key(leaf: Any) -> bool:
+    """Whether an array holds JAX's typed random keys."""
+    return hasattr(leaf, "dtype") and jax.numpy.issubdtype(leaf.dtype, jax.dtypes.prng_key)

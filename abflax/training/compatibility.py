@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax.traverse_util import flatten_dict
 
 from abflax.config import RunConfig
 from abflax.data import Batches, Dataset, DataSets, ImageFiles, OwnAugmentation, TrainData
@@ -31,6 +32,7 @@ from abflax.models.variables import abstract_variables
 from abflax.taps import Model, rectified_taps, side_of
 from abflax.training.fingerprint import as_it_is_now
 from abflax.training.parallel import InputSpec
+from abflax.weights import require_savable
 
 
 def require_compatible(
@@ -57,6 +59,7 @@ def require_compatible(
     drifts = any(phase.teacher_batch_statistics or phase.trains_teacher for phase in phases)
     require_runs("the student", student, data.image_shape, train=True, dropout=True)
     require_classes("the student", student, data.image_shape, data.num_classes)
+    _require_trainable(abstract_variables(student, data.image_shape))
     if any(phase.needs_teacher for phase in phases) and teacher is None:
         raise InputError(f"method {config.method} needs a teacher")
     if teacher is not None:
@@ -64,6 +67,23 @@ def require_compatible(
         require_fits("the teacher's weights", teacher.model, teacher.variables, data.image_shape)
     if any(isinstance(term, ActivationBoundary) for phase in phases for _, term in phase.terms):
         _warn_of_rectified_taps(student, data.image_shape)
+
+
+def require_teachers(
+    config: RunConfig, teachers: Sequence[Network], image_shape: tuple[int, ...]
+) -> None:
+    """Raises where a term cannot learn from the teacher of its phase."""
+    for phase in config.phases():
+        for _, term in phase.terms if teachers else ():
+            term.require_teacher(teachers[phase.teacher], image_shape)
+
+
+def _require_trainable(variables: Any) -> None:
+    """Raises `InputError` where a student's variables cannot be trained, or not saved."""
+    require_savable("the student's", variables)
+    for name, leaf in flatten_dict(variables["params"], sep="/").items():
+        if not jnp.issubdtype(leaf.dtype, jnp.floating):
+            raise InputError(f"the student's 'params/{name}' holds {leaf.dtype}, no real numbers")
 
 
 def _require_loader(config: RunConfig, data: Batches) -> None:

@@ -89,7 +89,8 @@ def find_nonfinite(
         ),
         has_aux=True,
     )(params)
-    results = [bad("the loss", loss), *weights("the gradient of the", gradients)]
+    sown = [] if student.losses is None else [bad("what the student sows", student.losses)]
+    results = [*sown, bad("the loss", loss), *weights("the gradient of the", gradients)]
     results.append(bad("the gradient's norm", optax.tree.norm(gradients)))
     return {"sources": sources, "taps": taps, "results": results}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -21,6 +22,7 @@ from abflax.runtime.jax_checks import jax_defaults, require_devices
 from abflax.taps import Model
 from abflax.training.compatibility import require_metrics
 from abflax.training.devices import AXIS, replicate, usable_devices
+from abflax.training.fingerprint import code_digest
 from abflax.training.inputs import EvaluationInputs
 from abflax.training.parallel import InputSpec, PhaseProgram, compile_evaluation, compile_phase
 
@@ -69,7 +71,8 @@ def evaluate(
         detect_lost_process(),
         contextlib.closing(Evaluation(test, used, metrics=metrics)) as evaluation,
     ):
-        program = compile_phase(model, None, phase, PhaseSchedule.single_step(), evaluation.spec)
+        spec = dataclasses.replace(evaluation.spec, code=code_digest(model, test.image_shape))
+        program = compile_phase(model, None, phase, PhaseSchedule.single_step(), spec)
         (measured,) = evaluation((program,), (student,), {})
     if not np.isfinite(measured["test_cross_entropy"]):
         raise NonFiniteError("the network's logits, or its cross-entropy, are not finite numbers")

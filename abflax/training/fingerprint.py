@@ -4,7 +4,8 @@ A run's name is the hash of its configuration, in which data, networks and code 
 every run's folder holds the digests of what stands behind the names, `fingerprint.json`:
 
 - `inputs`: contents of the data, weights, and what networks compute, and terms, their weights,
-  optimizers, metrics and augmentations that were made outside abflax (their lowered programs);
+  views, optimizers, metrics and augmentations that were made outside abflax (their lowered
+  programs);
 - `surroundings`: JAX's flags that change numbers;
 - `versions`: of the packages, and a digest of abflax's own source;
 - `record`: of a finished run's `record.json`, which holds that of the weights;
@@ -39,6 +40,7 @@ from abflax.methods import Phase, PhaseSchedule, bind
 from abflax.methods.objective import Objective, abstract_start, make_targets, student_loss
 from abflax.methods.optimizer import OwnOptimizer
 from abflax.methods.terms import Term
+from abflax.methods.views import VIEWS
 from abflax.methods.weights import Schedule
 from abflax.metrics import Metric
 from abflax.models.network import Network, configure_model, digest
@@ -64,49 +66,77 @@ Fingerprint = dict[str, dict[str, str]]
 """Section -> name of a thing -> its digest; see above."""
 
 
+def program_digests(
+    members: Sequence[tuple[RunConfig, Model | Network]],
+    teachers: Sequence[Network],
+    data: TrainData,
+    metrics: Mapping[str, Metric] | None = None,
+) -> dict[str, dict[str, str]]:
+    """Digests what networks, and code from outside abflax, compute now: hash -> name -> digest.
+
+    Args:
+      members: (configuration, student) of each run.
+      teachers: the anchors in their order, and the teacher.
+      data: the training data.
+      metrics: the user's, by name.
+    """
+    precision, shape = members[0][0].precision, data.image_shape
+    shared: dict[str, str] = {}
+    for name, teacher in zip(_teacher_names(teachers), teachers, strict=True):
+        moved = any(
+            phase.trains_teacher or phase.teacher_batch_statistics
+            for config, _ in members
+            for phase in config.phases()
+        )
+        shared[f"{name} {_PROGRAM}"] = _program_digest(teacher.model, precision, shape, moved)
+    models = [each.model for each in teachers]
+    shared |= _function_digests(members[0][0], metrics or {}, shape, data.num_classes)
+    of_students: dict[Model, str] = {}
+    found = {}
+    for config, student in members:
+        model = student.model if isinstance(student, Network) else student
+        if model not in of_students:
+            of_students[model] = _program_digest(model, precision, shape, True)
+        own = {f"student's {_PROGRAM}": of_students[model]}
+        own |= _phase_digests(config, model, models, len(data), shape)
+        found[config.hash] = shared | own
+    return found
+
+
+def _teacher_names(teachers: Sequence[Network]) -> list[str]:
+    """What the teachers are called in fingerprints."""
+    return [*(f"anchor {index}'s" for index in range(1, len(teachers))), "teacher's"][
+        : len(teachers)
+    ]
+
+
 def fingerprints(
     members: Sequence[tuple[RunConfig, Model | Network]],
-    teacher: Network | None,
+    teachers: Sequence[Network],
     data_sets: DataSets,
-    anchors: Sequence[Network] = (),
-    metrics: Mapping[str, Metric] | None = None,
+    programs: Mapping[str, Mapping[str, str]],
 ) -> dict[str, Fingerprint]:
     """Computes the fingerprints of the runs of a group, by their hashes.
 
     Args:
       members: (configuration, student) of each run.
-      teacher: as `abflax.distill` takes it.
+      teachers: the anchors in their order, and the teacher.
       data_sets: the training data, of which the runs may use a share; and others.
-      anchors: the teachers before it.
-      metrics: the user's, by name.
+      programs: what `program_digests` gives.
     """
     data = data_sets.train
-    precision, shape = members[0][0].precision, data.image_shape
     shared: dict[str, str] = {}
     for what, given in (("training", data), ("test", data_sets.test), ("target", data_sets.target)):
         if given is not None:
             shared |= {f"{what} {name}": value for name, value in _data_digests(given).items()}
-    if teacher is not None:
-        trained = any(phase.trains_teacher for config, _ in members for phase in config.phases())
-        shared["teacher's weights"] = digest(teacher.variables)
-        shared[f"teacher's {_PROGRAM}"] = _program_digest(teacher.model, precision, shape, trained)
-    for index, anchor in enumerate(anchors, 1):
-        shared[f"anchor {index}'s weights"] = digest(anchor.variables)
-        shared[f"anchor {index}'s {_PROGRAM}"] = _program_digest(
-            anchor.model, precision, shape, False
-        )
-    teachers = [each.model for each in (*anchors, teacher) if each is not None]
-    shared |= _function_digests(members[0][0], metrics or {}, shape, data.num_classes)
+    for name, teacher in zip(_teacher_names(teachers), teachers, strict=True):
+        shared[f"{name} weights"] = digest(teacher.variables)
     flags = {name: str(getattr(jax.config, name, None)) for name in _FLAGS}
     found = {}
     for config, student in members:
-        own = {}
+        inputs = shared | dict(programs[config.hash])
         if isinstance(student, Network):
-            own["student's first weights"] = digest(student.variables)
-            student = student.model
-        own[f"student's {_PROGRAM}"] = _program_digest(student, precision, shape, True)
-        own |= _phase_digests(config, student, teachers, len(data), shape)
-        inputs = shared | own
+            inputs["student's first weights"] = digest(student.variables)
         found[config.hash] = {"inputs": inputs, "surroundings": flags, "versions": _versions()}
     return found
 
@@ -216,49 +246,56 @@ def _record_digest(directory: Path) -> str | None:
         return None
 
 
-def _program_digest(model: Model, precision: str, shape: tuple[int, ...], student: bool) -> str:
+def code_digest(model: Model, image_shape: tuple[int, ...]) -> str:
+    """Digests what a network computes now, in evaluation mode."""
+    return _program_digest(model, "float32", image_shape, trains=False)
+
+
+def _program_digest(model: Model, precision: str, shape: tuple[int, ...], trains: bool) -> str:
     """Digests what a network computes, lowered for CPUs whatever runs it.
 
-    Of a student that is its initialization, and its passes forward and backward in training mode;
-    of a teacher those in evaluation mode. What abflax's own networks compute follows from their
-    fields and abflax's source.
+    These are its passes forward and backward, in evaluation mode, and where it `trains` in training
+    mode and its initialization. What abflax's own networks compute follows from their fields and
+    abflax's source.
     """
     model = configure_model(model, precision, None)
     side = side_of(model)
     if isinstance(side, Linen) and type(side.module).__module__.startswith("abflax."):
         return hashlib.sha256(repr(model).encode()).hexdigest()[:16]
-    return _lowered_digest(model, precision, shape, student)
-
-
-@functools.lru_cache(maxsize=64)
-def _lowered_digest(model: Model, precision: str, shape: tuple[int, ...], student: bool) -> str:
-    del precision  # it decides the default dtype
     images = jax.ShapeDtypeStruct((2, *shape), jnp.result_type(float))
-    key = jax.random.key(0)
-
-    def forward(variables: Any, images: jax.Array) -> Any:
-        run = run_model(model, variables, images, train=student, dropout_key=key)
-        return run.logits, run.taps, run.features, run.state
-
-    def gradients(variables: Any, images: jax.Array) -> Any:
-        """What a forward pass does not tell: `stop_gradient`, a custom backward rule."""
-
-        def total(params: Any, images: jax.Array) -> jax.Array:
-            *outputs, _ = forward({**variables, "params": params}, images)
-            return jax.tree.reduce(jnp.add, jax.tree.map(jnp.sum, outputs))
-
-        return jax.grad(total, argnums=(0, 1), allow_int=True)(variables["params"], images)
-
-    variables = abstract_variables(model, shape)
-    texts = [_lowered(forward, variables, images), _lowered(gradients, variables, images)]
-    if student:
+    key, variables = jax.random.key(0), abstract_variables(model, shape)
+    texts = []
+    for train in (False, True) if trains else (False,):
+        forward = functools.partial(_forward, model, key, train)
+        texts.append(_lowered(forward, variables, images))
+        texts.append(_lowered(functools.partial(_gradients, forward), variables, images))
+    if trains:
         texts.append(_lowered(lambda key: init_variables(model, key, shape), key))
     return hashlib.sha256("".join(texts).encode()).hexdigest()[:16]
+
+
+def _forward(model: Model, key: jax.Array, train: bool, variables: Any, images: jax.Array) -> Any:
+    run = run_model(model, variables, images, train=train, dropout_key=key)
+    return run.logits, run.taps, run.features, run.losses, run.state
+
+
+def _gradients(forward: Callable[..., Any], variables: Any, images: jax.Array) -> Any:
+    """What a forward pass does not tell: `stop_gradient`, a custom backward rule."""
+
+    def total(params: Any, images: jax.Array) -> jax.Array:
+        *outputs, _ = forward({**variables, "params": params}, images)
+        return jax.tree.reduce(jnp.add, jax.tree.map(jnp.sum, outputs))
+
+    return jax.grad(total, argnums=(0, 1), allow_int=True)(variables["params"], images)
 
 
 def _is_own(given: Any) -> bool:
     """Whether a term or its weight is of a class that was made outside abflax."""
     return isinstance(given, Term | Schedule) and not type(given).__module__.startswith("abflax.")
+
+
+def _is_own_view(name: str) -> bool:
+    return name in VIEWS and not VIEWS[name].__module__.startswith("abflax.")
 
 
 def _phase_digests(
@@ -284,7 +321,7 @@ def _phase_digests(
             found[f"{phase.name} optimizer's {_PROGRAM}"] = _optimizer_digest(
                 phase.optimizer, bound(phase)
             )
-        if any(map(_is_own, itertools.chain(*phase.terms))):
+        if any(map(_is_own, itertools.chain(*phase.terms))) or any(map(_is_own_view, phase.views)):
             earlier = None if before is None else bound(before)
             found[f"phase {phase.name}'s {_PROGRAM}"] = _objective_digest(bound(phase), earlier)
         before = phase

@@ -73,6 +73,7 @@ class TrainingGroup:
       keep_going: whether a run that fails leaves the others running.
       reporter: told when a run fails.
       metrics: measured besides, by name.
+      code: see `InputSpec`.
     """
 
     def __init__(  # noqa: PLR0913 - all that runs share
@@ -86,6 +87,7 @@ class TrainingGroup:
         keep_going: bool = False,
         reporter: Reporter | None = None,
         metrics: Mapping[str, Metric] | None = None,
+        code: str = "",
     ) -> None:
         self.resources, self.size, self.keep_going = resources, size, keep_going
         self.reporter = reporter or NullReporter()
@@ -100,7 +102,7 @@ class TrainingGroup:
         self.spec = InputSpec(
             dataclasses.replace(data.preprocessing, views=config.views), data.image_shape, devices,
             streamed, self.steps_per_dispatch, target.preprocessing if target is not None else None,
-            augment=_augment_of(config, data.image_shape),
+            augment=_augment_of(config, data.image_shape), code=code,
         )  # fmt: skip
         self.teachers = [_placed(each, config.precision, devices) for each in teachers]
         self.teachers = self.teachers or [Teacher()]

@@ -40,6 +40,7 @@ class TrainHistory:
       restarts: the steps at which another pass over a loader began, since its position was not
         known when the run was resumed.
       connectors: the digest of those that were kept last.
+      anchors: epoch -> the digest of the student that was kept after it.
       grown_from: the name of the shorter run whose end this one began with; None: there is none.
     """
 
@@ -54,6 +55,7 @@ class TrainHistory:
     position: str | None = None
     restarts: list[int] = dataclasses.field(default_factory=list)
     connectors: str | None = None
+    anchors: dict[str, str] = dataclasses.field(default_factory=dict)
     grown_from: str | None = None
 
     def add(self, metrics: dict[str, np.ndarray], count: int) -> None:
@@ -156,10 +158,21 @@ def _same_weights(phase: Phase, shorter: PhaseSchedule, longer: PhaseSchedule) -
 
 
 def anchor_epochs(epochs: Iterable[int], count: int) -> set[int]:
-    """The epochs among those that are nearest to `count` equal parts of the last."""
+    """The epochs among those that are nearest to `count` equal parts of the last.
+
+    Raises:
+      ValueError: if the same one is the nearest to two parts.
+    """
     epochs = sorted(epochs)
     wanted = [Fraction(epochs[-1] * part, count) for part in range(1, count + 1)]
-    return {min(epochs, key=lambda epoch: abs(epoch - each)) for each in wanted}
+    found = {min(epochs, key=lambda epoch: abs(epoch - each)) for each in wanted}
+    if len(found) < count:
+        raise InputError(
+            f"{count} anchors are asked for of a run of {epochs[-1]} epochs that is evaluated "
+            f"{len(epochs)} times, which gives {len(found)}: evaluate it more often "
+            "(evaluate_every), or keep fewer (keep_anchors)"
+        )
+    return found
 
 
 def evaluation_steps(

@@ -56,6 +56,8 @@ class InputSpec:
       dtype: the default floating dtype when the program is traced.
       augment: of the user's, of training images; None: there is none.
       metrics: of the user's, by name: what an evaluation measures besides.
+      code: what networks, terms, optimizers and views from outside abflax compute now: these may
+        read what the user has changed since a program was compiled.
     """
 
     preprocessing: Preprocessing
@@ -67,6 +69,7 @@ class InputSpec:
     dtype: Any = dataclasses.field(default_factory=lambda: jnp.result_type(float))
     augment: Augment | None = None
     metrics: tuple[tuple[str, Metric], ...] = ()
+    code: str = ""
 
 
 @struct.dataclass

@@ -29,6 +29,7 @@ Schema 1. A record is an object with
   records made before it was written);
 - `ema_weights`: likewise of the averaged weights, where there are some;
 - `connectors`: likewise of the connectors of the last phase that trained some;
+- `anchors`: only where some are kept: epoch -> the digest of the student after it;
 - `loader`: only where a loader of the user's gave the batches: `resumes_exactly`, whether its
   position is in checkpoints, and `restarted_at`, the steps at which another pass over the data
   began because it is not;

@@ -137,7 +137,7 @@ class Run:
           BusyError: if another process is training the run.
           ValueError: if no checkpoint can be read, or it is of another configuration.
         """
-        self.result = self.directory.open(self._begins_with)
+        self.result = self.directory.open(self._begins_with, self._anchor_epochs)
         if self.result is not None:
             return
         if self.directory.note:
@@ -147,6 +147,8 @@ class Run:
             self._begin_phase(0, None)
         else:
             self._restore_checkpoint(description)
+            if isinstance(self.group.data, Batches):
+                self._say(f"it goes on with a loader that is known by {self.group.data.known_by}")
         self.history.group_size = max(self.history.group_size, self.group.size)
         if self.group.resources.tensorboard:
             self.directory.log_to_tensorboard(self.history.entries)
@@ -190,14 +192,12 @@ class Run:
         self.directory.log(entry)
         self.reporter.evaluated(entry)
         self.save()
-        if entry["epoch"] in self._anchor_epochs:
-            self.directory.keep_anchor(entry["epoch"], self.snapshot[1].student)
         if self.step == self.schedules[self.history.phase].end:
             self.reporter.finished()
             self._next_phase()
 
     def save(self) -> None:
-        """Saves a checkpoint in the background.
+        """Saves a checkpoint in the background; before it the anchor, if the student is one.
 
         Raises:
           NonFiniteError: if a weight of the student is NaN or infinite.
@@ -211,6 +211,10 @@ class Run:
                 f"the student's {names[0]} is not finite after step {self.step} of the run; "
                 f"{self._last_checkpoint()}"
             )
+        epoch = self.evaluations.get(self.step)
+        if epoch in self._anchor_epochs:
+            self.history.anchors[str(epoch)] = digest(self.snapshot[1].student)
+            self.directory.keep_anchor(epoch, self.snapshot[1].student)
         history = dataclasses.asdict(self.history)
         description = {"config": self.config.as_json(), "history": history}
         self.directory.save(self.step, self.snapshot[1], description)
@@ -304,6 +308,8 @@ class Run:
                 record["ema_weights"] = digest(average)
             if self.history.connectors is not None:
                 record["connectors"] = self.history.connectors
+            if self.history.anchors:
+                record["anchors"] = self.history.anchors
             if self.history.grown_from is not None:
                 record["grown_from"] = self.history.grown_from
             self.result = self.directory.finish(
@@ -329,6 +335,8 @@ class Run:
             lambda found: jax.eval_shape(lambda: self._abstract_state(found["history"]["phase"]))
         )
         self.history = TrainHistory(**description["history"])
+        passed = {epoch for step, epoch in self.evaluations.items() if step <= self.step}
+        self.directory.require_anchors(self._anchor_epochs & passed, self.history.anchors)
         if grown:
             self.history.grown_from = RunConfig.from_json(saved).hash
         self.snapshot, self.snapshot_position = (self.step, state), self.history.position
@@ -403,7 +411,8 @@ class Run:
         nonfinite = program.find_nonfinite(self.state, self.teacher.params, inputs, group.key)
         norm = norm_of(jax.tree.map(np.asarray, self.state.params["student"]))
         rate = float(program.schedule(step - self.schedules[self.history.phase].start))
-        parts = [describe_nonfinite(nonfinite), self._trend.divergence(norm, rate)]
+        diverged = self._trend.divergence(norm, rate) or self.history.describe_growth()
+        parts = [describe_nonfinite(nonfinite), diverged]
         return "; ".join(part for part in parts if part)
 
     def _last_checkpoint(self) -> str:

@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -145,6 +145,47 @@ def _read_finished(directory: Path) -> dict[str, Any] | None:
     return record
 
 
+def anchor_path(directory: Path, epoch: int) -> Path:
+    """Where a run keeps its student after an epoch."""
+    return directory / ANCHORS / f"{epoch:06}.safetensors"
+
+
+def lost_anchors(directory: Path, epochs: Collection[int], digests: Mapping[str, str]) -> list[int]:
+    """Finds the epochs whose students are not kept in a run's folder, or not whole.
+
+    Args:
+      directory: the run's folder.
+      epochs: those that are asked for.
+      digests: epoch -> digest of the student, as history and record have them; runs that older
+        versions made have none.
+    """
+    lost = []
+    for epoch in sorted(epochs):
+        try:
+            found = digest(unflatten_dict(read_state_dict(anchor_path(directory, epoch)), sep="/"))
+        except InputError:
+            lost.append(epoch)
+        else:
+            if found != digests.get(str(epoch), found):
+                lost.append(epoch)
+    return lost
+
+
+@on_process_zero
+def require_anchors(directory: Path, epochs: Collection[int], digests: Mapping[str, str]) -> None:
+    """Raises `InputError` if a finished run does not hold all anchors that are asked for."""
+    if lost := lost_anchors(directory, epochs, digests):
+        raise InputError(
+            f"the run in {directory} is finished, but did not keep {_students(lost)}, as "
+            "keep_anchors asks; --force (force=True) trains it anew"
+        )
+
+
+def _students(epochs: Sequence[int]) -> str:
+    listed = ", ".join(map(str, epochs[:5])) + ", …" * (len(epochs) > 5)
+    return f"its student after epoch{'s' * (len(epochs) > 1)} {listed}"
+
+
 class RunDirectory:
     """The folder of one run, or nothing at all for a run without a workdir.
 
@@ -176,7 +217,11 @@ class RunDirectory:
         self._connectors: Any | None = None
         self.note = ""
 
-    def open(self, begins: Callable[[tuple[int, ...]], bool] | None = None) -> Result | None:
+    def open(
+        self,
+        begins: Callable[[tuple[int, ...]], bool] | None = None,
+        anchors: Collection[int] = (),
+    ) -> Result | None:
         """Locks and tidies the folder. Returns the result if the run was finished meanwhile.
 
         A folder without a checkpoint gets the last one of a finished run beside it that differs in
@@ -184,11 +229,13 @@ class RunDirectory:
 
         Args:
           begins: epochs of another run -> whether its steps are the first of this one.
+          anchors: the epochs whose students are to be kept.
 
         Raises:
           BusyError: if another process is training the run.
           DiskError: if the lock cannot be written.
-          ValueError: if the folder holds another experiment's run, and it is not forced.
+          ValueError: if the folder holds another experiment's run, or a finished one without the
+            anchors, and it is not forced.
         """
         if self.path is None:
             return None
@@ -204,11 +251,12 @@ class RunDirectory:
             write_fingerprint(self.path, self._fingerprint)
         if record is not None:
             self.close()
+            require_anchors(self.path, anchors, record.get("anchors", {}))
             return Result(record, None, self.path)
         if note and on_process_zero(self._has_checkpoint)():
             self.note = f"it goes on from a checkpoint, though {note}"
         elif begins is not None and not self._force:
-            self.note = self._adopt(begins)
+            self.note = self._adopt(begins, anchors)
         checkpoints = Checkpoints(self.path / "checkpoints")
         self._checkpoints = self._writers.enter_context(checkpoints)
         return None
@@ -251,11 +299,11 @@ class RunDirectory:
         return any(path.name.isdigit() for path in (self.path / "checkpoints").glob("*"))
 
     @on_process_zero
-    def _adopt(self, begins: Callable[[tuple[int, ...]], bool]) -> str:
-        """Copies the last checkpoint, and the connectors, of the longest run that begins this one.
+    def _adopt(self, begins: Callable[[tuple[int, ...]], bool], anchors: Collection[int]) -> str:
+        """Copies the last checkpoint of the longest run that begins this one, and what it keeps.
 
-        Returns a sentence where only a learning rate or weight keeps a shorter run from beginning
-        this one; else "".
+        Returns a sentence where only a learning rate, a weight or an anchor keeps a shorter run
+        from beginning this one; else "".
         """
         assert self.path is not None
         checkpoints, shorter = self.path / "checkpoints", self._shorter()
@@ -266,10 +314,18 @@ class RunDirectory:
             for epochs, other in shorter.items()
             if begins(epochs) and (other / END).exists() and is_same_run(other, self._fingerprint)
         }
+        whole = [end for end, other in first.items() if not _lacks(other, end, anchors)]
+        if first and not whole:
+            return (
+                f"{first[max(first)].name} has the same settings and fewer epochs, but did not "
+                "keep the anchors that are asked for, so this run begins anew"
+            )
         if first:
-            other = first[max(first)]
+            other = first[max(whole)]
             with contextlib.suppress(FileNotFoundError):
                 shutil.copy(other / f"{CONNECTORS}.safetensors", self.path)
+            if (other / ANCHORS).exists():
+                _copy_whole(other / ANCHORS, self.path / ANCHORS)
             (end,) = (other / END).iterdir()
             _copy_whole(end, checkpoints / end.name)
             return ""
@@ -329,7 +385,17 @@ class RunDirectory:
     def keep_anchor(self, epoch: int, variables: Any) -> None:
         """Writes the student after an epoch, which stays beside that of the end."""
         if self.path is not None:
-            on_process_zero(_keep)(self.path / ANCHORS / f"{epoch:06}.safetensors", variables)
+            on_process_zero(_keep)(anchor_path(self.path, epoch), variables)
+
+    @on_process_zero
+    def require_anchors(self, epochs: Collection[int], digests: Mapping[str, str]) -> None:
+        """Raises `InputError` if a run that goes on lacks anchors of epochs that it has passed."""
+        if self.path is not None and (lost := lost_anchors(self.path, epochs, digests)):
+            raise InputError(
+                f"the run in {self.path} goes on from a checkpoint, but did not keep "
+                f"{_students(lost)}, as keep_anchors asks: remove {self.path / 'checkpoints'} to "
+                "begin anew, or leave keep_anchors out"
+            )
 
     def diverge(self, record: dict[str, Any]) -> None:
         """Writes how a run ended whose numbers went wrong, so that tables count it."""
@@ -340,6 +406,12 @@ class RunDirectory:
         """Waits for what is written in the background, and releases the lock."""
         with self._lock, self._writers:
             pass
+
+
+def _lacks(directory: Path, epochs: int, anchors: Collection[int]) -> bool:
+    """Whether a finished run of so many epochs lacks anchors of a longer one."""
+    digests = read_json(directory / "record.json").get("anchors", {})
+    return bool(lost_anchors(directory, {each for each in anchors if each <= epochs}, digests))
 
 
 def _copy_whole(source: Path, target: Path) -> None:

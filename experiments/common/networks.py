@@ -88,14 +88,21 @@ def find_anchors(name: str, run: str, workdir: Path, count: int) -> list[Network
 
     The run was trained with --keep-anchors.
     """
-    folder = workdir / "runs" / run / ANCHORS
-    paths = sorted(folder.glob("*.safetensors"))
+    directory = workdir / "runs" / run
+    paths = sorted((directory / ANCHORS).glob("*.safetensors"))
     if not 1 <= count <= len(paths):
         raise InputError(
-            f"{folder} holds {len(paths)} anchors, not {count}; --keep-anchors N keeps some"
+            f"{directory / ANCHORS} holds {len(paths)} anchors, not {count}: train that run with "
+            "--keep-anchors N, and --force where it is finished"
         )
     chosen = [paths[len(paths) * part // count - 1] for part in range(1, count + 1)]
-    return [_load_file(name, path) for path in chosen]
+    networks = [_load_file(name, path) for path in chosen]
+    digests = (read_record(directory / "record.json") or {}).get("anchors", {})
+    for path, network in zip(chosen, networks, strict=True):
+        made = digest(network.variables)
+        if digests.get(path.stem.lstrip("0"), made) != made:
+            raise InputError(f"{path} is damaged: see the run's record")
+    return networks
 
 
 def greedy_anchors(networks: Sequence[Network], data: Dataset, threshold: float) -> list[Network]:

@@ -89,7 +89,7 @@ def test_anchors_at_equal_distances_and_greedily(tmp_path):
     found = find_anchors("wrn10-1", "run", tmp_path, 2)
     everyone = find_anchors("wrn10-1", "run", tmp_path, 4)
     assert [each.name for each in found] == [everyone[1].name, everyone[3].name]
-    with pytest.raises(ValueError, match="holds 4 anchors, not 5"):
+    with pytest.raises(ValueError, match="holds 4 anchors, not 5: train that run with --keep"):
         find_anchors("wrn10-1", "run", tmp_path, 5)
     data = load("digits", "train").take(range(16))
     assert greedy_anchors(everyone, data, 1e-9) == everyone[:3] + everyone[3:]

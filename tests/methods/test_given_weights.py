@@ -8,12 +8,14 @@ import jax
 import numpy as np
 import optax
 import pytest
+from flax import linen as nn
 
-from abflax import Dataset, InputError, Interrupted, Network, distill
+from abflax import Dataset, InputError, Interrupted, Network, NonFiniteError, distill
 from abflax.methods import METHODS, Phase, bind
 from abflax.methods.terms import LogitRegression, SoftmaxRegression
 from abflax.models.variables import init_variables
 from abflax.taps import run_model
+from abflax.taps.running import sow_features, sow_tap
 from abflax.training.step import create_train_state, train_step
 from tests.methods.test_registry import Tiny
 from tests.stopping import StopAt
@@ -130,6 +132,47 @@ def test_a_classifier_that_cannot_be_told_is_refused():
     for teacher in ({}, {"fc": layer, "block": {"mix": layer}}):
         with pytest.raises(InputError, match="needs the teacher's classifier"):
             SoftmaxRegression().first_weights(drawn, teacher, {})
+
+
+class Other(nn.Module):
+    """Its logits are not, or not all, what its classifier makes of its features."""
+
+    change: str = ""
+
+    @nn.compact
+    def __call__(self, images):
+        tap = nn.Conv(6, (3, 3), strides=2, name="conv")(images)
+        sow_tap(self, "layer1", tap)
+        features = nn.relu(tap).mean(axis=(1, 2))
+        sow_features(self, -features if self.change == "features" else features)
+        logits = nn.Dense(10, name="classifier")(features)
+        changes = {"scale": lambda x: 0.5 * x, "log": nn.log_softmax}
+        return changes.get(self.change, lambda x: x)(logits)
+
+
+@pytest.mark.parametrize("change", ["", "scale", "log", "features"])
+def test_a_teacher_whose_logits_are_not_its_classifiers_is_refused(change, given, tmp_path):
+    """Before anything is written, and by `bind` too."""
+    images, labels, _ = given
+    variables = Other().init(jax.random.key(3), images)
+    variables["params"]["classifier"]["bias"] += 0.5
+    teacher = Network(Other(change), variables)
+    run = functools.partial(
+        distill, Tiny(6), data=Dataset(images, labels, 10), method="srrl", epochs=(0, 1),
+        batch_size=16, workdir=tmp_path,
+    )  # fmt: skip
+    if not change:
+        assert run(teacher=teacher).record["history"]
+        nonsense = jax.tree.map(lambda leaf: leaf * np.nan, variables)
+        with pytest.raises(NonFiniteError):
+            run(teacher=Network(Other(), nonsense))
+        return
+    told = "whose logits are its classifier's, .* those of Other are apart"
+    with pytest.raises(InputError, match=told):
+        run(teacher=teacher)
+    assert not (tmp_path / "runs").exists()
+    with pytest.raises(InputError, match=told):
+        bind(Tiny(6), teacher, METHODS["srrl"]()[0], SHAPE)
 
 
 def _headed_term(factor):

@@ -9,7 +9,7 @@ import pytest
 from flax import linen as nn
 
 from abflax.errors import InputError
-from abflax.models import MODELS, model_name
+from abflax.models import MODELS, is_local, model_name
 from abflax.models.convolution import convolve
 from abflax.models.variables import abstract_variables
 from abflax.models.wide_resnet import WideResNet
@@ -106,6 +106,7 @@ def test_a_subclass_is_another_network():
 
     assert model_name(WideResNet(10, 1)) == "wrn10-1"
     assert model_name(Mine(10, 1)).startswith("Mine(")
+    assert is_local(Mine(10, 1)) and not any(is_local(MODELS[name]()) for name in MODELS)
 
 
 @pytest.mark.parametrize("name", ["resnet50-0.25", "mobilenet-v1-0.5", "mobilenet-v2-1.4"])

@@ -14,7 +14,17 @@ from flax import linen as nn
 from flax import nnx
 from PIL import Image
 
-from abflax import Dataset, InputError, Network, Resources, Tapped, distill, evaluate, load
+from abflax import (
+    Dataset,
+    InputError,
+    Network,
+    NonFiniteError,
+    Resources,
+    Tapped,
+    distill,
+    evaluate,
+    load,
+)
 from abflax.data.decoding import centre_crop
 from abflax.methods import METHODS
 from abflax.models.variables import init_variables
@@ -232,6 +242,21 @@ def test_sown_losses_are_added():
     losses = [distill(Sowing(w), None, DATA, method="cross-entropy", **SETTINGS)
               .record["history"][0]["loss"] for w in (0.0, 5.0)]  # fmt: skip
     assert losses[1] - losses[0] == pytest.approx(5, abs=1e-4)
+
+
+def test_a_sown_loss_that_makes_training_diverge_is_told():
+    """The report's weight is 1e6: at the default learning rate no loss as large can be trained."""
+
+    class Sowing(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            x = nn.Conv(4, (3, 3), strides=2)(x)
+            self.sow("losses", "extra", 1e6 * (x**2).mean())
+            return nn.Dense(10)(nn.relu(x).mean(axis=(1, 2)))
+
+    with pytest.raises(NonFiniteError, match=r"loss.* from .*e\+05 to .* grew|grew from .*e\+05"):
+        distill(Sowing(), None, DATA, method="cross-entropy", epochs=(0, 8), batch_size=16,
+                resources=ONE)  # fmt: skip
 
 
 def test_a_network_that_never_trains_its_norms_is_refused():

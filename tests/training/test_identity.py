@@ -7,15 +7,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
+from flax import linen as nn
 from flax.traverse_util import flatten_dict, unflatten_dict
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from abflax import InputError, Interrupted, Network, distill
+from abflax import InputError, Interrupted, Network, RunConfig, Tapped, distill, evaluate
+from abflax.analysis import examine
 from abflax.data.image_files import exactly_named
+from abflax.methods.views import VIEWS
 from abflax.models import model_name
 from abflax.runtime.reporter import NullReporter
 from abflax.training import fingerprint
+from abflax.training.fingerprint import program_digests
 from abflax.training.record import read_record
 from abflax.weights import read_state_dict
 from tests import identity
@@ -37,7 +41,7 @@ from tests.stopping import StopAt
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory):
     """The folder of the base experiment, finished."""
-    return identity.finished(tmp_path_factory.mktemp("finished"))
+    return identity.finished(tmp_path_factory.mktemp("finished"), base())
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +59,8 @@ CASES = {
     ("student", "unnamed object"): REFUSED,
     ("student", "factor in its code"): REFUSED,
     ("student", "gradient in its code"): REFUSED,
+    ("student", "evaluation in its code"): REFUSED,
+    ("student", "loss in its code"): REFUSED,
     ("student", "tap"): NAMED,
     ("teacher", "a bias"): REFUSED,
     ("teacher", "epsilon in its code"): REFUSED,
@@ -77,6 +83,122 @@ def test_the_same_experiment_is_served(workdir, directory):
     before = (directory / "record.json").read_bytes()
     result = distill(**base(), workdir=workdir)
     assert result.record == json.loads(before) and result.directory == directory
+
+
+OWN_CASES = {
+    "augmentation": NAMED,
+    "augmentation, by little": REFUSED,
+    "metric's array": REFUSED,
+    "no metric": REFUSED,
+    "term": REFUSED,
+    "term's module": REFUSED,
+    "schedule": REFUSED,
+    "optimizer after many steps": REFUSED,
+    "average": NAMED,
+}
+
+
+def test_other_code_of_ones_own(tmp_path):
+    identity.finished(tmp_path, identity.own())
+    for _, what, changed, _ in identity.own_experiments():
+        if what in OWN_CASES:
+            assert outcome(changed, tmp_path)[0] == OWN_CASES[what], what
+    assert outcome(identity.own(), tmp_path) == (MIXED, "served")
+
+
+FACTOR = 1.0
+
+
+class Global(nn.Module):
+    """A network that reads a global."""
+
+    @nn.compact
+    def __call__(self, images):
+        x = nn.relu(nn.Conv(2, (3, 3), strides=2)(images)).mean(axis=(1, 2))
+        return FACTOR * nn.Dense(10)(x)
+
+
+def test_code_that_reads_a_global_is_compiled_anew(tmp_path, monkeypatch):
+    """Though the module is the same object: in training, evaluation and analysis."""
+    student, test = Global(), base()["test"]
+    settings = base() | {"epochs": (0, 1), "method": "cross-entropy", "teacher": None}
+    settings["student"] = student
+
+    def numbers():
+        result = distill(**settings)
+        network = Network(student, variables)
+        seen = [evaluate(network, test)["test_cross_entropy"], first_order(network, test)]
+        return [result.record["history"][0]["loss"], *seen]
+
+    def first_order(network, test):
+        tapped = Network(Tapped(student, {"layer1": "Dense_0"}), network.variables)
+        return examine(tapped, test).student.wrong.mean()
+
+    variables = distill(**settings, workdir=tmp_path).variables
+    first = numbers()
+    monkeypatch.setattr(f"{__name__}.FACTOR", -2.0)
+    assert all(ours != theirs for ours, theirs in zip(numbers(), first, strict=True))
+    with pytest.raises(InputError, match="another student's computation"):
+        distill(**settings, workdir=tmp_path)
+    monkeypatch.undo()
+    assert numbers() == first
+
+
+def test_what_a_teacher_computes_in_training_mode_counts_where_it_is_run_in_it():
+    """Under protocol official its batch norms use the batch, and their statistics move."""
+    start = base()
+    teachers = [make_teacher(make_net(momentum=momentum)) for momentum in (0.9, 0.5)]
+    for protocol, same in (("paper", True), ("official", False)):
+        config = RunConfig("digits", "net", "teacher", protocol=protocol)
+        one, two = (
+            program_digests([(config, start["student"])], [teacher], start["data"])[config.hash]
+            for teacher in teachers
+        )
+        assert (one["teacher's computation"] == two["teacher's computation"]) == same
+
+
+def test_a_view_that_is_replaced_counts(monkeypatch):
+    start = base()
+    config = RunConfig("digits", "net", "teacher", method="bss")
+    arguments = [(config, start["student"])], [start["teacher"]], start["data"]
+    assert not any(name.startswith("phase") for name in program_digests(*arguments)[config.hash])
+    found = []
+    for factor in (1.0, 2.0):
+        moved = lambda apply, images, labels, keys, factor=factor: factor * images  # noqa: E731
+        (name,) = {view for phase in config.phases() for view in phase.views}
+        monkeypatch.setitem(VIEWS, name, moved)
+        found.append(program_digests(*arguments)[config.hash])
+    assert found[0] != found[1]
+
+
+def _cell(layers, factor=1.0):
+    """A student of a local class, as a notebook's cell makes it."""
+
+    class Student(nn.Module):
+        @nn.compact
+        def __call__(self, images):
+            x = factor * nn.Conv(2, (3, 3), strides=2, name="conv")(images)
+            x = nn.relu(x).mean(axis=(1, 2))
+            for _ in range(layers):
+                x = nn.relu(nn.Dense(3)(x))
+            return nn.Dense(10)(x)
+
+    return Tapped(Student(), {"layer1": "conv"})
+
+
+def test_an_edited_class_is_another_run_or_refused(tmp_path):
+    """Another run where its variables differ; what else was edited shows in its program."""
+    settings = base() | {"epochs": (0, 1), "method": "cross-entropy", "teacher": None}
+
+    def run(student, workdir=tmp_path):
+        return distill(**settings | {"student": student}, workdir=workdir).record
+
+    first, edited = run(_cell(0)), run(_cell(1))
+    assert edited["history"] == run(_cell(1), None)["history"] != first["history"]
+    assert run(_cell(0)) == first and run(_cell(1)) == edited
+    with pytest.raises(InputError, match="another student's computation"):
+        run(_cell(1, factor=2.0))
+    assert run(_cell(1)) == edited
 
 
 def test_what_differs_is_named_and_force_trains_anew(tmp_path):

@@ -71,6 +71,25 @@ def passes(data):
     return Batches(loader, 10, epoch=2, preprocessing=NORMALIZED)
 
 
+def test_a_loader_is_known_by_its_first_batch(data, tmp_path, caplog):
+    """One that shuffles by the shapes of its batches. A run that is found says so."""
+    other = Dataset(data.images[::-1], data.labels[::-1], 10, NORMALIZED)
+    assert passes(data).name == passes(data).name != passes(other).name
+    draw = np.random.default_rng(0)
+
+    def shuffling():
+        rows = draw.permutation(16)[:8]
+        yield {"image": data.images[rows], "label": data.labels[rows]}
+
+    shuffled = Batches(shuffling, 10, epoch=1)
+    assert shuffled.name == Batches(shuffling, 10, epoch=1).name
+    for batches, known in ((passes(data), "its first batch"), (shuffled, "the shapes of its")):
+        for _ in range(2):
+            trained(batches, epochs=(0, 1), workdir=tmp_path)
+        assert f"its loader is known by {known}" in caplog.text
+        caplog.clear()
+
+
 def trained(data, **settings):
     fixed = {"method": "cross-entropy", "epochs": (0, 3), "resources": ONE}
     return distill(Small(), None, data, **{**fixed, **settings})

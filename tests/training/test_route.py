@@ -1,6 +1,7 @@
 """Route-constrained optimization: phases with teachers of their own."""
 
 import dataclasses
+import json
 
 import chex
 import jax
@@ -21,9 +22,11 @@ from abflax import (
 from abflax.losses import knowledge_distillation
 from abflax.methods import Phase
 from abflax.methods.terms import KnowledgeDistillation
+from abflax.runtime.reporter import NullReporter
 from abflax.taps import run_model
 from abflax.training.history import anchor_epochs
 from tests.conftest import draw_variables
+from tests.identity import flip
 from tests.stopping import StopAt
 
 DRAW = np.random.default_rng(0)
@@ -101,8 +104,73 @@ def test_anchors_are_kept(tmp_path):
     left = [path.name for path in (result.directory / "anchors").iterdir()]
     assert left == ["000005.safetensors"]  # none of the training before
     assert anchor_epochs([5, 10, 15, 20], 3) == {5, 15, 20}
+    with pytest.raises(InputError, match="5 anchors .* of 20 epochs .* 4 times, which gives 4"):
+        anchor_epochs([5, 10, 15, 20], 5)
     with pytest.raises(InputError, match="give a workdir"):
         train(None, method="cross-entropy", epochs=(0, 1), resources=kept)
+
+
+class Notes(NullReporter):
+    """Collects what is said."""
+
+    def __init__(self):
+        self.notes = []
+
+    def finished(self, note=""):
+        self.notes.append(note)
+
+
+def kept(count, workdir, epochs=4, **settings):
+    resources = Resources(devices=1, keep_anchors=count, checkpoint_seconds=0.0)
+    common = {"method": "cross-entropy", "workdir": workdir, "resources": resources}
+    return train(None, epochs=(0, epochs), **common | settings)
+
+
+def anchors_in(directory):
+    return sorted(int(path.stem) for path in (directory / "anchors").glob("*"))
+
+
+def test_a_finished_run_without_the_anchors_is_not_served(tmp_path):
+    directory = kept(2, tmp_path).directory
+    assert anchors_in(directory) == [2, 4]
+    assert kept(1, tmp_path).directory == kept(0, tmp_path).directory == directory
+    record = json.loads((directory / "record.json").read_text())
+    assert list(record["anchors"]) == ["2", "4"] and record["anchors"]["4"] == record["weights"]
+    with pytest.raises(InputError, match=r"did not keep its student after epochs 1, 3, .* --force"):
+        kept(4, tmp_path)
+    with pytest.raises(InputError, match="5 anchors are asked for of a run of 4 epochs"):
+        kept(5, tmp_path)
+    file = directory / "anchors" / "000002.safetensors"
+    flip(file, 8 * len(file.read_bytes()) - 9)
+    with pytest.raises(InputError, match="did not keep its student after epoch 2, "):
+        kept(2, tmp_path)
+    with pytest.raises(InputError, match="3 anchors are asked for of a run of 2 epochs"):
+        kept(3, tmp_path / "short", epochs=2)
+    assert anchors_in(kept(4, tmp_path, force=True).directory) == [1, 2, 3, 4]
+
+
+def test_a_resumed_run_keeps_all_anchors_or_says_so(tmp_path):
+    for workdir, count in ((tmp_path / "none", 0), (tmp_path / "all", 4)):
+        with pytest.raises(Interrupted):
+            kept(count, workdir, reporter=StopAt(2))
+    with pytest.raises(InputError, match=r"after epochs 1, 2, .*: remove .* to begin anew"):
+        kept(4, tmp_path / "none")
+    assert anchors_in(kept(4, tmp_path / "all").directory) == [1, 2, 3, 4]
+
+
+def test_a_grown_run_keeps_the_anchors_of_its_beginning(tmp_path):
+    """It begins anew where the shorter one did not keep them, and says so."""
+    constant = {"protocol": "paper", "schedule": "constant"}
+    alone = kept(0, tmp_path / "alone", **constant)
+    for workdir, count in ((tmp_path / "none", 0), (tmp_path / "all", 2)):
+        reporter = Notes()
+        kept(count, workdir, epochs=2, **constant)
+        grown = kept(4, workdir, reporter=reporter, **constant)
+        assert anchors_in(grown.directory) == [1, 2, 3, 4]
+        assert list(grown.record["anchors"]) == ["1", "2", "3", "4"]
+        assert ("grown_from" in grown.record) == (count > 0)
+        assert ("did not keep the anchors" in " ".join(reporter.notes)) == (count == 0)
+        chex.assert_trees_all_equal(grown.variables, alone.variables)
 
 
 def test_what_cannot_be_right():

@@ -1,5 +1,7 @@
 """Joint distillation and adaptation: a second domain, and a teacher that is trained along."""
 
+import dataclasses
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -57,6 +59,14 @@ def train(target=TARGET, teacher=TEACHER, **settings):
     common = {"batch_size": 8, "method": "progressive-uda", "epochs": (0, 2), "test": TEST,
               "resources": Resources(devices=1)}  # fmt: skip
     return distill(tapped(2), teacher, SOURCE, target_data=target, **common | settings)
+
+
+def test_unlabelled_data_may_be_replaced():
+    data = Dataset(np.zeros((4, 8, 8, 1), np.uint8))
+    other = dataclasses.replace(data, images=data.images[:3] + 1)
+    assert (len(other), other.num_classes) == (3, 0) and other.name != data.name
+    with pytest.raises(InputError, match="num_classes must be a whole number above 0, not 0"):
+        dataclasses.replace(data, labels=np.zeros(4, int))
 
 
 def test_unlabelled_data_are_for_that_alone():

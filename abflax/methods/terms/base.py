@@ -12,6 +12,7 @@ from flax import linen as nn
 
 from abflax.errors import InputError, unknown
 from abflax.methods.connectors import Pair
+from abflax.models.network import Network
 from abflax.taps import Forward
 
 
@@ -71,6 +72,17 @@ class Term:
         """
         del pair
         return None
+
+    def require_teacher(self, teacher: Network, image_shape: tuple[int, ...]) -> None:
+        """Raises `InputError` where the term cannot learn from that teacher.
+
+        It is called once, before training; networks whose taps do not match are refused elsewhere.
+
+        Args:
+          teacher: the model and its weights.
+          image_shape: (height, width, channels).
+        """
+        del teacher, image_shape
 
     def first_weights(
         self, drawn: dict[str, Any], teacher: Any, before: Mapping[str, Any]

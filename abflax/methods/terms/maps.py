@@ -8,13 +8,19 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from abflax.errors import InputError
 from abflax.losses import hierarchical_context, overhaul_difference, variational_information
 from abflax.methods.connectors import Connectors, Pair
 from abflax.methods.modules import Fusion, Regressors, TeachersClassifier
 from abflax.methods.terms.base import LayerTerm, Term, features_of, per_example, summed
-from abflax.taps import Forward
+from abflax.models import model_name
+from abflax.models.network import Network, configure_model
+from abflax.models.variables import floats_in
+from abflax.taps import Forward, run_model
+
+_ROUNDING = 0.02  # of the largest logit, in bfloat16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,6 +143,32 @@ class SoftmaxRegression(Term):
         features, classes = features_of(pair.teacher).shape[-1], pair.teacher.logits.shape[-1]
         return TeachersClassifier(pair.layers[0], features, classes, **pair.fields)
 
+    def require_teacher(self, teacher: Network, image_shape: tuple[int, ...]) -> None:
+        """Raises `InputError` unless the logits are those of the classifier on the features.
+
+        So it is not where the model scales them, or returns logarithms of probabilities.
+        """
+        dtype, model = jnp.result_type(float), configure_model(teacher.model, "float32", None)
+        images = jax.random.normal(jax.random.key(0), (4, *image_shape), dtype)
+
+        @jax.jit
+        def run(variables: Any, images: jax.Array) -> tuple[jax.Array, jax.Array]:
+            forward = run_model(model, variables, images, train=False)
+            return features_of(forward), forward.logits
+
+        with jax.default_matmul_precision("highest"):
+            variables = floats_in(dtype, dict(teacher.variables))
+            features, logits = map(np.asarray, run(variables, images))
+        layer = _classifier(variables["params"], (features.shape[-1], logits.shape[-1]))
+        computed = features @ np.asarray(layer["kernel"]) + np.asarray(layer.get("bias", 0.0))
+        apart, size = np.abs(computed - logits).max(), np.abs(logits).max()
+        if apart > _ROUNDING * size:
+            raise InputError(
+                "softmax regression needs a teacher whose logits are its classifier's, applied to "
+                f"its features: those of {model_name(teacher.model).partition('(')[0]} are apart "
+                f"from them by {apart:.3g}, and {size:.3g} at most"
+            )
+
     def first_weights(
         self, drawn: dict[str, Any], teacher: Any, before: Mapping[str, Any]
     ) -> dict[str, Any]:
@@ -147,14 +179,9 @@ class SoftmaxRegression(Term):
         """
         del before
         like = drawn["classifier_kernel"]
-        found = list(_dense_layers(teacher, like.shape))
-        if len(found) != 1:
-            raise InputError(
-                f"softmax regression needs the teacher's classifier: of its layers, {len(found)} "
-                f"are dense with a kernel [features, classes] of {like.shape}"
-            )
-        bias = found[0].get("bias", drawn["classifier_bias"])
-        classifier = {"classifier_kernel": found[0]["kernel"], "classifier_bias": bias}
+        found = _classifier(teacher, like.shape)
+        bias = found.get("bias", drawn["classifier_bias"])
+        classifier = {"classifier_kernel": found["kernel"], "classifier_bias": bias}
         return drawn | {name: each.astype(like.dtype) for name, each in classifier.items()}
 
     def targets(self, teacher: Forward) -> dict[str, jax.Array]:
@@ -167,6 +194,17 @@ class SoftmaxRegression(Term):
         features = jnp.square(features_of(student) - targets["features"]).mean(axis=-1)
         logits = jnp.square(student.logits - targets["logits"]).mean(axis=-1)
         return features + self.logit_ratio * logits
+
+
+def _classifier(params: Any, shape: tuple[int, ...]) -> Mapping[str, Any]:
+    """Finds the one dense layer with a kernel of that shape. Raises `InputError`."""
+    found = list(_dense_layers(params, shape))
+    if len(found) != 1:
+        raise InputError(
+            f"softmax regression needs the teacher's classifier: of its layers, {len(found)} "
+            f"are dense with a kernel [features, classes] of {shape}"
+        )
+    return found[0]
 
 
 def _dense_layers(params: Any, shape: tuple[int, ...]) -> Iterator[Mapping[str, Any]]:
