@@ -216,13 +216,15 @@ class Bench:
         objective, optimizer, state = self._on_one_device(phase)
         params, stats = self.teacher_parts
         labels = jnp.zeros(self.batch, jnp.int32)
+        keys = jax.random.split(jax.random.key(0), self.batch)
+        make = functools.partial(make_targets, objective, params, stats, labels=labels, keys=keys)
 
         def step(state: Any, images: jax.Array, targets: Any) -> Any:
+            targets = make(images) if targets is None else targets
             return train_step(
                 objective, optimizer, state, params, images, labels, precomputed_targets=targets
             )
 
-        make = functools.partial(make_targets, objective, params, stats)
         targets = jax.eval_shape(make, self._images) if cached else None
         return count_flops(step, state, self._images, targets)
 

@@ -17,7 +17,8 @@ _TITLES = {
     "with the forward pass; all of it with augmentation and optimiser",
     "convolutions": "The convolutions of a step one by one: the teacher's forward, the student's "
     "with their gradients; times are of all that are alike",
-    "methods": "One step of every method, each phase in turn with a step of cross-entropy",
+    "methods": "One step of every method of one data set, each phase in turn with a step of "
+    "cross-entropy",
     "seeds": "Initialise steps of several students in one program, in turn with that of one",
     "epochs": "A run of one initialise epoch, its compilation included; measured once",
     "cache": "Memory of cached targets, initialise phase; measured once",

@@ -1,5 +1,6 @@
 """What the benchmark counts, and how it shows it; its clock is not tested."""
 
+import dataclasses
 import json
 
 import jax
@@ -174,6 +175,8 @@ def test_all_work_fits_the_engine(monkeypatch):
     bench_ = jax_work.Bench("wrn10-1", "wrn10-1", batch=8)
     assert bench_.train(bench_.phases[0]).flops > bench_.teacher_forward().flops > 1e6
     assert bench_.evaluate().images >= 1000
+    views = dataclasses.replace(bench_, method="bss")  # its targets need labels and keys
+    assert views.train(views.phases[0]).flops > bench_.teacher_forward().flops
     assert compile_ahead._flops(bench_, "targets") > 1e6
 
 
