@@ -1,9 +1,11 @@
 """Programs compile for machines that are not here; what is counted of them is right."""
 
+import itertools
 import subprocess
 import sys
 
 import pytest
+from rich.console import Console
 
 from abflax import InputError
 from experiments import bench
@@ -63,6 +65,35 @@ def test_unknown_targets_and_missing_wheels_are_named(monkeypatch):
         monkeypatch.setattr("sys.argv", ["bench", "--compile-for", given])
         with pytest.raises(InputError, match=sentence):
             bench.main(None)
+
+
+def test_a_killed_command_compiles_only_what_is_missing(monkeypatch, tmp_path):
+    calls, commit = [], "a" * 40
+
+    def in_child(target, precision, program, *networks):
+        calls.append((precision, program))
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        row = {"target": target, "precision": precision, "name": program}
+        return row | ({"failure": "exit code -6"} if len(calls) == 2 else {})
+
+    def call():
+        made = {"jax": "1", "jaxlib": "1", "commit": commit}
+        monkeypatch.setattr(bench, "environment", lambda devices: made)
+        bench._compile_target(Console(quiet=True), bench.Arguments(workdir=tmp_path), "h100")
+
+    monkeypatch.setattr(compile_ahead, "in_child", in_child)
+    programs = list(itertools.product(compile_ahead.PRECISIONS, compile_ahead.PROGRAMS))
+    with pytest.raises(KeyboardInterrupt):
+        call()
+    call()
+    assert calls == [*programs[:4], programs[1], *programs[3:]]
+    call()
+    assert len(calls) == 4 + 8
+    commit = "b" * 40 + "+"
+    call()
+    call()  # what changed code compiled to is not known
+    assert calls[12:] == programs * 2
 
 
 @pytest.mark.slow
