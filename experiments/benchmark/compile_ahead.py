@@ -129,8 +129,8 @@ def compile_program(
         - memory.alias_size_in_bytes,
         "flops": flops,
         "moved_bytes": moved,
-        "kernels": sum(opcode not in _NO_KERNEL for opcode in step),
-        "collectives": sum(opcode.startswith("all-") and "done" not in opcode for opcode in step),
+        "kernels": len(step),
+        "collectives": sum(opcode.startswith("all-") for opcode in step),
         "roofline_seconds": max(flops / peak, moved / bandwidth),
     }
 
@@ -200,11 +200,15 @@ def _lowerable(
 
 
 def _step_of(text: str) -> list[str]:
-    """The opcodes of the loop's body in a compiled program, or of the program without a loop."""
+    """The opcodes of the loop's body in a compiled program, or of the program without a loop.
+
+    Only those that do work are given, and those with a start and an end once.
+    """
     computations = _computations(text)
     bodies = [computations.get(name, "") for name in re.findall(r"body=%?([\w.-]+)", text)]
     step = max(bodies, key=len, default="")
-    return _INSTRUCTION.findall(step or computations["ENTRY"])
+    opcodes = _INSTRUCTION.findall(step or computations["ENTRY"])
+    return [each for each in opcodes if each not in _NO_KERNEL and not each.endswith("-done")]
 
 
 def _computations(text: str) -> dict[str, str]:
@@ -217,13 +221,12 @@ def _computations(text: str) -> dict[str, str]:
 
 
 def _moved_bytes(compiled: Any) -> float:
-    """XLA's estimate for the compiled program, where a loop counts as one round."""
-    if cost := compiled.cost_analysis():
-        return cost["bytes accessed"]
-    from jaxlib import _jax  # JAX has no public way for a program of another platform
+    """XLA's estimate for the compiled program, corrected; a loop counts as one round."""
+    if not (cost := compiled.cost_analysis()):
+        from jaxlib import _jax  # JAX has no public way for a program of another platform
 
-    (module,) = compiled.runtime_executable().hlo_modules()
-    cost = _jax.hlo_module_cost_analysis(jax.devices("cpu")[0].client, module)
+        (module,) = compiled.runtime_executable().hlo_modules()
+        cost = _jax.hlo_module_cost_analysis(jax.devices("cpu")[0].client, module)
     return cost["bytes accessed"] - _never_read(compiled.as_text())
 
 
