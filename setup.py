@@ -28,6 +28,7 @@ setup(
     long_description=Path("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
+    # Tried: 3.11 with jax 0.10.1, 3.13 with jax 0.12.0.1; docs/accelerators.md has the details.
     python_requires=">=3.11",
     packages=find_packages(include=["abflax*"]),
     # Said outright, so that an editable installation is a path that type checkers follow.

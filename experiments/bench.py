@@ -12,6 +12,7 @@ Examples:
   python -m experiments.bench --record workdir/runs/HASH/record.json
   python -m experiments.bench --compile-for h100,tpu-v5e-4,tpu-v5e-16
       compile the headline run for machines that are not here: pip install -e '.[aot-cuda,aot-tpu]'
+      (killed, the same command compiles only what is missing)
   python -m experiments.bench --publish
       keep the measurements in experiments/records/bench and rebuild experiments/BENCH.md
 """
@@ -122,20 +123,38 @@ def compile_for(console: Console, arguments: Arguments, targets: Sequence[str]) 
             extra = compile_ahead.TARGETS[target].extra
             raise InputError(f"nothing here compiles for {target}: pip install -e '.[{extra}]'")
     for target in targets:
-        rows = []
-        for work in itertools.product(compile_ahead.PRECISIONS, compile_ahead.PROGRAMS):
-            console.print(target, *work, sep=", ", style="dim")
-            networks = arguments.teacher, arguments.student
-            rows.append(compile_ahead.in_child(target, *work, *networks))
-        made = environment(usable_devices(1))
-        versions = {name: made[name] for name in ("jax", "jaxlib", "commit")}
-        found = {"target": target, "environment": versions, "rows": rows}
+        found = _compile_target(console, arguments, target)
         console.print(compiled_section(found), soft_wrap=True, markup=False)
         if arguments.publish:
             COMPILED.mkdir(parents=True, exist_ok=True)
             write_record(COMPILED / f"{target}.json", found)
     if arguments.publish:
         write_page()
+
+
+def _compile_target(console: Console, arguments: Arguments, target: str) -> dict[str, Any]:
+    """Compiles all programs for a target, but those that an earlier call compiled.
+
+    The workdir keeps each program's row, which holds for the same commit, versions and networks.
+    """
+    networks = arguments.teacher, arguments.student
+    path = arguments.workdir / f"{'-'.join(('compiled', target, *networks))}.json"
+    made = environment(usable_devices(1))
+    versions = {name: made[name] for name in ("jax", "jaxlib", "commit")}
+    before = {}
+    if path.exists() and (made["commit"] or "+")[-1] != "+":  # with "+" the code may be another
+        earlier = json.loads(path.read_text("utf-8"))
+        if earlier["environment"] == versions:
+            before = {(row["precision"], row["name"]): row for row in earlier["rows"]}
+    found: dict[str, Any] = {"target": target, "environment": versions, "rows": []}
+    for work in itertools.product(compile_ahead.PRECISIONS, compile_ahead.PROGRAMS):
+        row = before.get(work)
+        if row is None or "failure" in row:
+            console.print(target, *work, sep=", ", style="dim")
+            row = compile_ahead.in_child(target, *work, *networks)
+        found["rows"].append(row)
+        write_record(path, found)
+    return found
 
 
 def select_work(arguments: Arguments) -> tuple[Bench, dict[str, Section]]:

@@ -132,7 +132,10 @@ class Dataflow:
         return [read(atom) for atom in jaxpr.outvars]
 
     def _scan(self, eqn: Any, body: Any, ins: list[Any]) -> list[Any]:
-        constants, carried = eqn.params["num_consts"], eqn.params["num_carry"]
+        # What is scanned over, or stacked, has an axis more outside than inside. The parameters of
+        # the primitive say it too, but JAX 0.12 has others than 0.10.
+        carried = _same_rank(eqn.outvars, body.jaxpr.outvars)
+        constants = _same_rank(eqn.invars, body.jaxpr.invars) - carried
         inside = ins[:constants] + [
             self._new(getattr(var.aval, "shape", ())) for var in body.jaxpr.invars[constants:]
         ]
@@ -192,3 +195,9 @@ class Dataflow:
             return None
         arrays = [i for i in step.inputs if isinstance(i, int) and not self._is_scalar(i)]
         return arrays[0] if len(arrays) == 1 else None
+
+
+def _same_rank(outside: Sequence[Any], inside: Sequence[Any]) -> int:
+    """Counts the arrays of a loop that have as many axes outside its body as inside."""
+    rank = lambda var: len(getattr(var.aval, "shape", ()))  # noqa: E731
+    return sum(rank(one) == rank(other) for one, other in zip(outside, inside, strict=True))

@@ -66,9 +66,10 @@ def page(published: Sequence[Measurements], compiled: Sequence[Measurements] = (
             "dispatch), compiled ahead of time on a CPU by `python -m experiments.bench "
             "--compile-for TARGET`. Nothing here was run. Memory, FLOP, bytes, kernels and "
             "collectives are of one device, the last four of one step. FLOP are counted on the "
-            "program as written; bytes are XLA's estimate for the compiled one. The roofline is "
-            "the longer of FLOP at the data sheet's peak and bytes at its bandwidth, without the "
-            "time to launch kernels.\n"
+            "program as written; bytes are XLA's estimate for the compiled one, where a gather "
+            "reads its rows and not the whole table. The roofline is the longer of FLOP at the "
+            "data sheet's peak and bytes at its bandwidth, without the time to launch kernels. "
+            "Seconds to compile are the processor's, of all threads.\n"
         )
     parts += [compiled_section(target) for target in compiled]
     return "\n".join(parts)

@@ -1,9 +1,11 @@
 """Programs compile for machines that are not here; what is counted of them is right."""
 
+import itertools
 import subprocess
 import sys
 
 import pytest
+from rich.console import Console
 
 from abflax import InputError
 from experiments import bench
@@ -36,12 +38,36 @@ ENTRY %main (x: f32[8]) -> f32[8] {
 
 
 def test_the_instructions_of_a_step_are_those_of_the_loop():
-    step = compile_ahead._step_of(_HLO)
-    assert [opcode for opcode in step if opcode not in compile_ahead._NO_KERNEL] == [
-        "fusion", "all-reduce-start", "all-reduce-done",
-    ]  # fmt: skip
+    assert compile_ahead._step_of(_HLO) == ["fusion", "all-reduce-start"]
     alone = _HLO.replace(", body=%body", "").replace("while", "sort")
-    assert "sort" in compile_ahead._step_of(alone)
+    assert compile_ahead._step_of(alone) == ["sort"]
+
+
+def test_of_a_gathered_table_only_the_rows_are_read():
+    """A gather inside a fusion is corrected; XLA counts one outside rightly."""
+    text = """HloModule m
+
+%fused (table: u8[200,16], rows: s32[4,1]) -> u8[4,1,16] {
+  %table = u8[200,16]{1,0} parameter(0), metadata={name="t"}
+  %rows = s32[4,1]{1,0} parameter(1)
+  ROOT %g = u8[4,1,16]{2,1,0} gather(%table, %rows), offset_dims={1,2}
+}
+
+ENTRY %main (table: u8[200,16], rows: s32[4,1]) -> u8[4,1,16] {
+  %table = u8[200,16]{1,0} parameter(0)
+  %rows = s32[4,1]{1,0} parameter(1)
+  %h = u8[4,1,16]{2,1,0} gather(%table, %rows), offset_dims={1,2}
+  ROOT %f = u8[4,1,16]{2,1,0} fusion(%table, %rows), kind=kLoop, calls=%fused
+}
+"""
+    assert compile_ahead._never_read(text) == 200 * 16 - 4 * 16
+    assert compile_ahead._never_read(text.replace("u8", "bf16")) == 2 * (200 * 16 - 4 * 16)
+    assert compile_ahead._never_read(_HLO) == 0
+    assert [compile_ahead._bytes(each) for each in ("pred[3]", "f32[]", "f8e4m3fn[2,3]")] == [
+        3,
+        4,
+        6,
+    ]
 
 
 def test_the_table():
@@ -63,6 +89,35 @@ def test_unknown_targets_and_missing_wheels_are_named(monkeypatch):
         monkeypatch.setattr("sys.argv", ["bench", "--compile-for", given])
         with pytest.raises(InputError, match=sentence):
             bench.main(None)
+
+
+def test_a_killed_command_compiles_only_what_is_missing(monkeypatch, tmp_path):
+    calls, commit = [], "a" * 40
+
+    def in_child(target, precision, program, *networks):
+        calls.append((precision, program))
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        row = {"target": target, "precision": precision, "name": program}
+        return row | ({"failure": "exit code -6"} if len(calls) == 2 else {})
+
+    def call():
+        made = {"jax": "1", "jaxlib": "1", "commit": commit}
+        monkeypatch.setattr(bench, "environment", lambda devices: made)
+        bench._compile_target(Console(quiet=True), bench.Arguments(workdir=tmp_path), "h100")
+
+    monkeypatch.setattr(compile_ahead, "in_child", in_child)
+    programs = list(itertools.product(compile_ahead.PRECISIONS, compile_ahead.PROGRAMS))
+    with pytest.raises(KeyboardInterrupt):
+        call()
+    call()
+    assert calls == [*programs[:4], programs[1], *programs[3:]]
+    call()
+    assert len(calls) == 4 + 8
+    commit = "b" * 40 + "+"
+    call()
+    call()  # what changed code compiled to is not known
+    assert calls[12:] == programs * 2
 
 
 @pytest.mark.slow

@@ -59,7 +59,8 @@ def lowered(program, platform, precision="float32", networks=("wrn10-1", "wrn10-
 
 
 def convolutions(text):
-    return text.count("stablehlo.convolution(")
+    """How many there are, besides those whose result is a batch of images."""
+    return len(re.findall(r"stablehlo\.convolution\([^\n]*-> tensor<(?!16x8x8x1x)", text))
 
 
 def strided_slices(text):
@@ -72,8 +73,9 @@ def strided_slices(text):
 def test_train_steps_on_accelerators(program, precision, platform):
     text = lowered(program, platform, precision)
     # 7 of 3×3 and 2 strided shortcuts (an unstrided one is a product): forward in both networks,
-    # and in the student the gradients for kernels and for images (XLA drops that for the stem's).
-    assert convolutions(text) == 4 * 9
+    # and in the student the gradients for kernels and for images. The stem's for images is not
+    # counted: nothing reads it, so XLA drops it, or JAX itself from 0.12 on.
+    assert convolutions(text) == 4 * 9 - 1
     assert not strided_slices(text)
     assert not re.search(LEAST, text)
     assert ("bf16" in text) == (precision == "bfloat16")
