@@ -91,13 +91,13 @@ def program_digests(
         shared[f"{name} {_PROGRAM}"] = _program_digest(teacher.model, precision, shape, moved)
     models = [each.model for each in teachers]
     shared |= _function_digests(members[0][0], metrics or {}, shape, data.num_classes)
-    of_students: dict[Model, str] = {}
+    of_students: dict[int, str] = {}  # by identity, since some modules cannot be hashed
     found = {}
     for config, student in members:
         model = student.model if isinstance(student, Network) else student
-        if model not in of_students:
-            of_students[model] = _program_digest(model, precision, shape, True)
-        own = {f"student's {_PROGRAM}": of_students[model]}
+        if id(model) not in of_students:
+            of_students[id(model)] = _program_digest(model, precision, shape, True)
+        own = {f"student's {_PROGRAM}": of_students[id(model)]}
         own |= _phase_digests(config, model, models, len(data), shape)
         found[config.hash] = shared | own
     return found

@@ -45,4 +45,4 @@ def test_the_page_says_what_was_measured():
     page = (ROOT / "docs" / "reproduce.md").read_text()
     assert f"| training images of a class | {' | '.join(errors)} |" in page
     shown = " | ".join(f"{100 * (1 - error):.2f}" for error in errors.values())
-    assert f"| right, % | {shown} |" in page
+    assert f"| accuracy, % | {shown} |" in page

@@ -79,7 +79,7 @@ def test_accuracies_and_what_is_not_available():
     )
     shown = markdown(fill(part, records))
     assert "| imagenet pre-trained | 52.99 │ **75.00 ± 1.41** (2) |" in shown
-    assert "1 reversed here (imagenet pre-trained before activation-boundary at 20)" in shown
+    assert "1 reversed (imagenet pre-trained before activation-boundary at 20)" in shown
 
 
 @pytest.fixture

@@ -56,12 +56,12 @@ class Holding(nn.Module):
     """A network with a variable of a dtype, which it uses."""
 
     where: str
-    dtype: str
+    kind: str  # not `dtype`, which a run sets to its precision
 
     @nn.compact
     def __call__(self, images):
-        is_key = self.dtype == "key"
-        first = lambda: jax.random.key(0) if is_key else jnp.ones(3, self.dtype)  # noqa: E731
+        is_key = self.kind == "key"
+        first = lambda: jax.random.key(0) if is_key else jnp.ones(3, self.kind)  # noqa: E731
         held = self.variable(self.where, "held", first).value
         x = nn.Conv(4, (3, 3), strides=2)(images).mean(axis=(1, 2))
         return nn.Dense(10)(x) + (0 if is_key else jnp.real(held).astype(x.dtype).sum())
