@@ -1,7 +1,8 @@
 """What the documentation says is so: its code runs, its names are there, its links lead on.
 
-The site is built by `pip install -e '.[docs]'` and `python -m pytest -m slow tests/test_docs.py`,
-with CONTRIBUTING's own command.
+`pip install -e '.[test,docs]'` and `python -m pytest -n 0 -m slow tests/test_docs.py
+tests/experiments/test_notebooks.py` build the site by CONTRIBUTING's own command, follow its links
+and run examples and notebooks.
 """
 
 import ast
