@@ -255,17 +255,18 @@ def parts(bench: Bench, repetitions: int) -> Rows:
 def convolutions(bench: Bench, repetitions: int) -> Rows:
     """Each convolution of a step: the teacher's forward; the student's with their gradients."""
     rows: Rows = []
+    kinds: dict[str, bool] = {}  # of PyTorch's convolutions: whether in bfloat16
+    if _beside_torch(bench):
+        from experiments.benchmark import torch_work
+
+        kinds["torch_channels_last"] = False
+        if torch_work.multiplies_bfloat16():
+            kinds["torch_bfloat16"] = True
     for role, network in (("teacher", bench.teacher), ("student", bench.student)):
         for convolution, count in convolution_work.convolutions(network):
             setting = bench.batch, role == "student"
             work = convolution.work(*setting)
-            theirs = {}
-            if _beside_torch(bench):
-                from experiments.benchmark import torch_work
-
-                theirs["torch_channels_last"] = convolution.in_torch(*setting, bfloat16=False)
-                if torch_work.multiplies_bfloat16():
-                    theirs["torch_bfloat16"] = convolution.in_torch(*setting, bfloat16=True)
+            theirs = {name: convolution.in_torch(*setting, half) for name, half in kinds.items()}
             found = alternate({"own": work.run, **theirs}, repetitions)
             found = {name: [count * time for time in times] for name, times in found.items()}
             alike = dataclasses.replace(work, flops=count * (work.flops or 0))

@@ -17,7 +17,7 @@ from abflax.models import MODELS
 from abflax.models.network import Network, digest
 from abflax.taps import run_model
 from abflax.training.record import read_record
-from abflax.training.run_directory import ANCHORS
+from abflax.training.run_directory import ANCHORS, anchor_path, lost_anchors
 from abflax.weights import load_network
 
 SHIPPED = Path(__file__).parent.parent / "teachers"
@@ -96,13 +96,10 @@ def find_anchors(name: str, run: str, workdir: Path, count: int) -> list[Network
             "--keep-anchors N, and --force where it is finished"
         )
     chosen = [paths[len(paths) * part // count - 1] for part in range(1, count + 1)]
-    networks = [_load_file(name, path) for path in chosen]
     digests = (read_record(directory / "record.json") or {}).get("anchors", {})
-    for path, network in zip(chosen, networks, strict=True):
-        made = digest(network.variables)
-        if digests.get(path.stem.lstrip("0"), made) != made:
-            raise InputError(f"{path} is damaged: see the run's record")
-    return networks
+    if lost := lost_anchors(directory, [int(path.stem) for path in chosen], digests):
+        raise InputError(f"{anchor_path(directory, lost[0])} is damaged: see the run's record")
+    return [_load_file(name, path) for path in chosen]
 
 
 def greedy_anchors(networks: Sequence[Network], data: Dataset, threshold: float) -> list[Network]:

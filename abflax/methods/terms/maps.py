@@ -146,7 +146,7 @@ class SoftmaxRegression(Term):
     def require_teacher(self, teacher: Network, image_shape: tuple[int, ...]) -> None:
         """Raises `InputError` unless the logits are those of the classifier on the features.
 
-        So it is not where the model scales them, or returns logarithms of probabilities.
+        A model that scales them, or returns logarithms of probabilities, is refused.
         """
         dtype, model = jnp.result_type(float), configure_model(teacher.model, "float32", None)
         images = jax.random.normal(jax.random.key(0), (4, *image_shape), dtype)
