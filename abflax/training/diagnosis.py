@@ -48,7 +48,8 @@ def find_nonfinite(
     Returns:
       "sources" (images and weights), "taps" (pre-activations and logits; the teacher's, the
       student's, those behind connectors) and "results" (loss and gradients): each a list of
-      {name: whether it is not finite} in the order in which a step computes them.
+      {name: whether it is not finite} in the order in which a step computes them. And "sown": the
+      sum of the losses that the student sows, its largest over devices; empty where there are none.
     """
 
     def bad(name: str, array: jax.Array) -> dict[str, jax.Array]:
@@ -89,10 +90,13 @@ def find_nonfinite(
         ),
         has_aux=True,
     )(params)
-    sown = [] if student.losses is None else [bad("what the student sows", student.losses)]
-    results = [*sown, bad("the loss", loss), *weights("the gradient of the", gradients)]
+    sown, results = [], [bad("the loss", loss), *weights("the gradient of the", gradients)]
     results.append(bad("the gradient's norm", optax.tree.norm(gradients)))
-    return {"sources": sources, "taps": taps, "results": results}
+    if student.losses is not None:
+        results.insert(0, bad("what the student sows", student.losses))
+        name = objective.axis_name
+        sown.append({"sum": jax.lax.pmax(student.losses, name) if name else student.losses})
+    return {"sources": sources, "taps": taps, "results": results, "sown": sown}
 
 
 def describe_nonfinite(found: dict[str, list[dict[str, Any]]]) -> str:
@@ -103,10 +107,14 @@ def describe_nonfinite(found: dict[str, list[dict[str, Any]]]) -> str:
     )
     if taps:
         source = f" (and of what goes in, {sources[0]})" if sources else ""
-        return f"the first tap that is not finite is {taps[0]}{source}"
-    if results or sources:
-        return f"every tap is finite, {(results or sources)[0]} is not"
-    return "looked at again, everything is finite"
+        text = f"the first tap that is not finite is {taps[0]}{source}"
+    elif results or sources:
+        text = f"every tap is finite, {(results or sources)[0]} is not"
+    else:
+        text = "looked at again, everything is finite"
+    for entry in found["sown"]:
+        text += f"; the losses that the student sows, added to the loss, are {entry['sum']:.3g}"
+    return text
 
 
 @dataclasses.dataclass
