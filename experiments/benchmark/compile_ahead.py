@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import topologies
 
+from abflax.errors import BusyError
 from abflax.models.variables import init_variables
 from abflax.training import parallel
 from abflax.training.inputs import EVALUATION_BATCH
@@ -88,7 +89,10 @@ def is_installed(target: str) -> bool:
 def in_child(
     target: str, precision: str, program: str, teacher: str = "wrn22-4", student: str = "wrn16-2"
 ) -> dict[str, Any]:
-    """Compiles a program in a child process; returns its row, with "failure" if it could not."""
+    """Compiles a program in a child process; returns its row, with "failure" if it could not.
+
+    Raises `BusyError` while another process has libtpu's lock.
+    """
     arguments = (target, precision, program, teacher, student)
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", **TARGETS[target].environment}
     done = subprocess.run(
@@ -97,6 +101,11 @@ def in_child(
     )  # fmt: skip
     row = {"target": target, "precision": precision, "name": program}
     if done.returncode:
+        if "libtpu_lockfile" in done.stderr:
+            raise BusyError(
+                "another process compiles for a TPU, and libtpu lets only one at a time; if there "
+                "is none, remove /tmp/libtpu_lockfile"
+            )
         lines = done.stderr.strip().splitlines() or [""]
         reason = next((line for line in lines if "Check failed" in line), lines[-1])
         return row | {"failure": f"exit code {done.returncode}: {reason[:300]}"}

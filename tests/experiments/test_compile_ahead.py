@@ -7,7 +7,7 @@ import sys
 import pytest
 from rich.console import Console
 
-from abflax import InputError
+from abflax import BusyError, InputError
 from experiments import bench
 from experiments.benchmark import compile_ahead
 from experiments.benchmark.report import compiled_section
@@ -118,6 +118,14 @@ def test_a_killed_command_compiles_only_what_is_missing(monkeypatch, tmp_path):
     call()
     call()  # what changed code compiled to is not known
     assert calls[12:] == programs * 2
+
+
+def test_a_lock_of_libtpu_is_no_result(monkeypatch):
+    said = 'JaxRuntimeError: ABORTED: Run "$ sudo rm /tmp/libtpu_lockfile".'
+    done = subprocess.CompletedProcess((), 1, "", said)
+    monkeypatch.setattr(compile_ahead.subprocess, "run", lambda *_, **__: done)
+    with pytest.raises(BusyError, match="another process compiles for a TPU"):
+        compile_ahead.in_child("tpu-v5e-4", "float32", "evaluate")
 
 
 @pytest.mark.slow
