@@ -231,14 +231,14 @@ def distill_group(  # noqa: PLR0913 - the front door
             group = TrainingGroup(
                 configs[0], teachers, data_sets, resources, size=len(left), metrics=metrics,
                 keep_going=workdir is not None, reporter=reporter or NullReporter(),
-                code=repr(programs),
+                preemption=preemption, code=repr(programs),
             )  # fmt: skip
             with contextlib.closing(group):
                 directories = [
                     RunDirectory(paths[each.hash], each, force, own.get(each.hash))
                     for each, _ in left
                 ]
-                results |= _train_group(left, group, directories, preemption)
+                results |= _train_group(left, group, directories)
         late = max_over_processes(preemption.signal)
     if left and late:  # the signal came too late to stop this run
         raise Interrupted(f"{', '.join(each.hash for each, _ in left)}: finished", late)
@@ -267,7 +267,6 @@ def _train_group(
     members: Sequence[tuple[RunConfig, Model | Network]],
     group: TrainingGroup,
     directories: Sequence[RunDirectory],
-    preemption: Preemption,
 ) -> dict[str, Result]:
     """Trains what is left of a group. Progress is that of its longest run."""
     examples = len(group.data)
@@ -281,7 +280,7 @@ def _train_group(
             open_directories.callback(directory.close)
             reporter = group.reporter if index == longest else NullReporter()
             runs.append(Run(config, student, group, directory, reporter))
-        train(runs, group, preemption)
+        train(runs, group)
     errors = [run.error for run in runs if run.error is not None]
     if errors:
         raise next((each for each in errors if isinstance(each, Interrupted)), errors[0])

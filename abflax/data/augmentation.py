@@ -50,6 +50,11 @@ class Preprocessing:
         """The number of crops and flips of an image: (2·pad + 1)², and twice that if `flip`."""
         return (2 * self.pad + 1) ** 2 * (1 + self.flip)
 
+    @property
+    def shown_views(self) -> int:
+        """The number of those that are shown: `views`, or all."""
+        return self.all_views if self.views is None else self.views
+
     def require_fits(self, image_shape: tuple[int, ...]) -> None:
         """Raises `InputError` if images of that shape cannot be preprocessed."""
         height, width, channels = image_shape
@@ -161,24 +166,25 @@ def augment(
     Returns:
       Images of the same shape and dtype.
     """
-    if preprocessing.views is not None:
-        chosen = draw_views(examples, epochs, key, preprocessing.views)
-        return view(images, examples, chosen, preprocessing)
-    limits = jnp.array(_limits(preprocessing), jnp.int32)
-    return _crop(images, draw_views(examples, epochs, key, limits), preprocessing)
+    chosen = draw_views(examples, epochs, key, preprocessing)
+    return view(images, examples, chosen, preprocessing)
 
 
 def draw_views(
-    examples: jax.Array, epochs: jax.Array, key: jax.Array, views: int | jax.Array
+    examples: jax.Array, epochs: jax.Array, key: jax.Array, preprocessing: Preprocessing
 ) -> jax.Array:
-    """Draws a view of each example, `[batch]` in [0, views); the arguments are as for `augment`.
+    """Draws the number of a view for each example, `[batch]` in [0, `shown_views`).
 
-    If `views` is an array, there is a number below each of its entries: `[batch, entries]`.
+    The arguments are as for `augment`.
     """
+    limits = _limits(preprocessing)
 
     def one(example: jax.Array, epoch: jax.Array) -> jax.Array:
         own = jax.random.fold_in(jax.random.fold_in(key, epoch), example)
-        return jax.random.randint(own, jnp.shape(views), 0, views, jnp.int32)
+        if preprocessing.views is not None:
+            return jax.random.randint(own, (), 0, preprocessing.views, jnp.int32)
+        corner = jax.random.randint(own, (3,), 0, jnp.array(limits, jnp.int32), jnp.int32)
+        return (corner[0] * limits[1] + corner[1]) * limits[2] + corner[2]
 
     return jax.vmap(one)(examples, epochs)
 
@@ -188,14 +194,15 @@ def view(
 ) -> jax.Array:
     """Crops and flips images to the chosen views.
 
-    The views of an example are its crops and flips in a random order. The order depends on the
-    example alone, so runs with different seeds have the same views.
+    Where all are shown, they are numbered by row, column and mirroring. If `views` limits them, an
+    example's first ones are taken in a random order, which depends on the example alone. So runs
+    with different seeds have the same views.
 
     Args:
       images: `[batch, height, width, channels]`.
       examples: `[batch]`, each image's index in the data set.
       chosen: `[batch]`, the number of the view.
-      preprocessing: its `pad` and `flip` are used.
+      preprocessing: `pad`, `flip` and `views`.
 
     Returns:
       Images of the same shape and dtype.
@@ -203,10 +210,10 @@ def view(
     limits = _limits(preprocessing)
 
     def corner(example: jax.Array, chosen: jax.Array) -> jax.Array:
-        order = jax.random.permutation(
-            jax.random.fold_in(jax.random.key(0), example), preprocessing.all_views
-        )
-        return jnp.stack(jnp.unravel_index(order[chosen], limits)).astype(jnp.int32)
+        if preprocessing.views is not None:
+            own = jax.random.fold_in(jax.random.key(0), example)
+            chosen = jax.random.permutation(own, preprocessing.all_views)[chosen]
+        return jnp.stack(jnp.unravel_index(chosen, limits)).astype(jnp.int32)
 
     return _crop(images, jax.vmap(corner)(examples, chosen), preprocessing)
 

@@ -201,16 +201,18 @@ def require_groupable(configs: Sequence[RunConfig]) -> None:
 
 
 def require_cacheable(
-    phases: Sequence[Phase], views: int | None, augment: OwnAugmentation | None = None
+    phases: Sequence[Phase], streamed: bool, augment: OwnAugmentation | None = None
 ) -> None:
     """Raises `InputError` where targets depend on more than teacher, image and view."""
+    if streamed:
+        raise InputError(
+            "photographs and a loader's batches differ in each epoch, so targets cannot be cached"
+        )
     if augment is not None:
         raise InputError(
             "augment draws other images in every step, and the teacher's targets are those of what "
             "the student sees, so they cannot be cached"
         )
-    if views is None:
-        raise InputError("targets are cached for given views of each image: say how many (views)")
     for phase in phases:
         if phase.teacher_batch_statistics:
             raise InputError(

@@ -24,6 +24,7 @@ from abflax.data import (
 from abflax.metrics import Metric
 from abflax.models.network import Network, configure_model
 from abflax.models.variables import floats_in, not_finite
+from abflax.runtime.preemption import Preemption
 from abflax.runtime.reporter import NullReporter, Reporter
 from abflax.taps import Model
 from abflax.training.devices import (
@@ -72,6 +73,7 @@ class TrainingGroup:
       size: how many runs there are.
       keep_going: whether a run that fails leaves the others running.
       reporter: told when a run fails.
+      preemption: notes a signal, which stops the runs.
       metrics: measured besides, by name.
       code: see `InputSpec`.
     """
@@ -86,11 +88,13 @@ class TrainingGroup:
         size: int = 1,
         keep_going: bool = False,
         reporter: Reporter | None = None,
+        preemption: Preemption | None = None,
         metrics: Mapping[str, Metric] | None = None,
         code: str = "",
     ) -> None:
         self.resources, self.size, self.keep_going = resources, size, keep_going
         self.reporter = reporter or NullReporter()
+        self.preemption = preemption or Preemption()
         devices = usable_devices(resources.devices)
         shard_batch(np.zeros((1, config.batch_size)), devices)  # raises if it does not divide
         self.environment = environment(devices)

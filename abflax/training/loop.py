@@ -7,12 +7,11 @@ from typing import Any
 
 from abflax.errors import BusyError, InputError
 from abflax.runtime.distributed import max_over_processes
-from abflax.runtime.preemption import Preemption
 from abflax.training.group import TrainingGroup
 from abflax.training.run import Run
 
 
-def train(runs: Sequence[Run], group: TrainingGroup, preemption: Preemption) -> None:
+def train(runs: Sequence[Run], group: TrainingGroup) -> None:
     """Trains the runs of a group to their ends: afterwards each has a `result` or an `error`.
 
     Runs at the same step share every dispatch. A run that is behind the others (it was resumed from
@@ -21,8 +20,7 @@ def train(runs: Sequence[Run], group: TrainingGroup, preemption: Preemption) -> 
 
     Args:
       runs: those to train, none of them restored yet.
-      group: what they share.
-      preemption: asked before each dispatch; on a signal all runs are saved.
+      group: what they share. On a signal, which is asked for before each dispatch, all are saved.
 
     Raises:
       ValueError: before the first step, if one of the runs cannot be right.
@@ -31,7 +29,7 @@ def train(runs: Sequence[Run], group: TrainingGroup, preemption: Preemption) -> 
         _attempt(run, run.restore)
     _raise_input_errors(runs)
     while active := _active(runs, group):
-        if signal := max_over_processes(preemption.signal):
+        if signal := max_over_processes(group.preemption.signal):
             for run in active:
                 _attempt(run, run.stop, signal)
             return

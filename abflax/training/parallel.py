@@ -291,9 +291,10 @@ def _cached_rows(
     preprocessing: Preprocessing,
 ) -> Any | None:
     """The cached targets of the views that a step shows; None without a cache."""
-    if cached is None or (views := preprocessing.views) is None:
+    if cached is None:
         return None
-    rows = examples * views + draw_views(examples, epochs, key, views)
+    drawn = draw_views(examples, epochs, key, preprocessing)
+    rows = examples * preprocessing.shown_views + drawn
     return jax.tree.map(lambda leaf: leaf[rows], cached)
 
 

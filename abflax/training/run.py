@@ -79,7 +79,7 @@ class Run:
         self._examples = examples = len(group.data)
         self.phases, self.schedules = phases_and_schedules(config, examples)
         if group.resources.cache_targets:
-            require_cacheable(self.phases, config.views, config.augment)
+            require_cacheable(self.phases, group.spec.streamed, config.augment)
         self.evaluations = evaluation_steps(config, self.schedules, examples)
         self._anchor_epochs: set[int] = set()
         if keep := group.resources.keep_anchors:
@@ -281,11 +281,26 @@ class Run:
             self.cached_targets = cached_targets(
                 self.program, self.group.spec, self.teacher.params,
                 self.state.batch_stats["teacher"], self.group.inputs.resident["images"],
-                self.config.batch_size,
+                self.config.batch_size, self._report_targets,
             )  # fmt: skip
         self._trend = Trend(norm_of(self.snapshot[1].params["student"]))
         done = self.step - schedule.start
         self.reporter.phase(self._label(), phase.name, schedule.steps, done, schedule.epochs)
+
+    def _report_targets(self, done: int, batches: int) -> None:
+        """Shows how far the teacher's targets are computed. Raises `Interrupted` on a signal."""
+        if signal := max_over_processes(self.group.preemption.signal):
+            raise Interrupted(
+                f"stopped while the targets of {self.config.hash} were computed; the same command "
+                "computes them anew",
+                signal,
+            )
+        if not done:
+            self.reporter.phase(self._label(), "targets", batches, 0, 1)
+            return
+        self.reporter.steps(1, self.config.batch_size, done / batches, None)
+        if done == batches:
+            self.reporter.finished()
 
     def _next_phase(self) -> None:
         """Begins the next phase, or finishes the run after the last. Keeps the connectors."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import hashlib
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -34,6 +35,7 @@ def cached_targets(
     teacher_stats: Any,
     images: jax.Array,
     batch_size: int,
+    progress: Callable[[int, int], None] = lambda done, batches: None,
 ) -> Any:
     """A phase's targets for all views of all examples, on the devices.
 
@@ -47,6 +49,8 @@ def cached_targets(
       teacher_stats: its running statistics.
       images: `[examples, height, width, channels]`, as the data set stores them.
       batch_size: of the teacher's pass.
+      progress: told before the first batch and after each one, if anything is computed, how many
+        of how many are done.
 
     Returns:
       A pytree of `[examples · views, ...]`; the v-th view of an example is row
@@ -55,8 +59,7 @@ def cached_targets(
     Raises:
       ValueError: if they do not fit into the memory that is free.
     """
-    views, devices = spec.preprocessing.views, local_devices(spec.devices)
-    assert views is not None  # required before (`abflax.training.compatibility`)
+    views, devices = spec.preprocessing.shown_views, local_devices(spec.devices)
     arguments = (teacher_params, teacher_stats, images)
     batch = np.zeros((len(devices), batch_size // len(devices)), np.int32)
     computation = program.targets.lower(*arguments, batch, batch).as_text()
@@ -64,7 +67,7 @@ def cached_targets(
     if key not in _cache:
         while len(_cache) >= _MOST_ENTRIES:
             del _cache[next(iter(_cache))]
-        rows = _compute(program, arguments, batch, views, devices[0])
+        rows = _compute(program, arguments, batch, views, devices[0], progress)
         _cache[key] = replicate(rows, devices)
     _cache[key] = _cache.pop(key)  # the last used comes last
     return _cache[key]
@@ -76,6 +79,7 @@ def _compute(
     batch: np.ndarray,
     views: int,
     device: jax.Device,
+    progress: Callable[[int, int], None],
 ) -> Any:
     """The targets of all views of all examples, in host memory, in batches shaped like `batch`."""
     examples = len(arguments[-1])
@@ -86,11 +90,14 @@ def _compute(
     )
     _require_free_memory(shapes, examples, views, device)
     rows = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), shapes)
-    for start in range(0, total, batch.size):
+    starts = range(0, total, batch.size)
+    progress(0, len(starts))
+    for index, start in enumerate(starts):
         row = np.arange(start, start + batch.size, dtype=np.int32) % total
         targets = program.targets(*arguments, *np.divmod(row.reshape(batch.shape), views))
         for all_, new in zip(jax.tree.leaves(rows), jax.tree.leaves(targets), strict=True):
             all_[row] = np.asarray(new).reshape(batch.size, *new.shape[2:])
+        progress(index + 1, len(starts))
     return rows
 
 

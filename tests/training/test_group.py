@@ -242,7 +242,7 @@ def _train(*runs, signals=(), keep_going=True):
     """Trains fake runs: (the error that `train` raises, who was dispatched with whom)."""
     group, error = FakeGroup(keep_going, signals), None
     try:
-        train_runs(runs, group, group.preemption)
+        train_runs(runs, group)
     except Exception as raised:
         error = raised
     return error, group.dispatched

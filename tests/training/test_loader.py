@@ -216,6 +216,8 @@ def first(**changed):
         (lambda: trained(Batches(first(), 10, 2), batch_size=4), "batch_size cannot be 4"),
         (lambda: trained(Batches(first(), 10, 2), fraction=0.5), "so fraction is said there"),
         (lambda: trained(Batches(first(), 10, 2), views=1), "so views is said there"),
+        (lambda: trained(Batches(first(), 10, 2), resources=Resources(1, cache_targets=True)),
+         "targets cannot be cached"),
         (lambda: Batches(lambda epoch: first()(), 10, 2), "without arguments: missing a required"),
         (lambda: Batches(lambda: 3, 10, 2), "must return an iterator, not 3"),
         (lambda: Batches(first(), 10, 2, (0.0, 1.0)), r"must be Preprocessing, not \(0.0, 1.0\)"),
@@ -223,7 +225,7 @@ def first(**changed):
         (lambda: Batches(first(image=[[1], [2, 3]]), 10, 2), "images or labels are no arrays"),
         (lambda: trained(Batches(first(), 10, 2), test=Batches(first(), 10, 2)), r"\.read\(\)"),
     ],
-)
+)  # fmt: skip
 def test_what_cannot_be_right_is_said_in_a_sentence(make, message):
     with pytest.raises(InputError, match=message) as error:
         make()

@@ -1,12 +1,14 @@
 """Views, and the targets of each asked of the teacher once."""
 
+import signal
+
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from abflax import InputError, Network, Resources, distill, load
+from abflax import InputError, Interrupted, Network, Reporter, Resources, distill, load
 from abflax.data import Preprocessing, augment, draw_views, view
 from abflax.models import MODELS
 from abflax.models.variables import init_variables
@@ -31,9 +33,10 @@ def _distill(digits, teacher, **options):
     return distill(MODELS["wrn10-1"](), teacher, digits, **settings)
 
 
-def test_every_view_is_a_crop_or_its_mirror_and_comes_once():
-    preprocessing = Preprocessing(pad=1, flip=True)
-    assert preprocessing.all_views == 18
+@pytest.mark.parametrize("views", [None, 18])
+def test_every_view_is_a_crop_or_its_mirror_and_comes_once(views):
+    preprocessing = Preprocessing(pad=1, flip=True, views=views)
+    assert preprocessing.all_views == preprocessing.shown_views == 18
     image = np.arange(9.0).reshape(1, 3, 3, 1)
     padded = np.pad(image, [(0, 0), (1, 1), (1, 1), (0, 0)], mode="reflect")[0]
     crops = [padded[r : r + 3, c : c + 3] for r in range(3) for c in range(3)]
@@ -42,15 +45,22 @@ def test_every_view_is_a_crop_or_its_mirror_and_comes_once():
     found = view(jnp.repeat(image, 18, 0), jnp.full(18, 5), number, preprocessing)
     assert {np.asarray(each, np.float64).tobytes() for each in found} == expected
     other = view(jnp.repeat(image, 18, 0), jnp.full(18, 6), number, preprocessing)
-    assert not np.array_equal(found, other)  # each example has an order of its own
+    in_order = views is None  # else each example has an order of its own
+    assert (
+        np.asarray(found) == [crop[:, ::f] for crop in crops for f in (1, -1)]
+    ).all() == in_order
+    assert np.array_equal(found, other) == in_order
 
 
-def test_augmenting_with_views_shows_those_that_are_drawn():
-    preprocessing = Preprocessing(pad=1, flip=True, views=4)
+@pytest.mark.parametrize("views", [4, None])
+def test_augmenting_shows_the_views_that_are_drawn(views):
+    preprocessing = Preprocessing(pad=1, flip=True, views=views)
     images = jax.random.normal(jax.random.key(0), (64, 4, 4, 1))
     examples, epochs, key = jnp.arange(64), jnp.full(64, 2), jax.random.key(1)
-    drawn = draw_views(examples, epochs, key, 4)
-    assert np.bincount(drawn, minlength=4).min() >= 5 and drawn.max() == 3
+    drawn = draw_views(examples, epochs, key, preprocessing)
+    count = views or 18
+    assert drawn.min() >= 0 and count - 2 <= drawn.max() < count
+    assert len(set(drawn.tolist())) > 0.8 * count
     chex.assert_trees_all_equal(
         augment(images, examples, epochs, key, preprocessing),
         view(images, examples, drawn, preprocessing),
@@ -58,19 +68,20 @@ def test_augmenting_with_views_shows_those_that_are_drawn():
 
 
 @pytest.mark.parametrize(
-    ("method", "epochs"),
+    ("method", "epochs", "views"),
     [
-        ("activation-boundary", (1, 0)),  # bits
-        pytest.param("activation-boundary", (1, 1), marks=pytest.mark.slow),  # then logits
-        pytest.param("l2", (1, 0), marks=pytest.mark.slow),  # activations
+        ("activation-boundary", (1, 0), 3),  # bits
+        ("kd", (0, 2), None),  # all views
+        pytest.param("activation-boundary", (1, 1), 3, marks=pytest.mark.slow),  # then logits
+        pytest.param("l2", (1, 0), 3, marks=pytest.mark.slow),  # activations
     ],
 )
-def test_cache_targets_give_the_same_losses(digits, teacher, method, epochs):
+def test_cache_targets_give_the_same_losses(digits, teacher, method, epochs, views):
+    options = {"method": method, "epochs": epochs, "views": views}
     asked, kept_ = (
-        _distill(digits, teacher, method=method, epochs=epochs, resources=each).record
-        for each in (ONE, KEPT)
+        _distill(digits, teacher, resources=each, **options).record for each in (ONE, KEPT)
     )
-    assert asked["hash"] == kept_["hash"] and asked["config"]["views"] == 3
+    assert asked["hash"] == kept_["hash"] and asked["config"]["views"] == views
     for one, other in zip(asked["history"], kept_["history"], strict=True):
         chex.assert_trees_all_close(one["loss"], other["loss"], rtol=1e-5)
 
@@ -108,11 +119,35 @@ def test_the_teacher_is_asked_once_for_all_seeds_and_margins(digits, teacher, mo
     assert list(target_cache._cache) == entries
 
 
+class StopsInTargets(Reporter):
+    """Stops the process while it computes the second batch of targets."""
+
+    def __init__(self):
+        self.phases = []
+
+    def phase(self, label, name, steps, done, epochs):
+        self.phases.append((name, steps))
+
+    def steps(self, count, images, epoch, loss):
+        if self.phases[-1][0] == "targets":
+            signal.raise_signal(signal.SIGTERM)
+
+
+def test_a_signal_ends_the_computation_of_targets(digits, teacher, monkeypatch, tmp_path):
+    monkeypatch.setattr(target_cache, "_cache", {})
+    options = {"resources": KEPT, "method": "kd", "epochs": (0, 1), "workdir": tmp_path}
+    reporter = StopsInTargets()
+    with pytest.raises(Interrupted, match="stopped while the targets of .* were computed"):
+        _distill(digits, teacher, reporter=reporter, **options)
+    assert reporter.phases == [("targets", 8)]  # 40 images · 3 views in batches of 16
+    assert _distill(digits, teacher, **options).record["state"] == "finished"
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"protocol": "official"}, "phase initialise of this protocol .* cannot be cached"),
-        ({"views": None}, "say how many"),
+        ({"method": "bss", "epochs": (0, 1)}, "reads other images at every step"),
         ({"views": 10}, "an image has 9 views .* so there cannot be 10"),
         ({"views": 0}, "there cannot be 0"),
     ],
