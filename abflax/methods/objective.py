@@ -89,7 +89,49 @@ class Objective:
             student = init_variables(self.student, jax.random.fold_in(key, 0), self.image_shape)
         modules = {} if before is None else before["connectors"]
         key = jax.random.fold_in(key, 1)
-        return begin(self, student, key, self.image_shape, teacher or {"params": {}}, modules)
+        return self.start(student, key, teacher or {"params": {}}, modules)
+
+    def start(
+        self,
+        student: Any,
+        key: jax.Array,
+        teacher: Any | None = None,
+        before: Mapping[str, Any] | None = None,
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Makes what `init` makes, of a given student.
+
+        Args:
+          student: variables by collection.
+          key: of the connectors' initial weights.
+          teacher: its variables; None: modules start as they are drawn, for a caller whom only
+            their shapes concern.
+          before: the parameters of the modules of the phase before.
+        """
+        dtype = jnp.result_type(float)
+        earlier = {name: own for module in (before or {}).values() for name, own in module.items()}
+        images = jnp.zeros((1, *self.image_shape), dtype)
+        forward = run_model(self.student, student, images, train=False)
+        params: dict[str, Any] = {"student": student["params"], "connectors": {}}
+        own = {name: tree for name, tree in student.items() if name != "params"}
+        stats: dict[str, Any] = {"student": own, "connectors": {}}
+        for index, (module, (_, term)) in enumerate(
+            zip(self.connectors, self.phase.terms, strict=True)
+        ):
+            if module is None:
+                continue
+            variables = module.init(jax.random.fold_in(key, index), forward, None, train=False)
+            weights = variables.get("params", {})
+            if teacher is not None:
+                weights = term.first_weights(weights, teacher["params"], earlier)
+            params["connectors"][f"term{index}"] = weights
+            running = floats_in(dtype, variables.get("batch_stats", {}))
+            stats["connectors"][f"term{index}"] = running
+        if self.phase.trains_teacher:
+            if teacher is None:
+                raise InputError(f"phase {self.phase.name} trains its teacher: give its variables")
+            params["teacher"] = teacher["params"]
+            stats["teacher"] = {name: tree for name, tree in teacher.items() if name != "params"}
+        return params, stats
 
     def targets(
         self,
@@ -129,6 +171,8 @@ class Objective:
     ) -> tuple[jax.Array, tuple[Any, dict[str, Any]]]:
         """Computes the phase's objective on a batch, or on one device's share of it.
 
+        Losses that the student's modules sow into the collection `losses` are added.
+
         Args:
           params: as `init` gives them.
           state: likewise.
@@ -142,11 +186,101 @@ class Objective:
           Σ weight · mean over the batch of each term's loss; and (the state after the pass, what
           the terms measure).
         """
-        return student_loss(self, params, state, targets, images, labels, key, step)
+        views = targets[-2]
+        student = _run_on_views(
+            self.student,
+            {"params": params["student"], **state["student"]},
+            images,
+            views,
+            train=self.phase.needs_student,  # else nothing of it changes
+            pullback=self.needs_pullback,
+            dropout_key=key,
+        )
+        stats = {"student": student.state, "connectors": {}}
+        if self.phase.trains_teacher:
+            assert self.teacher is not None
+            variables = {"params": params["teacher"], **state["teacher"]}
+            teacher = _run_on_views(self.teacher, variables, images, views)
+            targets, stats["teacher"] = _targets_of(self, teacher), teacher.state
+        total = jnp.zeros((), jnp.result_type(float))
+        measures: dict[str, Any] = {}
+        for index, (weight, term) in enumerate(self.phase.terms):
+            pooled = pool_positions(student, self.pooled[index])
+            forward, target, running = apply_connectors(
+                self.connectors[index], index, pooled, targets[index], params, state, True
+            )
+            stats["connectors"] |= running
+            measures |= term.measures(forward, target)
+            compared = forward, target, labels
+            if term.relates == "batch" and self.axis_name is not None:
+                compared = _of_whole_batch(term, *compared, self.axis_name)
+            scale: Any = weight
+            if isinstance(weight, Schedule):
+                scale = weight(step, self.steps_per_epoch, self.epochs)
+            losses = term.loss(*compared)
+            if jnp.shape(losses) != compared[-1].shape:
+                raise InputError(
+                    f"the loss of {type(term).__name__} must be one number for each example, "
+                    f"[batch], not of shape {jnp.shape(losses)}"
+                )
+            total += scale * jnp.mean(losses)
+        if student.losses is not None:
+            total += student.losses
+            measures["sown_losses"] = student.losses
+        return total, (stats, measures)
+
+    def abstract_start(self) -> Any:
+        """Computes the shapes of what `start` makes: parameters and running statistics."""
+        teacher = None
+        if self.teacher is not None and self.phase.trains_teacher:
+            teacher = abstract_variables(self.teacher, self.image_shape)
+        return jax.eval_shape(
+            self.start,
+            abstract_variables(self.student, self.image_shape),
+            jax.random.key(0),
+            teacher,
+        )
 
     def trainable(self) -> Any:
-        """Finds the parameters that get a gradient; see `trainable_mask`."""
-        return trainable_mask(self, self.image_shape)
+        """Finds the parameters that get a gradient.
+
+        The others get no weight decay either (the classifier in the initialise phase, everything
+        behind the one layer that a term compares, or behind a `stop_gradient`).
+
+        Returns:
+          A tree of booleans, shaped as the parameters {"student": …, "connectors": …}.
+        """
+        teacher: Any = {"params": {}, "batch_stats": {}}
+        if self.teacher is not None:
+            teacher = abstract_variables(self.teacher, self.image_shape)
+        params, stats = self.abstract_start()
+        stats["teacher"] = {name: tree for name, tree in teacher.items() if name != "params"}
+        images = jax.ShapeDtypeStruct((2, *self.image_shape), jnp.result_type(float))
+        labels = jax.ShapeDtypeStruct((2,), jnp.int32)
+
+        def loss(
+            params: Any, teacher_params: Any, images: jax.Array, labels: jax.Array
+        ) -> jax.Array:
+            zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), stats)
+            key = jax.random.key(0)
+            keys = jax.random.split(key, len(images))
+            targets, _ = make_targets(
+                self, teacher_params, zeros["teacher"], images, labels, keys, images
+            )
+            return self.loss(params, zeros, targets, images, labels, key=key)[0]
+
+        axes = [(self.axis_name, 1)] if self.axis_name else None
+        arguments = (params, teacher["params"], images, labels)
+        jaxpr = jax.make_jaxpr(loss, axis_env=axes)(*arguments).jaxpr
+        _, used = dce_jaxpr(jaxpr, [True])
+        gradients = jax.make_jaxpr(jax.grad(loss, allow_int=True), axis_env=axes)(*arguments).jaxpr
+        computed = set(gradients.invars)  # else an output is a constant: the zero of no gradient
+        for equation in gradients.eqns:
+            if any(isinstance(each, Var) and each in computed for each in equation.invars):
+                computed.update(equation.outvars)
+        reached = [isinstance(each, Var) and each in computed for each in gradients.outvars]
+        tree = jax.tree.structure(params)
+        return jax.tree.unflatten(tree, map(operator.and_, used, reached))
 
     @property
     def runs_teacher(self) -> bool:
@@ -256,52 +390,6 @@ def _require_comparable(
         require_same_positions(student_taps, teacher_taps, layers)
 
 
-def begin(
-    objective: Objective,
-    student: Any,
-    key: jax.Array,
-    image_shape: tuple[int, ...],
-    teacher: Any | None = None,
-    before: Mapping[str, Any] | None = None,
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Makes parameters and running statistics of a phase: the given student, new connectors.
-
-    A teacher that is trained along is part of them.
-
-    Args:
-      objective: of the phase.
-      student: variables by collection.
-      key: of the connectors' initial weights.
-      image_shape: (height, width, channels).
-      teacher: its variables; None: the modules' weights are as they are drawn, for a caller whom
-        only their shapes concern.
-      before: the parameters of the modules of the phase before.
-    """
-    dtype = jnp.result_type(float)
-    earlier = {name: own for module in (before or {}).values() for name, own in module.items()}
-    images = jnp.zeros((1, *image_shape), dtype)
-    forward = run_model(objective.student, student, images, train=False)
-    params: dict[str, Any] = {"student": student["params"], "connectors": {}}
-    own = {name: tree for name, tree in student.items() if name != "params"}
-    stats: dict[str, Any] = {"student": own, "connectors": {}}
-    for index, connectors in enumerate(objective.connectors):
-        if connectors is not None:
-            variables = connectors.init(jax.random.fold_in(key, index), forward, None, train=False)
-            weights = variables.get("params", {})
-            if teacher is not None:
-                _, term = objective.phase.terms[index]
-                weights = term.first_weights(weights, teacher["params"], earlier)
-            params["connectors"][f"term{index}"] = weights
-            running = floats_in(dtype, variables.get("batch_stats", {}))
-            stats["connectors"][f"term{index}"] = running
-    if objective.phase.trains_teacher:
-        if teacher is None:
-            raise InputError(f"phase {objective.phase.name} trains its teacher: give its variables")
-        params["teacher"] = teacher["params"]
-        stats["teacher"] = {name: tree for name, tree in teacher.items() if name != "params"}
-    return params, stats
-
-
 def make_targets(
     objective: Objective,
     teacher_params: Any,
@@ -406,77 +494,6 @@ def _targets_of(objective: Objective, teacher: Forward) -> tuple[Any, ...]:
     )
 
 
-def student_loss(
-    objective: Objective,
-    params: Any,
-    batch_stats: Any,
-    targets: tuple[Any, ...],
-    images: jax.Array,
-    labels: jax.Array,
-    dropout_key: jax.Array | None = None,
-    step: jax.Array | int = 0,
-) -> tuple[jax.Array, tuple[Any, dict[str, Any]]]:
-    """The phase's objective on one device's share: Σ weight · mean over the batch.
-
-    Losses that the student's modules sow into the collection `losses` are added.
-
-    Args:
-      objective: the phase, bound to student and teacher.
-      params: of `abflax.training.step.TrainState`.
-      batch_stats: likewise.
-      targets: what `make_targets` computed for these images.
-      images: normalized, `[share, height, width, channels]`.
-      labels: integers `[share]`.
-      dropout_key: for a student with dropout.
-      step: of the phase, from 0, for weights that are schedules.
-
-    Returns:
-      The loss, and (new running statistics, what the terms measure).
-    """
-    views = targets[-2]
-    student = _run_on_views(
-        objective.student,
-        {"params": params["student"], **batch_stats["student"]},
-        images,
-        views,
-        train=objective.phase.needs_student,  # else nothing of it changes
-        pullback=objective.needs_pullback,
-        dropout_key=dropout_key,
-    )
-    stats = {"student": student.state, "connectors": {}}
-    if objective.phase.trains_teacher:
-        assert objective.teacher is not None
-        variables = {"params": params["teacher"], **batch_stats["teacher"]}
-        teacher = _run_on_views(objective.teacher, variables, images, views)
-        targets, stats["teacher"] = _targets_of(objective, teacher), teacher.state
-    total = jnp.zeros((), jnp.result_type(float))
-    measures: dict[str, Any] = {}
-    for index, (weight, term) in enumerate(objective.phase.terms):
-        pooled = pool_positions(student, objective.pooled[index])
-        forward, target, running = apply_connectors(
-            objective.connectors[index], index, pooled, targets[index], params, batch_stats, True
-        )
-        stats["connectors"] |= running
-        measures |= term.measures(forward, target)
-        compared = forward, target, labels
-        if term.relates == "batch" and objective.axis_name is not None:
-            compared = _of_whole_batch(term, *compared, objective.axis_name)
-        scale: Any = weight
-        if isinstance(weight, Schedule):
-            scale = weight(step, objective.steps_per_epoch, objective.epochs)
-        losses = term.loss(*compared)
-        if jnp.shape(losses) != compared[-1].shape:
-            raise InputError(
-                f"the loss of {type(term).__name__} must be one number for each example, [batch], "
-                f"not of shape {jnp.shape(losses)}"
-            )
-        total += scale * jnp.mean(losses)
-    if student.losses is not None:
-        total += student.losses
-        measures["sown_losses"] = student.losses
-    return total, (stats, measures)
-
-
 def _run_on_views(
     model: Model,
     variables: Any,
@@ -567,56 +584,3 @@ def connectors_in(objective: Objective, params: Any, batch_stats: Any) -> dict[s
 def connected_taps(connectors: nn.Module | None) -> tuple[str, ...]:
     """The taps that pass through connectors."""
     return tuple(name for name, _ in getattr(connectors, "widths", ()))
-
-
-def abstract_start(objective: Objective, image_shape: tuple[int, ...]) -> Any:
-    """Computes the shapes of what `begin` makes: parameters and running statistics."""
-    teacher = None
-    if objective.teacher is not None and objective.phase.trains_teacher:
-        teacher = abstract_variables(objective.teacher, image_shape)
-    return jax.eval_shape(
-        lambda student, key, teacher: begin(objective, student, key, image_shape, teacher),
-        abstract_variables(objective.student, image_shape),
-        jax.random.key(0),
-        teacher,
-    )
-
-
-def trainable_mask(objective: Objective, image_shape: tuple[int, ...]) -> Any:
-    """Finds which parameters get a gradient from the objective.
-
-    The others get no gradient, so they get no weight decay either (the classifier in the initialise
-    phase, everything behind the one layer that a term compares, or behind a `stop_gradient`).
-
-    Returns:
-      A tree of booleans, shaped as the parameters {"student": …, "connectors": …}.
-    """
-    teacher: Any = {"params": {}, "batch_stats": {}}
-    if objective.teacher is not None:
-        teacher = abstract_variables(objective.teacher, image_shape)
-    params, stats = abstract_start(objective, image_shape)
-    stats["teacher"] = {name: tree for name, tree in teacher.items() if name != "params"}
-    images = jax.ShapeDtypeStruct((2, *image_shape), jnp.result_type(float))
-    labels = jax.ShapeDtypeStruct((2,), jnp.int32)
-
-    def loss(params: Any, teacher_params: Any, images: jax.Array, labels: jax.Array) -> jax.Array:
-        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), stats)
-        key = jax.random.key(0)
-        keys = jax.random.split(key, len(images))
-        targets, _ = make_targets(
-            objective, teacher_params, zeros["teacher"], images, labels, keys, images
-        )
-        return student_loss(objective, params, zeros, targets, images, labels, key)[0]
-
-    axes = [(objective.axis_name, 1)] if objective.axis_name else None
-    arguments = (params, teacher["params"], images, labels)
-    jaxpr = jax.make_jaxpr(loss, axis_env=axes)(*arguments).jaxpr
-    _, used = dce_jaxpr(jaxpr, [True])
-    gradients = jax.make_jaxpr(jax.grad(loss, allow_int=True), axis_env=axes)(*arguments).jaxpr
-    computed = set(gradients.invars)  # else an output is a constant: the zero of no gradient
-    for equation in gradients.eqns:
-        if any(isinstance(each, Var) and each in computed for each in equation.invars):
-            computed.update(equation.outvars)
-    reached = [isinstance(each, Var) and each in computed for each in gradients.outvars]
-    tree = jax.tree.structure(params)
-    return jax.tree.unflatten(tree, map(operator.and_, used, reached))

@@ -17,7 +17,6 @@ from abflax.methods.objective import (
     Objective,
     apply_connectors,
     connected_taps,
-    student_loss,
 )
 from abflax.taps import run_model
 from abflax.training.step import TrainState
@@ -85,8 +84,8 @@ def find_nonfinite(
             sources += weights("the connectors'", params["connectors"][f"term{index}"])
             taps += passed("what the connector makes of the student's", behind)
     (loss, _), gradients = jax.value_and_grad(
-        lambda params: student_loss(
-            objective, params, stats, targets, images, labels, dropout_key, state.step
+        lambda params: objective.loss(
+            params, stats, targets, images, labels, key=dropout_key, step=state.step
         ),
         has_aux=True,
     )(params)

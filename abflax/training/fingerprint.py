@@ -37,7 +37,7 @@ from abflax.config import RunConfig
 from abflax.data import Batches, Dataset, DataSets, TrainData
 from abflax.errors import InputError
 from abflax.methods import Phase, PhaseSchedule, bind
-from abflax.methods.objective import Objective, abstract_start, make_targets, student_loss
+from abflax.methods.objective import Objective, make_targets
 from abflax.methods.optimizer import OwnOptimizer
 from abflax.methods.terms import Term
 from abflax.methods.views import VIEWS
@@ -331,7 +331,7 @@ def _phase_digests(
 def _optimizer_digest(optimizer: OwnOptimizer, objective: Objective) -> str:
     """Digests what a transformation does to the parameters of a phase."""
     made = optimizer.transformation(PhaseSchedule.single_step())
-    params, _ = abstract_start(objective, objective.image_shape)
+    params, _ = objective.abstract_start()
     try:
         state = jax.eval_shape(made.init, params)
         texts = _lowered(made.init, params), _lowered(made.update, params, state, params)
@@ -356,7 +356,7 @@ def _objective_digest(objective: Objective, before: Objective | None) -> str:
 
     def begin(student: Any, stats: Any, key: jax.Array, teacher: Any, modules: Any) -> Any:
         return create_train_state(
-            objective, optax.identity(), student, stats, key, shape, teacher, modules
+            objective, optax.identity(), student, stats, key, teacher, modules
         )
 
     def compute(state: Any, teacher_params: Any, images: Any, labels: Any, key: Any) -> Any:
@@ -367,12 +367,11 @@ def _objective_digest(objective: Objective, before: Objective | None) -> str:
         )
 
         def loss(params: Any) -> Any:
-            arguments = (params, stats, targets, images, labels, key, state.step)
-            return student_loss(objective, *arguments)
+            return objective.loss(params, stats, targets, images, labels, key=key, step=state.step)
 
         return jax.value_and_grad(loss, has_aux=True)(state.params), targets
 
-    modules = {} if before is None else abstract_start(before, shape)[0]["connectors"]
+    modules = {} if before is None else before.abstract_start()[0]["connectors"]
     first = (abstract_variables(student, shape), theirs, key, params, modules)
     state = jax.eval_shape(begin, *first)
     texts = _lowered(begin, *first), _lowered(compute, state, params, images, labels, key)

@@ -21,7 +21,7 @@ from flax import struct
 
 from abflax.data import Augment, Preprocessing, augment, draw_views, normalize, view
 from abflax.methods import Objective, Phase, PhaseSchedule, bind
-from abflax.methods.objective import make_all_targets, make_targets, trainable_mask
+from abflax.methods.objective import make_all_targets, make_targets
 from abflax.metrics import Metric
 from abflax.models.variables import init_variables
 from abflax.taps import Model, run_model
@@ -148,12 +148,10 @@ def compile_phase(
         steps_per_epoch=schedule.steps_per_epoch,
         epochs=schedule.epochs,
     )
-    optimizer = phase.transformation(schedule, trainable_mask(objective, shape))
+    optimizer = phase.transformation(schedule, objective.trainable())
 
     def begin(variables: Any, teacher_stats: Any, key: jax.Array, *start: Any) -> TrainState:
-        return create_train_state(
-            objective, optimizer, variables, teacher_stats, key, shape, *start
-        )
+        return create_train_state(objective, optimizer, variables, teacher_stats, key, *start)
 
     return PhaseProgram(
         objective=objective,

@@ -19,10 +19,8 @@ from abflax.losses.dtypes import at_least_float32
 from abflax.methods.objective import (
     Objective,
     apply_connectors,
-    begin,
     connected_taps,
     make_targets,
-    student_loss,
 )
 from abflax.methods.optimizer import average_in
 from abflax.metrics import Metric, activation_agreement, misclassified
@@ -67,7 +65,6 @@ def create_train_state(
     student: Any,
     teacher_stats: Any,
     key: jax.Array,
-    image_shape: tuple[int, ...],
     teacher_params: Any | None = None,
     before: Any | None = None,
 ) -> TrainState:
@@ -79,12 +76,11 @@ def create_train_state(
       student: variables by collection.
       teacher_stats: the teacher's variables but `params`.
       key: of the connectors' initial weights.
-      image_shape: (height, width, channels).
-      teacher_params: None: only the shapes of the state matter (see `begin`).
+      teacher_params: None: only the shapes of the state matter (see `Objective.start`).
       before: the parameters of the connectors of the phase before; None: there is none.
     """
     teacher = None if teacher_params is None else {"params": teacher_params, **teacher_stats}
-    params, stats = begin(objective, student, key, image_shape, teacher, before)
+    params, stats = objective.start(student, key, teacher, before)
     stats = stats | {"teacher": teacher_stats}
     return TrainState(jnp.zeros((), jnp.int32), params, stats, optimizer.init(params))
 
@@ -121,8 +117,8 @@ def train_step(
         precomputed_targets = make_targets(objective, teacher_params, stats, images)
     targets, teacher_stats = precomputed_targets
     (loss, (stats, measures)), gradients = jax.value_and_grad(
-        lambda params: student_loss(
-            objective, params, state.batch_stats, targets, images, labels, dropout_key, state.step
+        lambda params: objective.loss(
+            params, state.batch_stats, targets, images, labels, key=dropout_key, step=state.step
         ),
         has_aux=True,
     )(state.params)

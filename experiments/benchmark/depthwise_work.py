@@ -36,7 +36,7 @@ def _train(name: str) -> Work:
 
     def begin(key: jax.Array) -> Any:
         student = init_variables(model, key, SHAPE)
-        return create_train_state(objective, optimizer(student["params"]), student, {}, key, SHAPE)
+        return create_train_state(objective, optimizer(student["params"]), student, {}, key)
 
     def optimizer(params: Any) -> Any:
         trained = jax.tree.map(lambda _: True, {"student": params, "connectors": {}})

@@ -12,7 +12,7 @@ import optax
 
 from abflax.data import Preprocessing, augment, normalize
 from abflax.methods import METHODS
-from abflax.methods.objective import Objective, bind, make_targets, student_loss
+from abflax.methods.objective import Objective, bind, make_targets
 from abflax.methods.optimizer import PhaseSchedule
 from abflax.methods.phase import Phase
 from abflax.models import MODELS
@@ -191,7 +191,7 @@ class Bench:
             return make_targets(objective, *teacher, images)[0]
 
         def loss(params: Any, stats: Any, targets: Any, images: jax.Array) -> jax.Array:
-            return student_loss(objective, params, stats, targets, images, labels)[0]
+            return objective.loss(params, stats, targets, images, labels)[0]
 
         def of_taps(params: Any, stats: Any, images: jax.Array) -> jax.Array:
             variables = {"params": params, "batch_stats": stats}

@@ -26,7 +26,7 @@ from abflax.losses import (
 )
 from abflax.methods import METHODS
 from abflax.methods.connectors import common_positions, pool_positions
-from abflax.methods.objective import bind, make_targets, student_loss
+from abflax.methods.objective import bind, make_targets
 from abflax.models.variables import init_variables
 from abflax.taps import Forward, sow_features, sow_tap
 from abflax.taps.linen import Linen
@@ -125,12 +125,9 @@ def test_every_method_on_taps_is_defined_on_tokens(name):
 
     def gradients(images, labels):
         ours, theirs = (m.init(jax.random.key(0), images) for m in (student, teacher))
-        state = create_train_state(objective, optax.sgd(0.1), ours, {}, jax.random.key(1),
-                                   (8, 8, 1))  # fmt: skip
+        state = create_train_state(objective, optax.sgd(0.1), ours, {}, jax.random.key(1))
         targets, _ = make_targets(objective, theirs["params"], {}, images)
-        loss = lambda params: student_loss(
-            objective, params, state.batch_stats, targets, images, labels
-        )
+        loss = lambda params: objective.loss(params, state.batch_stats, targets, images, labels)
         return jax.value_and_grad(loss, has_aux=True)(state.params)
 
     (loss, _), _ = jax.eval_shape(gradients, jnp.zeros((4, 8, 8, 1)), jnp.zeros(4, int))

@@ -11,7 +11,7 @@ from flax import linen as nn
 from abflax import InputError
 from abflax.losses import cross_entropy
 from abflax.methods import METHODS
-from abflax.methods.objective import bind, make_targets, student_loss
+from abflax.methods.objective import bind, make_targets
 from abflax.models import MODELS
 from abflax.models.variables import init_variables
 from abflax.taps import run_model
@@ -28,7 +28,7 @@ def _bound(student, classes, method="dtl"):
     variables = init_variables(teacher, jax.random.key(1), SHAPE)
     ours = init_variables(student, jax.random.key(2), SHAPE)
     stats, key = variables["batch_stats"], jax.random.key(3)
-    state = create_train_state(objective, optax.identity(), ours, stats, key, SHAPE)
+    state = create_train_state(objective, optax.identity(), ours, stats, key)
     return objective, state, variables
 
 
@@ -42,7 +42,7 @@ def test_loss_is_the_formula_and_the_head_is_trained():
     )
     loss, gradients = jax.jit(
         jax.value_and_grad(
-            lambda p: student_loss(objective, p, state.batch_stats, targets, images, labels)[0]
+            lambda p: objective.loss(p, state.batch_stats, targets, images, labels)[0]
         )
     )(state.params)
     ours = state.student

@@ -37,7 +37,7 @@ def _trained(given, objective, variables, before):
     params, stats = teacher.variables["params"], {"batch_stats": teacher.variables["batch_stats"]}
     optimizer = optax.masked(optax.sgd(0.1), objective.trainable())
     first = state = create_train_state(
-        objective, optimizer, variables, stats, jax.random.key(1), SHAPE, params, before
+        objective, optimizer, variables, stats, jax.random.key(1), params, before
     )
     step = jax.jit(lambda state: train_step(objective, optimizer, state, params, images, labels)[0])
     for _ in range(2):

@@ -23,7 +23,7 @@ from abflax.methods import (
     register_method,
     registry,
 )
-from abflax.methods.objective import bind, make_targets, student_loss
+from abflax.methods.objective import bind, make_targets
 from abflax.methods.terms import CrossEntropy, KnowledgeDistillation, Term
 from abflax.models.variables import init_variables
 from abflax.training.record import read_record
@@ -102,7 +102,7 @@ def test_the_step_of_a_ramp_is_traced(teacher):
         images = jnp.ones((4, 8, 8, 1))
         targets, _ = make_targets(objective, {}, {}, images)
         batch = images, jnp.arange(4)
-        return student_loss(objective, params, stats, targets, *batch, step=step)[0]
+        return objective.loss(params, stats, targets, *batch, step=step)[0]
 
     losses = [float(loss(step)) for step in range(6)]
     assert len(traces) == 1

@@ -82,7 +82,7 @@ def test_transfer_loss_falls(pair, name):
 
     @jax.jit
     def losses(first, images, labels):
-        state = create_train_state(objective, optimizer, first, stats, key, shape, *weights, {})
+        state = create_train_state(objective, optimizer, first, stats, key, *weights, {})
 
         def step(state, _):
             theirs = state.batch_stats["teacher"]
@@ -128,7 +128,7 @@ def test_the_whole_batch_on_one_device_and_on_eight(name, index, x64):
     objective, optimizer = bind(student, teacher, phase, shape, axis_name=AXIS), optax.sgd(1.0)
     state = create_train_state(
         objective, optimizer, init_variables(student, keys[1], shape),
-        stats, keys[2], shape, variables["params"], _modules(student, teacher, name, index),
+        stats, keys[2], variables["params"], _modules(student, teacher, name, index),
     )  # fmt: skip
     images, labels = jax.random.normal(keys[3], (16, *shape)), jnp.arange(16) % 10
 

@@ -13,7 +13,7 @@ from flax import linen as nn
 from abflax import models
 from abflax.errors import InputError
 from abflax.methods import METHODS
-from abflax.methods.objective import bind, trainable_mask
+from abflax.methods.objective import bind
 from abflax.models import EfficientNetLite, MobileNetV1, MobileNetV2, ResNet
 from abflax.models.resnet import _max_pool
 from abflax.taps import run_model
@@ -192,7 +192,7 @@ def test_one_layer_trains_nothing_after_it():
     make, _, _ = TINY["v1"]
     model = make()
     phase, _ = METHODS["activation-boundary"](layers=("layer1",))
-    trained = trainable_mask(bind(model, model, phase, SHAPE), SHAPE)["student"]
+    trained = bind(model, model, phase, SHAPE).trainable()["student"]
     groups = {name: set(jax.tree.leaves(tree)) for name, tree in trained.items()}
     assert groups["stem"] == groups["block1"] == groups["block2"] == {True}
     assert groups["block3"] == groups["classifier"] == {False}

@@ -160,11 +160,11 @@ class _Jitted(nn.Module):
 def test_what_a_phase_trains(model):
     """One layer alone trains nothing after it, also inside a jitted block."""
     from abflax.methods import METHODS
-    from abflax.methods.objective import bind, trainable_mask
+    from abflax.methods.objective import bind
 
     shape = (8, 8, 1)
     phase, _ = METHODS["activation-boundary"](layers=("layer1",))
-    trained = trainable_mask(bind(model, model, phase, shape), shape)["student"]
+    trained = bind(model, model, phase, shape).trainable()["student"]
     groups = {name: set(jax.tree.leaves(tree)) for name, tree in trained.items()}
     if isinstance(model, _Jitted):
         assert groups == {"conv": {True}, "head": {False}}

@@ -12,7 +12,7 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 from abflax.methods import METHODS
-from abflax.methods.objective import bind, trainable_mask
+from abflax.methods.objective import bind
 from abflax.methods.optimizer import PhaseSchedule
 from abflax.models import MODELS
 from abflax.training.step import create_train_state, train_step
@@ -53,8 +53,8 @@ class Trajectory:
         models = MODELS["wrn10-1"](), MODELS["wrn10-2"]()
         objective = bind(*models, phase, (32, 32, 3))
         probe = create_train_state(objective, optax.identity(), student, teacher_stats,
-                            jax.random.key(0), (32, 32, 3))  # fmt: skip
-        mask = trainable_mask(objective, (32, 32, 3))
+                                   jax.random.key(0))  # fmt: skip
+        mask = objective.trainable()
         optimizer = phase.optimizer.transformation(SPAN, mask)
         params, stats = dict(probe.params), dict(probe.batch_stats)
         if connectors:
