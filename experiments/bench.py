@@ -35,6 +35,7 @@ from abflax.errors import InputError, unknown
 from abflax.losses import neuron_selectivity
 from abflax.losses.nst import channel_patterns
 from abflax.methods import METHODS
+from abflax.models import MODELS
 from abflax.training.devices import usable_devices
 from abflax.training.record import environment, write_record
 from experiments.benchmark import (
@@ -116,12 +117,7 @@ def main(console: Console) -> None:
 
 def compile_for(console: Console, arguments: Arguments, targets: Sequence[str]) -> None:
     """Compiles all programs for each target and shows, and publishes, what came of it."""
-    for target in targets:
-        if target not in compile_ahead.TARGETS:
-            raise unknown("target", target, compile_ahead.TARGETS)
-        if not compile_ahead.is_installed(target):
-            extra = compile_ahead.TARGETS[target].extra
-            raise InputError(f"nothing here compiles for {target}: pip install -e '.[{extra}]'")
+    _require_compilable(arguments, targets)
     for target in targets:
         found = _compile_target(console, arguments, target)
         console.print(compiled_section(found), soft_wrap=True, markup=False)
@@ -130,6 +126,25 @@ def compile_for(console: Console, arguments: Arguments, targets: Sequence[str]) 
             write_record(COMPILED / f"{target}.json", found)
     if arguments.publish:
         write_page()
+
+
+def _require_compilable(arguments: Arguments, targets: Sequence[str]) -> None:
+    for name in ("batch", "precision", "sections", "record", "repetitions"):
+        if getattr(arguments, name) != getattr(Arguments, name):
+            raise InputError(
+                f"--compile-for takes no --{name}: it compiles batches of 128 in both precisions"
+            )
+    networks = arguments.teacher, arguments.student
+    if arguments.publish and networks != (Arguments.teacher, Arguments.student):
+        raise InputError("--publish keeps what the headline run compiles to: name no networks")
+    for name in networks:
+        MODELS[name]  # an unknown name is reported first
+    for target in targets:
+        if target not in compile_ahead.TARGETS:
+            raise unknown("target", target, compile_ahead.TARGETS)
+        if not compile_ahead.is_installed(target):
+            extra = compile_ahead.TARGETS[target].extra
+            raise InputError(f"nothing here compiles for {target}: pip install -e '.[{extra}]'")
 
 
 def _compile_target(console: Console, arguments: Arguments, target: str) -> dict[str, Any]:
@@ -168,6 +183,8 @@ def select_work(arguments: Arguments) -> tuple[Bench, dict[str, Section]]:
     for name in wanted:
         if name not in SECTIONS:
             raise unknown("section", name, SECTIONS)
+    for name in (arguments.teacher, arguments.student):
+        MODELS[name]  # an unknown name is reported first
     bench = Bench(
         arguments.teacher, arguments.student, arguments.batch, precision=arguments.precision
     )

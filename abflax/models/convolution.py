@@ -3,8 +3,9 @@
 Use it as `nn.Conv(..., conv_general_dilated=convolve)`. XLA's CPU backend computes the kernel's
 gradient as one matrix product whose inner dimension is batch × height × width. That is 4 to 10
 times slower than the forward pass. A sum over chunks of the batch is nearly as fast as the forward
-pass (32×32×16 channels, batch 128, two cores: 40 ms in one chunk, 8 ms in sixteen). A 1×1
-convolution is computed as a matrix product. Accelerators use XLA's own gradient.
+pass (32×32×16 channels, batch 128, two cores: 40 ms in one chunk, 8 ms in sixteen). An unpadded
+1×1 convolution is computed as a matrix product: on CPUs with any strides, on accelerators without.
+There the other convolutions and their gradients are XLA's own.
 """
 
 from __future__ import annotations

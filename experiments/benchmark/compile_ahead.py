@@ -14,7 +14,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from jax.experimental import topologies
 from abflax.errors import BusyError
 from abflax.models.variables import init_variables
 from abflax.training import parallel
+from abflax.training.devices import local_devices
 from abflax.training.inputs import EVALUATION_BATCH
 from experiments.benchmark.jax_work import PREPROCESSING, SHAPE, SPAN, Bench
 from experiments.common.flops import count_flops
@@ -46,7 +47,8 @@ class Target:
       platform, topology: its names in JAX.
       module: a module that only the wheels for it have.
       extra: the extra of abflax that installs them.
-      flops: precision -> the peak of one device, FLOP/s, by its data sheet.
+      flops: precision -> the peak of one device, FLOP/s, by its data sheet, at the precision in
+        which JAX multiplies there if it is not told otherwise (`jax.lax.Precision.DEFAULT`).
       bandwidth: of one device's memory, bytes/s.
       environment: variables that the compiler needs.
     """
@@ -59,9 +61,13 @@ class Target:
     bandwidth: float
     environment: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
+    def roofline(self, precision: str, flops: float, moved_bytes: float) -> float:
+        """The fewest seconds in which one device does so many FLOP and moves so many bytes."""
+        return max(flops / self.flops[precision], moved_bytes / self.bandwidth)
+
 
 def _tpu_v5e(chips: int, topology: str) -> Target:
-    """Cloud TPU v5e. By default JAX multiplies float32 there in one pass of bfloat16."""
+    """Cloud TPU v5e, which multiplies float32 in one pass of bfloat16."""
     environment = {
         "TPU_SKIP_MDS_QUERY": "1",
         "TPU_ACCELERATOR_TYPE": f"v5litepod-{chips}",
@@ -72,9 +78,9 @@ def _tpu_v5e(chips: int, topology: str) -> Target:
 
 
 TARGETS: Mapping[str, Target] = {
-    "h100": Target(
+    "h100": Target(  # multiplies float32 as TF32
         "cuda", "1x1x1", "jax_cuda12_plugin", "aot-cuda",
-        {"float32": 67e12, "bfloat16": 989e12}, 3.35e12,
+        {"float32": 494.7e12, "bfloat16": 989.4e12}, 3.35e12,
     ),
     "tpu-v5e-4": _tpu_v5e(4, "v5e:2x2"),
     "tpu-v5e-16": _tpu_v5e(16, "v5e:4x4"),
@@ -94,7 +100,12 @@ def in_child(
     Raises `BusyError` while another process has libtpu's lock.
     """
     arguments = (target, precision, program, teacher, student)
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", **TARGETS[target].environment}
+    environment = {
+        **os.environ,
+        "JAX_PLATFORMS": "cpu",
+        "JAX_ENABLE_COMPILATION_CACHE": "false",  # compile times are measured
+        **TARGETS[target].environment,
+    }
     done = subprocess.run(
         [sys.executable, "-m", "experiments.benchmark.compile_ahead", *arguments],
         env=environment, capture_output=True, text=True,
@@ -119,15 +130,13 @@ def compile_program(
     devices = _devices(TARGETS[target])
     bench = Bench(teacher, student, 128, precision=precision)
     function, arguments = _lowerable(bench, tuple(devices), program, _STEPS)
-    flops = _flops(bench, program) / len(devices)
+    flops = _flops(bench, program) / _shares(devices, program)
     lowered = function.lower(*arguments)
     start = _processor_seconds()
     compiled = lowered.compile()
     seconds = _processor_seconds() - start
     memory = compiled.memory_analysis()
     step = _step_of(compiled.as_text())
-    moved = _moved_bytes(compiled)
-    bandwidth, peak = TARGETS[target].bandwidth, TARGETS[target].flops[precision]
     return {
         "devices": len(devices),
         "compile_seconds": seconds,
@@ -136,10 +145,9 @@ def compile_program(
         + memory.temp_size_in_bytes
         - memory.alias_size_in_bytes,
         "flops": flops,
-        "moved_bytes": moved,
+        "moved_bytes": _moved_bytes(compiled),
         "kernels": len(step),
         "collectives": sum(opcode.startswith("all-") for opcode in step),
-        "roofline_seconds": max(flops / peak, moved / bandwidth),
     }
 
 
@@ -160,6 +168,16 @@ def _devices(target: Target) -> list[jax.Device]:
         **({"topology": target.topology} if options else {"topology_name": target.topology}),
         **options,
     ).devices
+
+
+def _shares(devices: Sequence[jax.Device], program: str) -> int:
+    """Among how many devices the batch of a step is divided.
+
+    In evaluation each device has a batch. Each process computes all targets on its own devices.
+    """
+    if program == "evaluate":
+        return 1
+    return len(local_devices(devices) if program == "targets" else devices)
 
 
 def _flops(bench: Bench, program: str) -> float:
@@ -186,10 +204,11 @@ def _lowerable(
         lambda stats: phase_program.begin(phase_program.init(key), stats, key), teacher
     )
     key = jax.eval_shape(lambda: key)
-    count, share = len(devices), bench.batch // len(devices)
+    count, shares = len(devices), _shares(devices, program)
+    share = bench.batch // shares
     images = shape((_TRAIN, *SHAPE), jnp.uint8)
     if program == "targets":
-        index = shape((count, share), integer)
+        index = shape((shares, share), integer)
         return phase_program.targets, (params, teacher, images, index, index)
     if program == "evaluate":
         batches = -(-_TEST // (EVALUATION_BATCH * count))
@@ -218,13 +237,17 @@ def _lowerable(
 def _step_of(text: str) -> list[str]:
     """The opcodes of the loop's body in a compiled program, or of the program without a loop.
 
-    Only those that do work are given, and those with a start and an end once.
+    That is the computation with the most: a program without a loop over steps may have smaller
+    ones. Only those that do work are given, and those with a start and an end once.
     """
     computations = _computations(text)
-    bodies = [computations.get(name, "") for name in re.findall(r"body=%?([\w.-]+)", text)]
-    step = max(bodies, key=len, default="")
-    opcodes = _INSTRUCTION.findall(step or computations["ENTRY"])
-    return [each for each in opcodes if each not in _NO_KERNEL and not each.endswith("-done")]
+    names = ("ENTRY", *re.findall(r"body=%?([\w.-]+)", text))
+    found = [_INSTRUCTION.findall(computations.get(name, "")) for name in names]
+    worked = [
+        [each for each in opcodes if each not in _NO_KERNEL and not each.endswith("-done")]
+        for opcodes in found
+    ]
+    return max(worked, key=len)
 
 
 def _computations(text: str) -> dict[str, str]:

@@ -4,6 +4,7 @@ import itertools
 import subprocess
 import sys
 
+import jax
 import pytest
 from rich.console import Console
 
@@ -41,6 +42,10 @@ def test_the_instructions_of_a_step_are_those_of_the_loop():
     assert compile_ahead._step_of(_HLO) == ["fusion", "all-reduce-start"]
     alone = _HLO.replace(", body=%body", "").replace("while", "sort")
     assert compile_ahead._step_of(alone) == ["sort"]
+    # Without a loop over steps, a smaller loop is one instruction.
+    longer = "".join(f"  %e{i} = f32[8]{{0}} exponential(%x)\n" for i in range(3))
+    step = compile_ahead._step_of(_HLO.replace("  %w =", f"{longer}  %w ="))
+    assert step == ["exponential"] * 3 + ["while"]
 
 
 def test_of_a_gathered_table_only_the_rows_are_read():
@@ -73,20 +78,50 @@ ENTRY %main (table: u8[200,16], rows: s32[4,1]) -> u8[4,1,16] {
 def test_the_table():
     row = {
         "name": "classify", "precision": "bfloat16", "compile_seconds": 61.25, "peak_bytes": 9.2e8,
-        "flops": 1.5e12, "moved_bytes": 2.7e9, "kernels": 397, "collectives": 0,
-        "roofline_seconds": 0.00081,
+        "flops": 1.5e11, "moved_bytes": 2.7e9, "kernels": 397, "collectives": 0,
     }  # fmt: skip
     lost = {"name": "evaluate", "precision": "float32", "failure": "exit code -6: Check failed"}
-    text = compiled_section({"target": "h100", "environment": {"jax": "1"}, "rows": [row, lost]})
-    assert "### h100 (jax 1)" in text
-    assert "| classify | 1,500.0 | 61.2 | bfloat16 | 920 | 2,700 | 397 | 0 | 0.81 | – |" in text
+    made = {"jax": "1", "jaxlib": "2", "commit": "a" * 40}
+    text = compiled_section({"target": "h100", "environment": made, "rows": [row, lost]})
+    assert f"### h100 (jax 1, jaxlib 2, commit {'a' * 12})" in text
+    assert "| classify | 150.0 | 61.2 | bfloat16 | 920 | 2,700 | 397 | 0 | 0.81 | – |" in text
     assert "| evaluate | – | – | float32 | – | – | – | – | – | exit code -6: Check failed |" in text
+
+
+def test_the_roofline_is_of_the_precision_in_which_a_machine_multiplies():
+    """By default an H100 multiplies float32 as TF32, a TPU as bfloat16 (`jax.lax.Precision`)."""
+    h100, tpu = (compile_ahead.TARGETS[name].roofline for name in ("h100", "tpu-v5e-4"))
+    assert h100("float32", 494.7e9, 1) == pytest.approx(1e-3)
+    assert h100("bfloat16", 989.4e9, 1) == pytest.approx(1e-3)
+    assert tpu("float32", 197e9, 1) == tpu("bfloat16", 197e9, 1) == pytest.approx(1e-3)
+    assert h100("float32", 1, 3.35e9) == tpu("float32", 1, 0.819e9) == pytest.approx(1e-3)
+
+
+def test_what_one_of_several_devices_computes(monkeypatch):
+    """As on four hosts of two chips: evaluation is not divided, targets are in each process."""
+    devices = jax.devices("cpu") * 8
+    monkeypatch.setattr(compile_ahead, "local_devices", lambda devices: devices[:2])
+    shares = [compile_ahead._shares(devices[:8], program) for program in compile_ahead.PROGRAMS]
+    assert shares == [8, 8, 8, 1, 2]
 
 
 def test_unknown_targets_and_missing_wheels_are_named(monkeypatch):
     monkeypatch.setattr(compile_ahead.importlib.util, "find_spec", lambda name: None)
     for given, sentence in (("h200", "did you mean h100"), ("tpu-v5e-4", r"\[aot-tpu\]")):
         monkeypatch.setattr("sys.argv", ["bench", "--compile-for", given])
+        with pytest.raises(InputError, match=sentence):
+            bench.main(None)
+
+
+def test_flags_that_do_not_go_with_compiling_are_named(monkeypatch):
+    for given, sentence in (
+        (["--batch", "64"], "takes no --batch"),
+        (["--precision", "bfloat16"], "takes no --precision"),
+        (["--record", "record.json"], "takes no --record"),
+        (["--teacher", "wrn16-2", "--publish"], "name no networks"),
+        (["--student", "wrn16"], "unknown"),
+    ):
+        monkeypatch.setattr("sys.argv", ["bench", "--compile-for", "h100", *given])
         with pytest.raises(InputError, match=sentence):
             bench.main(None)
 

@@ -81,11 +81,14 @@ def test_train_steps_on_accelerators(program, precision, platform):
     assert ("bf16" in text) == (precision == "bfloat16")
 
 
-@pytest.mark.parametrize("program", ["evaluate", "targets"])
 @pytest.mark.parametrize("platform", ["cuda", "tpu"])
-def test_evaluation_and_targets_on_accelerators(program, platform):
-    text = lowered(program, platform)
-    assert convolutions(text) and not strided_slices(text) and not re.search(LEAST, text)
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("program", "networks"), [("evaluate", 2), ("targets", 1)])
+def test_evaluation_and_targets_on_accelerators(program, networks, precision, platform):
+    text = lowered(program, platform, precision)
+    assert convolutions(text) == 9 * networks
+    assert not strided_slices(text) and not re.search(LEAST, text)
+    assert ("bf16" in text) == (precision == "bfloat16")
 
 
 def test_what_is_done_for_cpus():
