@@ -101,8 +101,11 @@ class Dataset:
         return self.images.dtype
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """Returns {"images", "labels"}, as they are copied to the devices."""
-        return {"images": self.images, "labels": self.labels}
+        """Returns {"images", "labels"}, as they are copied to the devices.
+
+        Each image is a row. A TPU would pad its last dimensions, the width and three channels.
+        """
+        return {"images": self.images.reshape(len(self), -1), "labels": self.labels}
 
     def take(self, indices: np.ndarray, name: str | None = None) -> Dataset:
         """Selects examples; the name contains a digest of the contents."""

@@ -77,7 +77,7 @@ class StepInputs:
     """The inputs of one dispatch.
 
     Attributes:
-      images: `[examples, height, width, channels]`, the whole data set; or, where images are
+      images: `[examples, height·width·channels]`, the whole data set; or, where images are
         streamed, those of the dispatch, `[devices, steps, share, height, width, channels]`.
       labels: integers `[examples]`; or, where images are streamed, `[devices, steps, share]`.
       examples: which examples each step sees, `[devices, steps, share]`.
@@ -306,7 +306,8 @@ def _targets(
     views: jax.Array,
 ) -> Any:
     """A phase's targets for some views, booleans packed: `[share, bytes]`."""
-    images = view(all_images[examples], examples, views, preprocessing)
+    images = _rows(all_images, examples, objective.image_shape)
+    images = view(images, examples, views, preprocessing)
     images = normalize(images, preprocessing)
     targets, _ = make_targets(objective, teacher_params, teacher_stats, images)
     return jax.tree.map(
@@ -334,7 +335,7 @@ def _training_batch(
 ) -> tuple[jax.Array, jax.Array]:
     """Augmented and normalized images, and labels, of the step with that index."""
     examples, epochs = inputs.examples[index], inputs.epochs[index]
-    images = augment(_images(inputs, index), examples, epochs, key, spec.preprocessing)
+    images = augment(_images(inputs, index, spec), examples, epochs, key, spec.preprocessing)
     if spec.augment is not None:
         images = _augment_whole(spec.augment, images, examples, epochs, key)
     return normalize(images, spec.preprocessing), _labels(inputs, index)
@@ -364,10 +365,16 @@ def _target_batch(
     return _training_batch(inputs.target, index, jax.random.fold_in(key, _TARGET), own)[0]
 
 
-def _images(inputs: StepInputs, index: Any) -> jax.Array:
+def _images(inputs: StepInputs, index: Any, spec: InputSpec) -> jax.Array:
     """The stored images of the step with that index."""
-    resident = inputs.images.ndim == 4
-    return inputs.images[inputs.examples[index] if resident else index]
+    if inputs.images.ndim == 2:
+        return _rows(inputs.images, inputs.examples[index], spec.image_shape)
+    return inputs.images[index]
+
+
+def _rows(images: jax.Array, examples: jax.Array, image_shape: tuple[int, ...]) -> jax.Array:
+    """Some of the images that lie on the devices."""
+    return images[examples].reshape(*examples.shape, *image_shape)
 
 
 def _labels(inputs: StepInputs, index: Any) -> jax.Array:
@@ -428,7 +435,7 @@ def _evaluate(
     teacher_stats = students[0][1]["teacher"]  # the same beside all of them
 
     def step(index: jax.Array, mask: jax.Array) -> tuple[dict[str, Any], ...]:
-        images = normalize(_images(inputs, index), spec.preprocessing)
+        images = normalize(_images(inputs, index, spec), spec.preprocessing)
         labels = _labels(inputs, index)
         teacher = teacher_forward(objectives, teacher_params, teacher_stats, images)
 

@@ -47,7 +47,7 @@ def cached_targets(
       spec: says which devices, and how many views of an image there are.
       teacher_params: the teacher's weights.
       teacher_stats: its running statistics.
-      images: `[examples, height, width, channels]`, as the data set stores them.
+      images: `[examples, height·width·channels]`, as they lie on the devices.
       batch_size: of the teacher's pass.
       progress: told before the first batch and after each one, if anything is computed, how many
         of how many are done.

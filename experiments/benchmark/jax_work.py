@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from fractions import Fraction
 from typing import Any
 
@@ -78,7 +79,7 @@ class Bench:
     def data(self) -> dict[str, jax.Array]:
         """The made-up images and labels, on the devices."""
         draw = np.random.default_rng(0)
-        images = draw.integers(0, 256, (self.examples, *SHAPE), dtype=np.uint8)
+        images = draw.integers(0, 256, (self.examples, math.prod(SHAPE)), dtype=np.uint8)
         labels = draw.integers(0, 10, self.examples, dtype=np.int32)
         return replicate({"images": images, "labels": labels}, self.devices)
 
@@ -136,7 +137,8 @@ class Bench:
         fixed = (self.teacher_parts, self.data, key, chosen, jnp.zeros_like(chosen))
 
         def one(states: Any, teacher: Any, data: Any, key: Any, chosen: Any, epochs: Any) -> Any:
-            images = augment(data["images"][chosen], chosen, epochs, key, PREPROCESSING)
+            images = data["images"][chosen].reshape(-1, *SHAPE)
+            images = augment(images, chosen, epochs, key, PREPROCESSING)
             images, labels = normalize(images, PREPROCESSING), data["labels"][chosen]
             params, stats = teacher
             targets = make_targets(objective, params, stats, images)

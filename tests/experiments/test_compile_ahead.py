@@ -67,6 +67,7 @@ ENTRY %main (table: u8[200,16], rows: s32[4,1]) -> u8[4,1,16] {
 """
     assert compile_ahead._never_read(text) == 200 * 16 - 4 * 16
     assert compile_ahead._never_read(text.replace("u8", "bf16")) == 2 * (200 * 16 - 4 * 16)
+    assert compile_ahead._never_read(text.replace("kLoop", "kCustom")) == 0
     assert compile_ahead._never_read(_HLO) == 0
     assert [compile_ahead._bytes(each) for each in ("pred[3]", "f32[]", "f8e4m3fn[2,3]")] == [
         3,

@@ -190,7 +190,7 @@ def test_a_pass_in_memory(data):
             yield {"image": data.images[part], "label": data.labels[part]}
 
     read = Batches(loader, 10, epoch=2, preprocessing=NORMALIZED).read()
-    chex.assert_trees_all_equal(read.arrays(), data.arrays())
+    chex.assert_trees_all_equal((read.images, read.labels), (data.images, data.labels))
     assert read.preprocessing == NORMALIZED
     with pytest.raises(InputError, match="drop what is left over"):
         trained(Batches(loader, 10, epoch=2))
