@@ -95,6 +95,29 @@ def test_equal_features_have_loss_and_gradient_zero(loss):
     chex.assert_trees_all_close(pullback(jnp.ones(5))[0], jnp.zeros((5, 3)), atol=1e-6)
 
 
+@pytest.mark.parametrize("tiny", [1e-18, 1e-20, 1e-30, 1e-42])
+def test_gradients_are_finite_where_squares_underflow(tiny):
+    """Tiny logits and features, and a class that no example of the batch may be of."""
+    x, y = (jax.random.normal(jax.random.key(k), (5, 3)) for k in (0, 1))
+    unlikely = x.at[:, 1].add(np.log(tiny))
+
+    def standardized(logits):
+        return knowledge_distillation(standardized_logits(logits), y)
+
+    def intra(logits):
+        return correlation_distillation(logits, y)[1]
+
+    for loss, student in (
+        (standardized, tiny * x),
+        (standardized, x.at[0].multiply(tiny)),
+        (intra, tiny * x),
+        (intra, unlikely),
+        (lambda f: probabilistic_transfer(f, y), x.at[0].multiply(tiny)),
+    ):
+        gradient = jax.grad(lambda s, loss=loss: loss(s).sum())(student)
+        assert np.isfinite(gradient).all()
+
+
 @pytest.mark.parametrize("loss", ROWS)
 def test_lower_precision_is_computed_in_float32(loss):
     s, t = (jax.random.normal(jax.random.key(k), (4, 3), jnp.bfloat16) for k in (0, 1))
