@@ -64,6 +64,12 @@ def test_decoupled_distillation_of_certain_networks_is_finite():
     assert np.isfinite(gradient).all()
 
 
+def test_decoupled_distillation_of_labels_outside_the_classes_is_no_number():
+    x, y = (jax.random.normal(jax.random.key(k), (3, 4)) for k in (0, 1))
+    found = decoupled_distillation(x, y, jnp.array([-1, 3, 4]))
+    chex.assert_trees_all_equal(np.isfinite(found), np.array([False, True, False]))
+
+
 def test_standardized_logits_by_hand():
     x = jnp.array([[1.0, 2.0, 3.0], [0.0, 3.0, 0.0], [0.3, 0.3, 0.3]])
     third = 1 / np.sqrt(3)
