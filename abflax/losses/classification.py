@@ -25,9 +25,7 @@ def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
     """
     logits, labels = at_least_float32(logits), jnp.asarray(labels)
     require_labels("cross_entropy", logits, labels)
-    # Past the end an index gives NaN; a negative one would count from the end.
-    labels = labels.astype(jnp.promote_types(labels.dtype, jnp.int32))
-    labels = jnp.where(labels < 0, logits.shape[-1], labels)
+    labels = past_the_end(logits, labels)
     return optax.losses.softmax_cross_entropy_with_integer_labels(logits, labels)
 
 
@@ -78,3 +76,9 @@ def require_labels(what: str, logits: jax.Array, labels: jax.Array) -> None:
         )
     if not jnp.issubdtype(labels.dtype, jnp.integer):
         raise InputError(f"{what}: labels are integers, not {labels.dtype}")
+
+
+def past_the_end(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """Moves negative labels, as indices would count from the end, to where an index gives NaN."""
+    labels = labels.astype(jnp.promote_types(labels.dtype, jnp.int32))
+    return jnp.where(labels < 0, logits.shape[-1], labels)

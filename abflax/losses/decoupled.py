@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from abflax.errors import InputError, require_same_shape
-from abflax.losses.classification import require_labels
+from abflax.losses.classification import past_the_end, require_labels
 from abflax.losses.dtypes import at_least_float32
 
 
@@ -38,7 +38,7 @@ def decoupled_distillation(
       beta: β, the weight of the others. With two classes NCKD is 0.
 
     Returns:
-      `[batch]`, in nats, at least float32.
+      `[batch]`, in nats, at least float32; NaN for a label outside the classes.
 
     Raises:
       ValueError: if the shapes differ, there are fewer than two classes, or the labels are not
@@ -51,6 +51,7 @@ def decoupled_distillation(
     labels = jnp.asarray(labels)
     require_same_shape("decoupled_distillation", student, teacher)
     require_labels("decoupled_distillation", student, labels)
+    labels = past_the_end(student, labels)
     classes = student.shape[-1]
     if classes < 2:
         raise InputError("decoupled_distillation: a label apart from others needs two classes")

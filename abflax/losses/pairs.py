@@ -187,7 +187,9 @@ def _smooth_l1(x: jax.Array) -> jax.Array:
 
 def _affinities(x: jax.Array) -> jax.Array:
     """Computes the cosines of all pairs, moved to [0, 1] and divided by the sums of their rows."""
-    vanishes = jnp.all(x == 0, axis=1, keepdims=True)
+    # Of smaller features the squares underflow, and the gradient of the norm is not finite.
+    least = jnp.finfo(x.dtype).tiny ** 0.5
+    vanishes = jnp.all(jnp.abs(x) <= least, axis=1, keepdims=True)
     norm = jnp.linalg.norm(jnp.where(vanishes, 1.0, x), axis=1, keepdims=True)
     unit = x * jnp.where(vanishes, 0.0, 1 / (norm + 1e-7))
     affinities = (_inner(unit, unit) + 1) / 2

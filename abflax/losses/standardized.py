@@ -86,13 +86,15 @@ def _correlation(x: jax.Array, y: jax.Array, axis: int) -> jax.Array:
 
 
 def _deviation(x: jax.Array, axis: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Computes x − mean x, its norm (1 for a constant), and where x is constant but for rounding.
+    """Computes x − mean x, its norm, and where x is constant but for rounding or underflow.
 
-    The deviation of a constant is 0, with gradient 0.
+    The norm of a constant is not used. The deviation of a constant is 0, with gradient 0.
     """
     deviation = x - x.mean(axis=axis, keepdims=True)
     largest, size = (jnp.max(jnp.abs(z), axis=axis, keepdims=True) for z in (deviation, x))
-    constant = largest <= 8 * jnp.finfo(x.dtype).eps * size
+    limits = jnp.finfo(x.dtype)
+    # Of smaller deviations the squares underflow, and the gradient of the norm is not finite.
+    constant = largest <= jnp.maximum(8 * limits.eps * size, limits.tiny**0.5)
     deviation = jnp.where(constant, 0.0, deviation)
     norm = jnp.sqrt(
         jnp.sum(jnp.square(jnp.where(constant, 1.0, deviation)), axis=axis, keepdims=True)

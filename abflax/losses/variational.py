@@ -25,7 +25,7 @@ def variational_information(mean: jax.Array, teacher: jax.Array, log_scale: jax.
       `[batch]`, of any sign, at least float32.
 
     Raises:
-      ValueError: if the shapes differ, or there is not one log_scale a channel.
+      ValueError: if the shapes differ, or log_scale cannot be broadcast to the channels.
 
     References:
       Ahn et al., Variational Information Distillation for Knowledge Transfer, CVPR 2019, equations

@@ -64,6 +64,12 @@ def test_decoupled_distillation_of_certain_networks_is_finite():
     assert np.isfinite(gradient).all()
 
 
+def test_decoupled_distillation_of_labels_outside_the_classes_is_no_number():
+    x, y = (jax.random.normal(jax.random.key(k), (3, 4)) for k in (0, 1))
+    found = decoupled_distillation(x, y, jnp.array([-1, 3, 4]))
+    chex.assert_trees_all_equal(np.isfinite(found), np.array([False, True, False]))
+
+
 def test_standardized_logits_by_hand():
     x = jnp.array([[1.0, 2.0, 3.0], [0.0, 3.0, 0.0], [0.3, 0.3, 0.3]])
     third = 1 / np.sqrt(3)
@@ -93,6 +99,29 @@ def test_equal_features_have_loss_and_gradient_zero(loss):
     assert shares.shape == (5,)
     chex.assert_trees_all_close(shares, jnp.zeros(5), atol=1e-6)
     chex.assert_trees_all_close(pullback(jnp.ones(5))[0], jnp.zeros((5, 3)), atol=1e-6)
+
+
+@pytest.mark.parametrize("tiny", [1e-18, 1e-20, 1e-30, 1e-42])
+def test_gradients_are_finite_where_squares_underflow(tiny):
+    """Tiny logits and features, and a class that no example of the batch may be of."""
+    x, y = (jax.random.normal(jax.random.key(k), (5, 3)) for k in (0, 1))
+    unlikely = x.at[:, 1].add(np.log(tiny))
+
+    def standardized(logits):
+        return knowledge_distillation(standardized_logits(logits), y)
+
+    def intra(logits):
+        return correlation_distillation(logits, y)[1]
+
+    for loss, student in (
+        (standardized, tiny * x),
+        (standardized, x.at[0].multiply(tiny)),
+        (intra, tiny * x),
+        (intra, unlikely),
+        (lambda f: probabilistic_transfer(f, y), x.at[0].multiply(tiny)),
+    ):
+        gradient = jax.grad(lambda s, loss=loss: loss(s).sum())(student)
+        assert np.isfinite(gradient).all()
 
 
 @pytest.mark.parametrize("loss", ROWS)

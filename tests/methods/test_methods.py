@@ -19,6 +19,7 @@ from abflax.methods.terms import (
     CrossEntropy,
     DecoupledDistillation,
     KnowledgeDistillation,
+    OverhaulDifference,
     SimilarityPreserving,
 )
 
@@ -81,6 +82,7 @@ def test_what_classifies_takes_the_place_of_kd():
         (lambda: METHODS["dkd"](setting="transfer"), "compares logits over the same classes"),
         (lambda: METHODS["dist"](temperature=0.0), "temperature must be above 0"),
         (lambda: METHODS["rkd"](angle_ratio=-1.0), "angle_ratio must be at least 0"),
+        (lambda: METHODS["cc"](dimensions=0), "dimensions must be at least 1"),
         (lambda: METHODS["activation-bondary"], "did you mean activation-boundary"),
         (lambda: METHODS["kd+nothing"], "unknown method 'nothing'"),
         (lambda: METHODS["kd"](protocol="papr"), "did you mean paper"),
@@ -289,3 +291,14 @@ def test_untrained_parameters_stay():
     )
     chex.assert_trees_all_equal(updates["frozen"], jnp.zeros(2))
     chex.assert_trees_all_close(updates["trained"], jnp.full(2, -0.1 * 0.5 * 1.9), rtol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_the_margin_of_the_overhaul_is_computed_in_float32(dtype):
+    """The sum over the channel is beyond the largest float16."""
+    teacher = jnp.full((100, 1, 1, 1), -512.0, dtype).at[50:].set(-1536.0).at[99].set(-1540.0)
+    loss = OverhaulDifference().layer_loss(jnp.zeros(teacher.shape), teacher)
+    lowest = teacher.astype(jnp.float32)[99, 0, 0, 0]
+    margin = -(50 * 512.0 + 49 * 1536.0 - lowest) / 100
+    chex.assert_trees_all_close(loss[0], jnp.float32(512.0**2))
+    chex.assert_trees_all_close(loss[99], margin**2, rtol=1e-6)

@@ -12,6 +12,7 @@ import numpy as np
 
 from abflax.errors import InputError
 from abflax.losses import hierarchical_context, overhaul_difference, variational_information
+from abflax.losses.dtypes import at_least_float32
 from abflax.methods.connectors import Connectors, Pair
 from abflax.methods.modules import Fusion, Regressors, TeachersClassifier
 from abflax.methods.terms.base import LayerTerm, Term, features_of, per_example, summed
@@ -55,7 +56,8 @@ class OverhaulDifference(LayerTerm):
     r_l is a connector, also where the widths are equal. The targets are the teacher's taps. The
     margin of a channel is the mean of its negative pre-activations in the batch, as the authors
     have it for networks without batch norm; their CIFAR code computes it from the scale and bias of
-    the teacher's batch norms (`overhaul_margin`), and leaves these on the batch's statistics.
+    the teacher's batch norms (`overhaul_margin`), and leaves these on the batch's statistics. Its
+    `layer_ratio` is 0.5.
     """
 
     relates: ClassVar = "batch"
@@ -70,6 +72,7 @@ class OverhaulDifference(LayerTerm):
 
     def layer_loss(self, student: jax.Array, targets: jax.Array) -> jax.Array:
         """Sums the differences over positions and neurons."""
+        targets = at_least_float32(targets)  # a sum over the batch
         axes = tuple(range(targets.ndim - 1))
         negative = targets < 0
         count = jnp.maximum(negative.sum(axis=axes), 1)

@@ -100,12 +100,16 @@ class CorrelationCongruence(Term):
     teacher's features.
 
     Attributes:
-      dimensions: of the embeddings.
+      dimensions: of the embeddings, at least 1.
     """
 
     transfers: ClassVar[bool] = True
     relates: ClassVar = "batch"
     dimensions: int = 128
+
+    def __post_init__(self) -> None:
+        if self.dimensions < 1:
+            raise InputError(f"dimensions must be at least 1, not {self.dimensions}")
 
     def module(self, pair: Pair) -> Embeddings:
         """Adds the embeddings."""
