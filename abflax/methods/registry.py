@@ -310,6 +310,10 @@ def register_method(name: str, method: Method) -> None:
     terms = (*method.initialise, *method.classify)
     if not terms or not all(isinstance(term, Term) for term in terms):
         raise InputError(f"method {name} needs terms, instances of abflax.methods.terms.Term")
+    if weighed := [term.__name__ for term in method.weights if term.transfers]:
+        raise InputError(
+            f"method {name}: the weight of the transfer loss {weighed[0]} is 1, or transfer_weight"
+        )
     _METHODS[name] = method
 
 

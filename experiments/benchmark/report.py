@@ -73,10 +73,10 @@ def page(published: Sequence[Measurements], compiled: Sequence[Measurements] = (
             "FLOP, bytes, kernels and collectives are of one device, the last four of one step. "
             "FLOP are counted on the program as written; bytes are XLA's estimate for the compiled "
             "one, where a gather reads its rows and not the whole table; what a TPU pads is left "
-            "out. The roofline is the longer of FLOP at the data sheet's peak and bytes at its bandwidth, without the time "
-            "to launch kernels. In float32 the peak is the one at which JAX multiplies by default: "
-            "in TF32 on an H100, in bfloat16 on a TPU. Seconds to compile are the processor's, of "
-            "all threads.\n"
+            "out. The roofline is the longer of FLOP at the data sheet's peak and bytes at its "
+            "bandwidth, without the time to launch kernels. In float32 the peak is the one at "
+            "which JAX multiplies by default: in TF32 on an H100, in bfloat16 on a TPU. Seconds to "
+            "compile are the processor's, of all threads.\n"
         )
     parts += [compiled_section(target) for target in compiled]
     return "\n".join(parts)

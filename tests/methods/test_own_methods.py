@@ -24,7 +24,7 @@ from abflax.methods import (
     registry,
 )
 from abflax.methods.objective import bind, make_targets
-from abflax.methods.terms import CrossEntropy, KnowledgeDistillation, Term
+from abflax.methods.terms import CrossEntropy, FeatureDifference, KnowledgeDistillation, Term
 from abflax.models.variables import init_variables
 from abflax.training.record import read_record
 from tests.conftest import Small
@@ -210,6 +210,8 @@ def test_a_registered_method(teacher, data, monkeypatch):
     ):
         with pytest.raises(InputError, match=message):
             register_method(name, Method("", "", terms, terms))
+    with pytest.raises(InputError, match="transfer loss FeatureDifference is 1, or transfer_wei"):
+        register_method("mine", Method("", "", terms, terms, weights={FeatureDifference: 7.0}))
 
 
 @pytest.mark.parametrize(
