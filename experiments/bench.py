@@ -94,6 +94,8 @@ def main(console: Console) -> None:
     arguments = cli.parse(Arguments, "experiments.bench", __doc__, {"sections": first_lines})
     if arguments.batch < 1 or arguments.repetitions < 1:
         raise InputError("--batch and --repetitions must be at least 1")
+    for name in (arguments.teacher, arguments.student):
+        MODELS[name]  # an unknown name is reported first
     if arguments.compile_for is not None:
         compile_for(console, arguments, arguments.compile_for)
         return
@@ -137,8 +139,6 @@ def _require_compilable(arguments: Arguments, targets: Sequence[str]) -> None:
     networks = arguments.teacher, arguments.student
     if arguments.publish and networks != (Arguments.teacher, Arguments.student):
         raise InputError("--publish keeps what the headline run compiles to: name no networks")
-    for name in networks:
-        MODELS[name]  # an unknown name is reported first
     for target in targets:
         if target not in compile_ahead.TARGETS:
             raise unknown("target", target, compile_ahead.TARGETS)
@@ -183,8 +183,6 @@ def select_work(arguments: Arguments) -> tuple[Bench, dict[str, Section]]:
     for name in wanted:
         if name not in SECTIONS:
             raise unknown("section", name, SECTIONS)
-    for name in (arguments.teacher, arguments.student):
-        MODELS[name]  # an unknown name is reported first
     bench = Bench(
         arguments.teacher, arguments.student, arguments.batch, precision=arguments.precision
     )

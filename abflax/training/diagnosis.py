@@ -89,12 +89,13 @@ def find_nonfinite(
         ),
         has_aux=True,
     )(params)
-    sown, results = [], [bad("the loss", loss), *weights("the gradient of the", gradients)]
-    results.append(bad("the gradient's norm", optax.tree.norm(gradients)))
+    results, sown = [], []
     if student.losses is not None:
-        results.insert(0, bad("what the student sows", student.losses))
-        name = objective.axis_name
-        sown.append({"sum": jax.lax.pmax(student.losses, name) if name else student.losses})
+        results.append(bad("what the student sows", student.losses))
+        axis = objective.axis_name
+        sown.append({"sum": jax.lax.pmax(student.losses, axis) if axis else student.losses})
+    results += [bad("the loss", loss), *weights("the gradient of the", gradients)]
+    results.append(bad("the gradient's norm", optax.tree.norm(gradients)))
     return {"sources": sources, "taps": taps, "results": results, "sown": sown}
 
 
