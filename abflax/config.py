@@ -423,8 +423,8 @@ class Resources:
       steps_per_dispatch: optimization steps that one call of the compiled program makes; None: 1 on
         CPUs, 100 on accelerators, 8 there for images that are decoded as they are needed.
       checkpoint_seconds: the longest time between two checkpoints; every evaluation saves one too.
-      cache_targets: compute the teacher's targets once for each view of an image, and keep them, as
-        long as this process runs, for all runs that have the same.
+      cache_targets: compute the teacher's targets once for each view of an image, and keep them for
+        all runs of this process that share them.
       tensorboard: write the history as TensorBoard events too, beside the record.
       workers: processes that decode images; None: one a core, 16 at most.
       keep_anchors: how many students of the run are kept as `anchors/EPOCH.safetensors`, at equal

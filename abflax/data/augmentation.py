@@ -52,7 +52,7 @@ class Preprocessing:
 
     @property
     def shown_views(self) -> int:
-        """The number of those that are shown: `views`, or all."""
+        """The number of views that are shown: `views`, or all."""
         return self.all_views if self.views is None else self.views
 
     def require_fits(self, image_shape: tuple[int, ...]) -> None:

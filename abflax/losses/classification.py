@@ -79,6 +79,9 @@ def require_labels(what: str, logits: jax.Array, labels: jax.Array) -> None:
 
 
 def past_the_end(logits: jax.Array, labels: jax.Array) -> jax.Array:
-    """Moves negative labels, as indices would count from the end, to where an index gives NaN."""
+    """Replaces negative labels by the number of classes.
+
+    As an index that gives NaN, where a negative one would count from the end.
+    """
     labels = labels.astype(jnp.promote_types(labels.dtype, jnp.int32))
     return jnp.where(labels < 0, logits.shape[-1], labels)

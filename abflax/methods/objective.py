@@ -98,7 +98,7 @@ class Objective:
         teacher: Any | None = None,
         before: Mapping[str, Any] | None = None,
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Makes what `init` makes, of a given student.
+        """Makes the parameters and the running statistics that `init` makes, of a given student.
 
         Args:
           student: variables by collection.

@@ -20,7 +20,8 @@ def train(runs: Sequence[Run], group: TrainingGroup) -> None:
 
     Args:
       runs: those to train, none of them restored yet.
-      group: what they share. On a signal, which is asked for before each dispatch, all are saved.
+      group: what they share. Its `preemption` is asked before each dispatch; on a signal all runs
+        are saved.
 
     Raises:
       ValueError: before the first step, if one of the runs cannot be right.

@@ -373,7 +373,7 @@ def _images(inputs: StepInputs, index: Any, spec: InputSpec) -> jax.Array:
 
 
 def _rows(images: jax.Array, examples: jax.Array, image_shape: tuple[int, ...]) -> jax.Array:
-    """Some of the images that lie on the devices."""
+    """Selects images of the data set, of which each is a row on the devices."""
     return images[examples].reshape(*examples.shape, *image_shape)
 
 

@@ -171,7 +171,7 @@ def _devices(target: Target) -> list[jax.Device]:
 
 
 def _shares(devices: Sequence[jax.Device], program: str) -> int:
-    """Among how many devices the batch of a step is divided.
+    """Counts the devices that share the batch of a step.
 
     In evaluation each device has a batch. Each process computes all targets on its own devices.
     """
