@@ -109,8 +109,10 @@ def test_the_teacher_is_asked_once_for_all_seeds_and_margins(digits, teacher, mo
     first, entries = asked(), list(target_cache._cache)
     assert len(entries) == 2
     bits, logits = (jax.tree.leaves(target_cache._cache[key]) for key in entries)
-    # 40 images · 3 views; wrn10-2's taps on 8×8: 32·64, 64·16, 128·4 neurons, eight to a byte.
-    assert [leaf.shape for leaf in bits] == [(120, 256), (120, 128), (120, 64)]
+    # 40 images · 3 views; wrn10-2's taps on 8×8: 32·64, 64·16, 128·4 neurons, eight to a byte; and
+    # whether the taps behind the bits are finite.
+    assert [leaf.shape for leaf in bits] == [(120, 256), (120, 128), (120, 64), (120, 1)]
+    assert (bits[-1] == 128).all()
     assert [(leaf.shape, leaf.dtype) for leaf in logits] == [((120, 10), np.float32)]
     del first
     _distill(digits, teacher, resources=KEPT, seeds=1, margin=2.0)
