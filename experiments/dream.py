@@ -18,6 +18,7 @@ The same command again resumes where it stopped.
 
 import dataclasses
 import hashlib
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -28,7 +29,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from abflax import Dataset, Network, Resources, Result, distill, evaluate, load
+from abflax import Dataset, Network, Resources, Result, RunConfig, distill_group, evaluate, load
 from abflax.data import Preprocessing, few_shot_subset
 from abflax.errors import unknown
 from abflax.models import MODELS
@@ -61,13 +62,14 @@ class Study:
       student: its architecture.
       count: images of each kind.
       how: the dreams.
-      batch_size, epochs, evaluate_every: of the students.
+      protocol, batch_size, epochs, evaluate_every: of the students.
       options: method -> its options.
     """
 
     student: str
     count: int
     how: Dreaming
+    protocol: str
     batch_size: int
     epochs: tuple[int, int]
     evaluate_every: int
@@ -85,6 +87,7 @@ STUDIES = {
             steps=400, batch_size=200, learning_rate=0.1, statistics=1.0, first_statistics=3.0,
             tv_l2=0.01, l2=0.1, jitter=1, flip=False, each=True,
         ),
+        protocol="official",
         batch_size=20,
         epochs=(5, 25),
         evaluate_every=10,
@@ -96,6 +99,7 @@ STUDIES = {
         student="wrn10-1",
         count=1000,
         how=Dreaming(steps=500, batch_size=250, learning_rate=0.1, each=True),
+        protocol="paper",
         batch_size=100,
         epochs=(10, 50),
         evaluate_every=30,
@@ -185,8 +189,8 @@ def compare(name: str, arguments: Arguments, console: Console) -> None:
     study, (shape, pixels, preprocessing) = STUDIES[name], FORMS[name]
     reporter = cli.progress(arguments, console)
     common: dict[str, Any] = {
-        "test": load(name, "test"), "protocol": "official", "workdir": arguments.workdir,
-        "force": arguments.force, "reporter": reporter,
+        "test": load(name, "test"), "workdir": arguments.workdir, "force": arguments.force,
+        "reporter": reporter,
     }  # fmt: skip
     every = load(name, "train")
     real = few_shot_subset(every, study.count // every.num_classes, seed=0)
@@ -205,11 +209,10 @@ def compare(name: str, arguments: Arguments, console: Console) -> None:
     records: dict[tuple[str, str], list[dict[str, Any]]] = {}
     with reporter.shown():
         for source, data in sources.items():
-            for method in METHODS:
-                records[source, method] = [
-                    learn(study, method, teacher, data, seeds=seed, **common).record
-                    for seed in arguments.seeds
-                ]
+            for seed in arguments.seeds:
+                results = learn(study, teacher, data, seeds=seed, **common)
+                for method, result in zip(METHODS, results, strict=True):
+                    records.setdefault((source, method), []).append(result.record)
     rows = [[source, method, _errors(runs)] for (source, method), runs in records.items()]
     title = (
         f"{study.student} on {study.count} images of each kind, error on {len(common['test'])} "
@@ -239,20 +242,26 @@ def page_table(summary: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def learn(study: Study, method: str, teacher: Network, data: Dataset, **settings: Any) -> Result:
-    """Trains a student."""
-    return distill(
-        MODELS[study.student](), teacher, data, method=method, epochs=study.epochs,
-        batch_size=study.batch_size, evaluate_every=study.evaluate_every,
-        **study.options.get(method, {}), **settings,
+def learn(study: Study, teacher: Network, data: Dataset, **settings: Any) -> list[Result]:
+    """Trains a student by each method, those with the same batches and teacher in one program."""
+    config = RunConfig(
+        dataset=data.name, student=study.student, teacher=teacher.name, protocol=study.protocol,
+        epochs=study.epochs, batch_size=study.batch_size, evaluate_every=study.evaluate_every,
     )  # fmt: skip
+    runs = [{"method": method, **study.options.get(method, {})} for method in METHODS]
+    results: list[Result] = []
+    for _, group in itertools.groupby(runs, lambda run: config.replace(**run).group_key):
+        results += distill_group(
+            [*group], MODELS[study.student](), teacher, data, config=config, **settings
+        )
+    return results
 
 
 def _teacher(name: str, data: Dataset, arguments: Arguments, common: dict[str, Any]) -> Network:
     """The shipped teacher, or for the digits one that is trained."""
     if name != "digits":
         return find_teacher(Arguments.teacher, name, None, arguments.workdir)
-    taught: Network = quickstart.teach(data, **common).student
+    taught: Network = quickstart.teach(data, protocol="official", **common).student
     return taught
 
 

@@ -12,7 +12,7 @@ from abflax import Network, load
 from abflax.models import MODELS
 from abflax.models.variables import init_variables
 from abflax.weights import save_variables
-from experiments import dream, run
+from experiments import dream, quickstart, run
 from experiments.common import plots
 from experiments.common.networks import find_anchors, greedy_anchors
 from tests.conftest import ROOT, save_random_network
@@ -37,6 +37,32 @@ def test_the_pages_table_is_the_studys():
     page = (ROOT / "docs" / "relatives.md").read_text()
     assert dream.page_table(summary) in page
     assert summary["how"] == dataclasses.asdict(dream.STUDIES["digits"].how)
+
+
+@pytest.mark.slow
+def test_a_study_has_every_source_method_and_seed(call_command, tmp_path, monkeypatch):
+    study = dream.STUDIES["digits"]
+    how = dataclasses.replace(study.how, steps=2)
+    short = dataclasses.replace(study, count=20, epochs=(1, 1), batch_size=16, how=how)
+    monkeypatch.setitem(dream.STUDIES, "digits", short)
+    monkeypatch.setattr(quickstart, "TEACHER_EPOCHS", 1)
+    code, out, err = call_command(
+        dream.main, "--study", "digits", "--seeds", "2", "--workdir", tmp_path
+    )
+    assert code == 0, err
+    summary = json.loads((tmp_path / "dreamed_digits.json").read_text())
+    assert summary["how"] == dataclasses.asdict(short.how)
+    sources = ("dreamed digits", "real digits", "noise")
+    names = [f"{source}, {method}" for source in sources for method in dream.METHODS]
+    assert list(summary["test_errors"]) == list(summary["records"]) == names
+    hashes = [each for hashes in summary["records"].values() for each in hashes]
+    assert len(set(hashes)) == len(hashes) == 12
+    for name, (first, second) in summary["records"].items():
+        for seed, each in enumerate((first, second)):
+            record = json.loads((tmp_path / "runs" / each / "record.json").read_text())
+            assert record["config"]["method"] == name.split(", ")[1]
+            assert record["config"]["seeds"]["weights"] == seed
+            assert record["result"]["test_error"] == summary["test_errors"][name][seed]
 
 
 @pytest.mark.slow
