@@ -32,11 +32,12 @@ def test_a_contact_sheet_has_a_row_a_class(tmp_path):
     assert pixels[3].tolist() == [middle, middle, 255, 255, 255, 255]
 
 
-def test_the_pages_table_is_the_studys():
-    summary = json.loads((ROOT / "experiments" / "dreamed_digits.json").read_text())
+@pytest.mark.parametrize("name", dream.STUDIES)
+def test_the_pages_table_is_the_studys(name):
+    summary = json.loads((ROOT / "experiments" / f"dreamed_{name}.json").read_text())
     page = (ROOT / "docs" / "relatives.md").read_text()
     assert dream.page_table(summary) in page
-    assert summary["how"] == dataclasses.asdict(dream.STUDIES["digits"].how)
+    assert summary["how"] == dataclasses.asdict(dream.STUDIES[name].how)
 
 
 @pytest.mark.slow
