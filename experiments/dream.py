@@ -93,8 +93,8 @@ STUDIES = {
         evaluate_every=10,
         options=quickstart.OPTIONS,
     ),
-    # The published weights; a quarter of the steps at twice the rate, an hour on one core. Each
-    # image moves on its own, which by eye makes trucks and horses a little clearer.
+    # The published weights; a quarter of the steps at twice the rate, about an hour and a half on
+    # one core. Each image moves on its own, which by eye makes trucks and horses a little clearer.
     "cifar10": Study(
         student="wrn10-1",
         count=1000,
