@@ -9,6 +9,7 @@ view too: images of another data set.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -33,7 +34,8 @@ def boundary_samples(
 
     For the class t that `draw_other_class` draws, and the label y, x becomes
     clip(x + η·(T_y − T_t + 1e-4)·g/‖g‖₂, −b, b), g = ∇(T_t − T_y), up to `steps` times, as long as
-    the teacher's answer is y. An example that the teacher gets wrong stays as it is.
+    the teacher's answer is y. An example that the teacher gets wrong stays as it is. The teacher is
+    asked until no example moves.
 
     Args:
       teacher: normalized images -> logits `[batch, classes]`, in evaluation mode.
@@ -60,9 +62,21 @@ def boundary_samples(
     dtype = jnp.promote_types(images.dtype, jnp.float32)
     uniform = jax.vmap(lambda each: jax.random.uniform(each, dtype=dtype))(keys)
     others = draw_other_class(teacher(images), uniform)
-    for _ in range(steps):
-        images = boundary_step(teacher, images, labels, others, step_size, bound)
-    return images
+
+    # A loop that may end at any step has no gradient, so the weights of a teacher that trains are
+    # constants here.
+    asked, weights = jax.closure_convert(teacher, images)
+    weights = jax.lax.stop_gradient(weights)
+
+    def move(state: tuple[int, jax.Array, Any]) -> tuple[int, jax.Array, Any]:
+        count, images, _ = state
+        moved = boundary_step(
+            lambda x: asked(x, *weights), images, labels, others, step_size, bound
+        )
+        return count + 1, moved, jnp.any(moved != images)
+
+    # Most images cross the boundary in one or two steps.
+    return jax.lax.while_loop(lambda at: (at[0] < steps) & at[2], move, (0, images, True))[1]
 
 
 def boundary_step(

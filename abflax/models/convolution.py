@@ -3,9 +3,14 @@
 Use it as `nn.Conv(..., conv_general_dilated=convolve)`. XLA's CPU backend computes the kernel's
 gradient as one matrix product whose inner dimension is batch × height × width. That is 4 to 10
 times slower than the forward pass. A sum over chunks of the batch is nearly as fast as the forward
-pass (32×32×16 channels, batch 128, two cores: 40 ms in one chunk, 8 ms in sixteen). An unpadded
-1×1 convolution is computed as a matrix product: on CPUs with any strides, on accelerators without.
-There the other convolutions and their gradients are XLA's own.
+pass (32×32×16 channels, batch 128, two cores: 40 ms in one chunk, 8 ms in sixteen).
+
+In a loop or a branch, XLA's CPU backend is fast for convolutions of NHWC and HWIO alone
+(jax-ml/jax#12868). JAX's gradients have other orders of axes, and take 30 to 100 times as long
+there. The gradients here are convolutions of NHWC and HWIO, with the same bits.
+
+An unpadded 1×1 convolution is computed as a matrix product: on CPUs with any strides, on
+accelerators without. There the other convolutions and their gradients are XLA's own.
 """
 
 from __future__ import annotations
@@ -116,6 +121,13 @@ def _plain(images: jax.Array, kernel: jax.Array, static: Static) -> jax.Array:
     )
 
 
+def _spread(cotangent: jax.Array, static: Static) -> jax.Array:
+    """Puts zeros between the rows and columns, so that they are as far apart as the strides."""
+    rows, columns = static[0]
+    apart = [(0, 0, 0), (0, 0, rows - 1), (0, 0, columns - 1), (0, 0, 0)]
+    return jax.lax.pad(cotangent, jnp.zeros((), cotangent.dtype), apart)
+
+
 # The convolution and its gradients with respect to images and kernel are three bilinear maps. The
 # gradients of each map are the other two, so these three give the derivatives of every order.
 # (Jacobian matching needs the second.)
@@ -130,7 +142,23 @@ def _convolve(images: jax.Array, kernel: jax.Array, static: Static) -> jax.Array
 def _to_images(cotangent: jax.Array, kernel: jax.Array, static: Static, sides: Any) -> jax.Array:
     shape = (len(cotangent), *sides, kernel.shape[2])
     images = jax.ShapeDtypeStruct(shape, cotangent.dtype)
-    return jax.linear_transpose(lambda x: _plain(x, kernel, static), images)(cotangent)[0]
+
+    def transposed(cotangent: jax.Array, kernel: jax.Array) -> jax.Array:
+        return jax.linear_transpose(lambda x: _plain(x, kernel, static), images)(cotangent)[0]
+
+    def channels_last(cotangent: jax.Array, kernel: jax.Array) -> jax.Array:
+        spread, padding = _spread(cotangent, static), static[1]
+        room = [
+            (kernel.shape[axis] - 1 - padding[axis][0],
+             sides[axis] + padding[axis][0] - spread.shape[1 + axis])
+            for axis in (0, 1)
+        ]  # fmt: skip
+        turned = jnp.flip(kernel, (0, 1)).swapaxes(2, 3)
+        return xla_convolution(spread, turned, ((1, 1), room, static[2]))
+
+    if _is_pointwise(kernel.shape[:2], static):
+        return transposed(cotangent, kernel)
+    return jax.lax.platform_dependent(cotangent, kernel, cpu=channels_last, default=transposed)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
@@ -138,17 +166,29 @@ def _to_kernel(images: jax.Array, cotangent: jax.Array, static: Static, sides: A
     shape = (*sides, images.shape[-1], cotangent.shape[-1])
     kernel = jax.ShapeDtypeStruct(shape, images.dtype)
 
-    def whole(images: jax.Array, cotangent: jax.Array) -> jax.Array:
+    def transposed(images: jax.Array, cotangent: jax.Array) -> jax.Array:
         return jax.linear_transpose(lambda w: _plain(images, w, static), kernel)(cotangent)[0]
 
+    def channels_last(images: jax.Array, cotangent: jax.Array) -> jax.Array:
+        spread, padding = _spread(cotangent, static), static[1]
+        room = [
+            (padding[axis][0],
+             sides[axis] - 1 + spread.shape[1 + axis] - images.shape[1 + axis] - padding[axis][0])
+            for axis in (0, 1)
+        ]  # fmt: skip
+        images, spread = images.transpose(3, 1, 2, 0), spread.transpose(1, 2, 0, 3)
+        return xla_convolution(images, spread, ((1, 1), room, static[2])).transpose(1, 2, 0, 3)
+
     def in_chunks(images: jax.Array, cotangent: jax.Array) -> jax.Array:
-        chunks = 1 if _is_pointwise(sides, static) else math.gcd(len(images), _MOST_CHUNKS)
+        if _is_pointwise(sides, static):
+            return transposed(images, cotangent)
+        chunks = math.gcd(len(images), _MOST_CHUNKS)
         while chunks > 1 and math.prod(cotangent.shape[:3]) < chunks * _FEWEST_POSITIONS:
             chunks //= 2
         pieces = zip(jnp.split(images, chunks), jnp.split(cotangent, chunks), strict=True)
-        return functools.reduce(jnp.add, (whole(*piece) for piece in pieces))
+        return functools.reduce(jnp.add, (channels_last(*piece) for piece in pieces))
 
-    return jax.lax.platform_dependent(images, cotangent, cpu=in_chunks, default=whole)
+    return jax.lax.platform_dependent(images, cotangent, cpu=in_chunks, default=transposed)
 
 
 def _forward(function: Callable[..., jax.Array]) -> Callable[..., Any]:

@@ -16,7 +16,7 @@ from abflax.losses import (
     knowledge_distillation,
     total_variation,
 )
-from abflax.methods import TARGET_DOMAIN, Progressive
+from abflax.methods import TARGET_DOMAIN, Progressive, boundary_samples, views
 from abflax.methods.terms import TwoDomainDistillation
 from abflax.methods.views import boundary_base, boundary_step, draw_other_class
 from abflax.taps import Forward
@@ -151,6 +151,37 @@ def test_iterates_of_boundary_samples(bss):
         _assert_equals(found, expected)
         _assert_equals(teacher(found), scores)
     _assert_equals(found, bss["result"])
+
+
+def test_boundary_samples_are_the_last_iterate(bss, monkeypatch):
+    monkeypatch.setattr(views, "draw_other_class", lambda *_: bss["target_class"])
+    teacher = functools.partial(plain, under("teacher/", bss))
+    make = jax.jit(
+        lambda count, images: boundary_samples(
+            teacher, images, bss["base_class"], jax.random.key(0), steps=count
+        )
+    )
+    for count, expected in enumerate(bss["iterates"]):
+        _assert_equals(make(count, bss["iterates"][0]), expected)
+
+
+def test_boundary_samples_ask_the_teacher_until_none_moves():
+    calls = []
+
+    def teacher(images):  # its logits are the pixels
+        jax.debug.callback(lambda: calls.append(images))
+        return images.reshape(len(images), -1)
+
+    images = jnp.asarray([[1.0, 0.0], [0.0, 1.0]]).reshape(2, 1, 1, 2)
+    labels = jnp.asarray([0, 0])  # the second is wrong from the start
+    made = boundary_samples(teacher, images, labels, jax.random.key(0), steps=10, step_size=1.0)
+    step = 1.0001 / np.sqrt(2)
+    chex.assert_trees_all_close(made.ravel(), jnp.asarray([1 - step, step, 0, 1]))
+    assert len(calls) == 3  # to draw the class, to cross the boundary, to see that none moves
+    through = lambda w: boundary_samples(
+        lambda x: teacher(w * x), images, labels, jax.random.key(0)
+    )
+    assert jax.grad(lambda w: through(w).sum())(1.0) == 0  # a teacher that trains, too
 
 
 def test_loss_on_boundary_samples(bss):

@@ -1,5 +1,7 @@
 """The registry, parameter counts, taps, and the convolution's two formulations."""
 
+import re
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -191,17 +193,17 @@ def test_taps_by_path():
 
 SHAPES = [  # batch, size, channels, features, kernel, stride
     (32, 8, 3, 5, 3, 1), (6, 7, 4, 2, 3, 2), (1, 5, 2, 3, 3, 1), (4, 6, 3, 2, 1, 2),
-    (4, 6, 3, 2, 1, 1), (0, 4, 3, 2, 1, 1),
+    (4, 6, 3, 2, 1, 1), (0, 4, 3, 2, 1, 1), (2, 8, 2, 3, 4, 2), (2, 9, 2, 3, 3, 3),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize(("batch", "size", "channels", "features", "kernel", "stride"), SHAPES)
-@pytest.mark.parametrize("same", [False, True], ids=["half", "same"])
-def test_convolve_is_lax_convolution(x64, batch, size, channels, features, kernel, stride, same):
+@pytest.mark.parametrize("padding", ["half", "SAME", ((4, 0), (1, 5))])
+def test_convolve_is_lax_convolution(x64, batch, size, channels, features, kernel, stride, padding):
     rng = np.random.default_rng(0)
     images = rng.standard_normal((batch, size, size, channels))
     weights = rng.standard_normal((kernel, kernel, channels, features))
-    settings = (stride, stride), "SAME" if same else [(kernel // 2,) * 2] * 2
+    settings = (stride, stride), [(kernel // 2,) * 2] * 2 if padding == "half" else padding
 
     def plain(x, w):
         layout = ("NHWC", "HWIO", "NHWC")
@@ -215,6 +217,17 @@ def test_convolve_is_lax_convolution(x64, batch, size, channels, features, kerne
         strict=True,
     ):
         chex.assert_trees_all_close(one, other, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="the program of CPUs")
+@pytest.mark.parametrize("stride", [1, 2])
+def test_gradients_of_convolve_are_fast_in_loops_on_cpus(stride):
+    """XLA is slow there for any other order of axes."""
+    loss = lambda x, w: jnp.sum(convolve(x, w, (stride, stride), "SAME") ** 2)
+    arguments = jnp.ones((32, 8, 8, 2)), jnp.ones((3, 3, 2, 4))
+    text = jax.jit(jax.grad(loss, (0, 1))).lower(*arguments).as_text()
+    orders = re.findall(r"dim_numbers = (.+?), window", text)
+    assert len(orders) >= 3 and set(orders) == {"[b, 0, 1, f]x[0, 1, i, o]->[b, 0, 1, f]"}
 
 
 @pytest.mark.parametrize(("side", "stride"), [(4, 1), (5, 2)])
