@@ -77,9 +77,9 @@ def static_arguments(
 
 
 def xla_convolution(
-    images: jax.Array, kernel: jax.Array, static: Static, groups: int = 1
+    images: jax.Array, kernel: jax.Array, static: Static, groups: int = 1, **dilation: Any
 ) -> jax.Array:
-    """Computes XLA's convolution of NHWC images."""
+    """Computes XLA's convolution of NHWC images; `dilation` is its `lhs_dilation` or the other."""
     strides, padding, precision = static
     return jax.lax.conv_general_dilated(
         images,
@@ -89,6 +89,7 @@ def xla_convolution(
         dimension_numbers=("NHWC", "HWIO", "NHWC"),
         feature_group_count=groups,
         precision=precision,
+        **dilation,
     )
 
 
@@ -121,13 +122,6 @@ def _plain(images: jax.Array, kernel: jax.Array, static: Static) -> jax.Array:
     )
 
 
-def _spread(cotangent: jax.Array, static: Static) -> jax.Array:
-    """Puts zeros between the rows and columns, so that they are as far apart as the strides."""
-    rows, columns = static[0]
-    apart = [(0, 0, 0), (0, 0, rows - 1), (0, 0, columns - 1), (0, 0, 0)]
-    return jax.lax.pad(cotangent, jnp.zeros((), cotangent.dtype), apart)
-
-
 # The convolution and its gradients with respect to images and kernel are three bilinear maps. The
 # gradients of each map are the other two, so these three give the derivatives of every order.
 # (Jacobian matching needs the second.)
@@ -147,14 +141,13 @@ def _to_images(cotangent: jax.Array, kernel: jax.Array, static: Static, sides: A
         return jax.linear_transpose(lambda x: _plain(x, kernel, static), images)(cotangent)[0]
 
     def channels_last(cotangent: jax.Array, kernel: jax.Array) -> jax.Array:
-        spread, padding = _spread(cotangent, static), static[1]
-        room = [
-            (kernel.shape[axis] - 1 - padding[axis][0],
-             sides[axis] + padding[axis][0] - spread.shape[1 + axis])
-            for axis in (0, 1)
-        ]  # fmt: skip
+        strides, padding, precision = static
+        room = []
+        for axis, (low, _) in enumerate(padding):
+            spread = (cotangent.shape[1 + axis] - 1) * strides[axis] + 1
+            room.append((kernel.shape[axis] - 1 - low, sides[axis] + low - spread))
         turned = jnp.flip(kernel, (0, 1)).swapaxes(2, 3)
-        return xla_convolution(spread, turned, ((1, 1), room, static[2]))
+        return xla_convolution(cotangent, turned, ((1, 1), room, precision), lhs_dilation=strides)
 
     if _is_pointwise(kernel.shape[:2], static):
         return transposed(cotangent, kernel)
@@ -170,14 +163,18 @@ def _to_kernel(images: jax.Array, cotangent: jax.Array, static: Static, sides: A
         return jax.linear_transpose(lambda w: _plain(images, w, static), kernel)(cotangent)[0]
 
     def channels_last(images: jax.Array, cotangent: jax.Array) -> jax.Array:
-        spread, padding = _spread(cotangent, static), static[1]
-        room = [
-            (padding[axis][0],
-             sides[axis] - 1 + spread.shape[1 + axis] - images.shape[1 + axis] - padding[axis][0])
-            for axis in (0, 1)
-        ]  # fmt: skip
-        images, spread = images.transpose(3, 1, 2, 0), spread.transpose(1, 2, 0, 3)
-        return xla_convolution(images, spread, ((1, 1), room, static[2])).transpose(1, 2, 0, 3)
+        strides, padding, precision = static
+        room = []
+        for axis, (low, _) in enumerate(padding):
+            spread = (cotangent.shape[1 + axis] - 1) * strides[axis] + 1
+            room.append((low, sides[axis] - 1 + spread - images.shape[1 + axis] - low))
+        out = xla_convolution(
+            images.transpose(3, 1, 2, 0),
+            cotangent.transpose(1, 2, 0, 3),
+            ((1, 1), room, precision),
+            rhs_dilation=strides,
+        )
+        return out.transpose(1, 2, 0, 3)
 
     def in_chunks(images: jax.Array, cotangent: jax.Array) -> jax.Array:
         if _is_pointwise(sides, static):
