@@ -36,7 +36,8 @@ def local_devices(devices: Sequence[jax.Device]) -> tuple[jax.Device, ...]:
 def default_steps_per_dispatch(devices: Sequence[jax.Device], streamed: bool = False) -> int:
     """Returns 1 on CPUs; else 100, or 8 where each dispatch brings its own images.
 
-    On CPUs XLA runs convolution gradients inside a loop 40 times slower.
+    On CPUs a dispatch costs little, and in a loop XLA is slow for the gradients of convolutions
+    other than `models.convolution.convolve`.
     """
     return 1 if devices[0].platform == "cpu" else 8 if streamed else 100
 
