@@ -79,7 +79,7 @@ def static_arguments(
 def xla_convolution(
     images: jax.Array, kernel: jax.Array, static: Static, groups: int = 1, **dilation: Any
 ) -> jax.Array:
-    """Computes XLA's convolution of NHWC images; `dilation` is its `lhs_dilation` or the other."""
+    """Computes XLA's convolution of NHWC images; `dilation` is `lhs_dilation` or `rhs_dilation`."""
     strides, padding, precision = static
     return jax.lax.conv_general_dilated(
         images,
@@ -149,7 +149,7 @@ def _to_images(cotangent: jax.Array, kernel: jax.Array, static: Static, sides: A
         turned = jnp.flip(kernel, (0, 1)).swapaxes(2, 3)
         return xla_convolution(cotangent, turned, ((1, 1), room, precision), lhs_dilation=strides)
 
-    if _is_pointwise(kernel.shape[:2], static):
+    if _is_pointwise(kernel.shape[:2], static) or cotangent.size == 0:
         return transposed(cotangent, kernel)
     return jax.lax.platform_dependent(cotangent, kernel, cpu=channels_last, default=transposed)
 
@@ -177,7 +177,7 @@ def _to_kernel(images: jax.Array, cotangent: jax.Array, static: Static, sides: A
         return out.transpose(1, 2, 0, 3)
 
     def in_chunks(images: jax.Array, cotangent: jax.Array) -> jax.Array:
-        if _is_pointwise(sides, static):
+        if _is_pointwise(sides, static) or cotangent.size == 0:
             return transposed(images, cotangent)
         chunks = math.gcd(len(images), _MOST_CHUNKS)
         while chunks > 1 and math.prod(cotangent.shape[:3]) < chunks * _FEWEST_POSITIONS:

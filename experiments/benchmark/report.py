@@ -42,7 +42,7 @@ def page(published: Sequence[Measurements], compiled: Sequence[Measurements] = (
         "images, protocol `paper` unless a section says otherwise. Milliseconds are medians (and "
         "the range); a ratio is the median over pairs that ran in turn, above 1 where this code is "
         "faster. Steps here crop, flip and normalise their images; PyTorch's lie there normalised. "
-        "FLOP: a multiply-add is two, counted by XLA on the program as written. Evaluation is of "
+        "FLOP: a multiply-add is two, counted by XLA on the program as written, the body of a loop once. Evaluation is of "
         "1,000 images in batches of 250 a device. The columns after PyTorch's are the same program "
         "with `channels_last`, with `torch.compile`, with both, and with both in bfloat16 where "
         'the processor multiplies it (AMX). "To its best" is the ratio to the fastest of them, '

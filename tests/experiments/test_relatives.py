@@ -6,6 +6,9 @@ import numpy as np
 import pytest
 
 from experiments import relatives
+from experiments.paper_tables.cells import fill, markdown
+from experiments.paper_tables.definitions import TABLES
+from experiments.paper_tables.records import committed
 from tests.conftest import ROOT
 
 
@@ -29,3 +32,10 @@ def test_the_pages_tables_are_the_studies(study):
     page = (ROOT / "docs" / "relatives.md").read_text()
     assert relatives.page_table(summary) in page
     assert all(len(runs) == len(summary["seeds"]) for runs in summary["records"].values())
+
+
+@pytest.mark.parametrize("name", ["rco", "bss"])
+def test_the_pages_tables_on_cifar_are_the_records(name):
+    table, page = TABLES["medium"][name], (ROOT / "docs" / "relatives.md").read_text()
+    rows = markdown(fill(table, committed())).split("\n\n")[0]
+    assert rows in page and f"table{name}-medium.png" in page

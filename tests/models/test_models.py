@@ -194,11 +194,12 @@ def test_taps_by_path():
 SHAPES = [  # batch, size, channels, features, kernel, stride
     (32, 8, 3, 5, 3, 1), (6, 7, 4, 2, 3, 2), (1, 5, 2, 3, 3, 1), (4, 6, 3, 2, 1, 2),
     (4, 6, 3, 2, 1, 1), (0, 4, 3, 2, 1, 1), (2, 8, 2, 3, 4, 2), (2, 9, 2, 3, 3, 3),
+    (1, 1, 2, 3, 9, 2),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize(("batch", "size", "channels", "features", "kernel", "stride"), SHAPES)
-@pytest.mark.parametrize("padding", ["half", "SAME", ((4, 0), (1, 5))])
+@pytest.mark.parametrize("padding", ["half", "SAME", "VALID", ((4, 0), (1, 5)), ((5, -1), (-1, 5))])
 def test_convolve_is_lax_convolution(x64, batch, size, channels, features, kernel, stride, padding):
     rng = np.random.default_rng(0)
     images = rng.standard_normal((batch, size, size, channels))

@@ -131,7 +131,7 @@ def test_stopped_and_resumed_is_never_stopped(whole, digits, teacher, tmp_path, 
     assert _without_times(resumed.record) == _without_times(whole.record)
 
 
-@pytest.mark.slow  # a loop around a convolution's gradient is slow on CPUs
+@pytest.mark.slow  # two more programs of each phase to compile
 def test_steps_per_dispatch_change_no_number(digits, teacher):
     one, three = (
         _distill(digits, teacher, precision="float64", resources=Resources(1, count))
