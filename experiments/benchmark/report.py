@@ -43,8 +43,9 @@ def page(published: Sequence[Measurements], compiled: Sequence[Measurements] = (
         "the range); a ratio is the median over pairs that ran in turn, above 1 where this code is "
         "faster. Steps here crop, flip and normalise their images; PyTorch's lie there normalised. "
         "FLOP: a multiply-add is two, counted by XLA on the program as written, the body of a loop "
-        "once. Evaluation is of 1,000 images in batches of 250 a device. The columns after PyTorch's are the same program "
-        "with `channels_last`, with `torch.compile`, with both, and with both in bfloat16 where "
+        "once. Evaluation is of 1,000 images in batches of 250 a device. The columns after "
+        "PyTorch's are the same program with `channels_last`, with `torch.compile`, with both, and "
+        "with both in bfloat16 where "
         'the processor multiplies it (AMX). "To its best" is the ratio to the fastest of them, '
         "which may compute in bfloat16 while this code computes in float32.\n",
     ]
