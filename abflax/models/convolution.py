@@ -93,6 +93,28 @@ def xla_convolution(
     )
 
 
+def _of_sides(
+    sides: Sequence[int],
+    images: jax.Array,
+    kernel: jax.Array,
+    before: Sequence[int],
+    precision: Any,
+    *,
+    lhs_dilation: Sequence[int] = (1, 1),
+    rhs_dilation: Sequence[int] = (1, 1),
+) -> jax.Array:
+    """Convolves with stride 1, padded above and on the left as told, to results of these sides."""
+    padding = []
+    for axis in (0, 1):
+        image = (images.shape[1 + axis] - 1) * lhs_dilation[axis] + 1
+        window = (kernel.shape[axis] - 1) * rhs_dilation[axis] + 1
+        padding.append((before[axis], sides[axis] - 1 + window - image - before[axis]))
+    static = (1, 1), padding, precision
+    return xla_convolution(
+        images, kernel, static, lhs_dilation=lhs_dilation, rhs_dilation=rhs_dilation
+    )
+
+
 def _is_pointwise(sides: Sequence[int], static: Static) -> bool:
     """Tells whether the kernel is 1×1 and the images are not padded."""
     return tuple(sides) == (1, 1) and not any(map(any, static[1]))
@@ -142,12 +164,9 @@ def _to_images(cotangent: jax.Array, kernel: jax.Array, static: Static, sides: A
 
     def channels_last(cotangent: jax.Array, kernel: jax.Array) -> jax.Array:
         strides, padding, precision = static
-        room = []
-        for axis, (low, _) in enumerate(padding):
-            spread = (cotangent.shape[1 + axis] - 1) * strides[axis] + 1
-            room.append((kernel.shape[axis] - 1 - low, sides[axis] + low - spread))
+        before = [side - 1 - low for side, (low, _) in zip(kernel.shape, padding, strict=False)]
         turned = jnp.flip(kernel, (0, 1)).swapaxes(2, 3)
-        return xla_convolution(cotangent, turned, ((1, 1), room, precision), lhs_dilation=strides)
+        return _of_sides(sides, cotangent, turned, before, precision, lhs_dilation=strides)
 
     if _is_pointwise(kernel.shape[:2], static) or cotangent.size == 0:
         return transposed(cotangent, kernel)
@@ -164,16 +183,9 @@ def _to_kernel(images: jax.Array, cotangent: jax.Array, static: Static, sides: A
 
     def channels_last(images: jax.Array, cotangent: jax.Array) -> jax.Array:
         strides, padding, precision = static
-        room = []
-        for axis, (low, _) in enumerate(padding):
-            spread = (cotangent.shape[1 + axis] - 1) * strides[axis] + 1
-            room.append((low, sides[axis] - 1 + spread - images.shape[1 + axis] - low))
-        out = xla_convolution(
-            images.transpose(3, 1, 2, 0),
-            cotangent.transpose(1, 2, 0, 3),
-            ((1, 1), room, precision),
-            rhs_dilation=strides,
-        )
+        images, cotangent = images.transpose(3, 1, 2, 0), cotangent.transpose(1, 2, 0, 3)
+        before = [low for low, _ in padding]
+        out = _of_sides(sides, images, cotangent, before, precision, rhs_dilation=strides)
         return out.transpose(1, 2, 0, 3)
 
     def in_chunks(images: jax.Array, cotangent: jax.Array) -> jax.Array:
