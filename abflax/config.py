@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import itertools
 import json
@@ -158,7 +159,7 @@ class RunConfig:
             raise InputError("give a fraction of the training data or examples per_class, not both")
         if self.precision not in PRECISIONS:
             raise unknown("precision", self.precision, PRECISIONS)
-        self.phases()
+        _ = self.phases  # raises for what cannot be
 
     def _require_own_phases(self, phases: tuple[Phase | RecordedPhase, ...]) -> None:
         """Raises `InputError` where phases that were given do not go with the other settings."""
@@ -235,6 +236,7 @@ class RunConfig:
         del given["options"]
         return self.create(**given | options | settings)
 
+    @functools.cached_property
     def phases(self) -> tuple[Phase, ...]:
         """The method's phases, for each of its teachers.
 
@@ -274,7 +276,7 @@ class RunConfig:
     @property
     def needs_teacher(self) -> bool:
         """Whether one of the method's terms compares with a teacher."""
-        return any(phase.needs_teacher for phase in self.phases())
+        return any(phase.needs_teacher for phase in self.phases)
 
     @property
     def phase_epochs(self) -> Mapping[str, int]:
@@ -305,7 +307,7 @@ class RunConfig:
         key: dict[str, Any] = {name: getattr(self, name) for name in names}
         for name in ("order", "augmentation", "subset"):
             key[f"the seed of {name}"] = getattr(self.seeds, name)
-        phases = self.phases()
+        phases = self.phases
         lengths = [self.phase_epochs[phase.name] for phase in phases]
         ends = itertools.accumulate(lengths)
         key["the epochs in which the teacher's statistics drift"] = tuple(
@@ -354,7 +356,7 @@ class RunConfig:
             read["augment"] = OwnAugmentation(label)
         return cls(**{**given, **read})
 
-    @property
+    @functools.cached_property
     def hash(self) -> str:
         """Twelve hexadecimal digits of SHA-256 over all that changes a number.
 
@@ -364,7 +366,7 @@ class RunConfig:
         Other fields count only where they differ from their defaults, so a field that is added
         later changes no hash. Defaults therefore never change.
         """
-        given: dict[str, Any] = {"phases": [phase.as_json() for phase in self.phases()]}
+        given: dict[str, Any] = {"phases": [phase.as_json() for phase in self.phases]}
         plain = self.as_json()
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)

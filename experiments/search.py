@@ -125,7 +125,7 @@ def configure(arguments: Arguments) -> RunConfig:
         setting=setting_of(config.protocol, config.student) if images else "cifar",
         evaluate_every=sum(config.epochs),  # the ends of phases are enough here
     )
-    if not any(term.transfers for phase in config.phases() for _, term in phase.terms):
+    if not any(term.transfers for phase in config.phases for _, term in phase.terms):
         raise InputError(f"method {config.method} has no transfer loss, so no weight to search")
     return config
 

@@ -42,7 +42,7 @@ def require_compatible(
     data_sets: DataSets,
 ) -> None:
     """Raises where method, networks and data cannot go together."""
-    phases, data = config.phases(), data_sets.train
+    phases, data = config.phases, data_sets.train
     _require_followed(config, phases)
     _require_data(config, phases, data_sets)
     if isinstance(student, Network):
@@ -73,7 +73,7 @@ def require_teachers(
     config: RunConfig, teachers: Sequence[Network], image_shape: tuple[int, ...]
 ) -> None:
     """Raises where a term cannot learn from the teacher of its phase."""
-    for phase in config.phases():
+    for phase in config.phases:
         for _, term in phase.terms if teachers else ():
             term.require_teacher(teachers[phase.teacher], image_shape)
 

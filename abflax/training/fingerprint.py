@@ -86,7 +86,7 @@ def program_digests(
         moved = any(
             phase.trains_teacher or phase.teacher_batch_statistics
             for config, _ in members
-            for phase in config.phases()
+            for phase in config.phases
         )
         shared[f"{name} {_PROGRAM}"] = _program_digest(teacher.model, precision, shape, moved)
     models = [each.model for each in teachers]
@@ -316,7 +316,7 @@ def _phase_digests(
 
     found: dict[str, str] = {}
     before = None
-    for phase in config.phases():
+    for phase in config.phases:
         if isinstance(phase.optimizer, OwnOptimizer):
             found[f"{phase.name} optimizer's {_PROGRAM}"] = _optimizer_digest(
                 phase.optimizer, bound(phase)

@@ -105,7 +105,7 @@ def phases_and_schedules(
     """
     per_epoch = Fraction(examples, config.batch_size)
     phases, schedules, before = [], [], 0
-    for phase in config.phases():
+    for phase in config.phases:
         after = before + config.phase_epochs[phase.name]
         start, end = int(before * per_epoch), int(after * per_epoch)
         if after > before and end == start:

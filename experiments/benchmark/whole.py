@@ -42,7 +42,7 @@ def whole(record: Record, bench: Bench) -> list[dict[str, Any]]:
     if environment["device"] != here:
         raise InputError(f"the run was on {environment['device']}, and this is {here}")
     rows: list[dict[str, Any]] = []
-    phases = {phase.name: phase for phase in RunConfig.from_json(record["config"]).phases()}
+    phases = {phase.name: phase for phase in RunConfig.from_json(record["config"]).phases}
     for phase in record["phases"]:
         flops = bench.step_flops(phases[phase["name"]])
         steps, seconds = phase["steps"], phase["seconds"]

@@ -109,12 +109,7 @@ def jobs(
     plan: dict[tuple[str, int, bool], Job] = {}
     for seed in seeds:
         for table in tables:
-            students = [
-                Job(run, seed, table.examples_of(run))
-                for group in table.groups
-                for cell in group
-                if (run := table.configuration(*cell)) is not None
-            ]
+            students = [Job(run, seed, table.examples_of(run)) for run in table.runs]
             for job in (*teacher_jobs(table, given), *students):
                 plan.setdefault((job.run.hash, job.seed, job.teaches), job)
     return tuple(plan.values())

@@ -8,6 +8,7 @@ tables with the same configuration are the same runs.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
@@ -221,19 +222,19 @@ class Table:
             raise InputError(f"table {self.name}, scale {self.scale}, has no cell there")
         return table
 
-    @property
+    @functools.cached_property
     def runs(self) -> tuple[RunConfig, ...]:
         """The runs of all cells, each once, in the order of the groups."""
         runs = [self.configuration(*cell) for group in self.groups for cell in group]
         return tuple({run.hash: run for run in runs if run is not None}.values())
 
-    @property
+    @functools.cached_property
     def teachers(self) -> tuple[str, ...]:
         """The names of its teachers, each once: architectures, or anchors of one's training."""
         names = {name for run in self.runs for name in (run.teacher, *(run.anchors or ()))}
         return tuple(sorted(name for name in names if name is not None))
 
-    @property
+    @functools.cached_property
     def given(self) -> tuple[str, ...]:
         """The networks with published weights among its teachers and students, each once."""
         teachers = self.teachers if self.teacher_run is None else ()
@@ -242,7 +243,7 @@ class Table:
         }
         return (*teachers, *sorted(pretrained_students))
 
-    @property
+    @functools.cached_property
     def groups(self) -> tuple[tuple[tuple[Point, Point], ...], ...]:
         """Groups of (row, column) whose numbers compete."""
         if self.competing == "rows":

@@ -76,7 +76,7 @@ def _hash_of_recorded_phases(record, monkeypatch):
     """The hash with the phases that the record states, not those that its method has today."""
     phases = [SimpleNamespace(as_json=lambda p=p: p["objective"]) for p in record["phases"]]
     with monkeypatch.context() as patch:
-        patch.setattr(RunConfig, "phases", lambda self: phases)
+        patch.setattr(RunConfig, "phases", property(lambda self: phases))
         return RunConfig.from_json(record["config"]).hash
 
 
@@ -113,7 +113,7 @@ def test_every_record_of_a_search_is_named_by_its_configuration(monkeypatch):
         for record in records:
             config = RunConfig.from_json(record["config"])
             assert _hash_of_recorded_phases(record, monkeypatch) == record["hash"]
-            phases = json.loads(json.dumps([phase.as_json() for phase in config.phases()]))
+            phases = json.loads(json.dumps([phase.as_json() for phase in config.phases]))
             changed = _differences([phase["objective"] for phase in record["phases"]], phases)
             factors |= {round(new / old, 9) for old, new in changed} or {1.0}
             assert (config.hash == record["hash"]) == (not changed)

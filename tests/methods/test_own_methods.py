@@ -197,7 +197,7 @@ def test_a_registered_method(teacher, data, monkeypatch):
     terms = (Square(),)
     register_method("square", Method("squares", "-", terms, (KnowledgeDistillation(),)))
     config = RunConfig.create(dataset="d", student="s", method="square", scale=3)
-    assert config.phases()[0].terms == ((1.0, Square(scale=3.0)),)
+    assert config.phases[0].terms == ((1.0, Square(scale=3.0)),)
     result = trained(teacher, data, method="square", epochs=(1, 1))
     assert [entry["phase"] for entry in result.record["history"]] == ["initialise", "classify"]
     assert "kd+square" in METHODS

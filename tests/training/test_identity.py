@@ -165,7 +165,7 @@ def test_a_view_that_is_replaced_counts(monkeypatch):
     found = []
     for factor in (1.0, 2.0):
         moved = lambda apply, images, labels, keys, factor=factor: factor * images  # noqa: E731
-        (name,) = {view for phase in config.phases() for view in phase.views}
+        (name,) = {view for phase in config.phases for view in phase.views}
         monkeypatch.setitem(VIEWS, name, moved)
         found.append(program_digests(*arguments)[config.hash])
     assert found[0] != found[1]

@@ -42,7 +42,7 @@ def trained(data, **settings):
 def test_settings_are_those_of_every_phase_and_of_the_hash():
     config = RunConfig.create(dataset="d", student="s", teacher="t")
     changed = config.replace(learning_rate=1, weight_decay=0, momentum=0.5)
-    for phase, before in zip(changed.phases(), config.phases(), strict=True):
+    for phase, before in zip(changed.phases, config.phases, strict=True):
         assert phase.optimizer == dataclasses.replace(
             before.optimizer, learning_rate=1.0, weight_decay=0.0, momentum=0.5
         )
