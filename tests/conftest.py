@@ -5,10 +5,11 @@ import os
 import shutil
 import tempfile
 
-# Before JAX starts: half the compile time at the same speed of tiny programs, and eight devices.
+from tests import QUICK
+
+# Before JAX starts.
 os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "")
-    + " --xla_backend_optimization_level=1 --xla_force_host_platform_device_count=8"
+    os.environ.get("XLA_FLAGS", "") + f" {QUICK} --xla_force_host_platform_device_count=8"
 )
 
 # What one process has compiled, the other and their children need not: the first to come here,

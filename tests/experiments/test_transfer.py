@@ -28,6 +28,7 @@ from abflax.training.history import phases_and_schedules
 from abflax.weights import load_network, to_torch
 from experiments import transfer
 from experiments.common import networks
+from tests import QUICK
 from tests.conftest import ROOT, Small
 from tests.experiments.conftest import plain
 from tests.image_files import make_folder
@@ -222,7 +223,7 @@ def start(request, tmp_path):
     (teacher, student), base = request.param, tmp_path
     images = _cifar(base / "photos")
     weights = _save(teacher, base / "teacher.npz", 20)
-    environment = os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=1"}
+    environment = os.environ | {"XLA_FLAGS": QUICK}
     (base / "compiled").mkdir()
     environment["JAX_COMPILATION_CACHE_DIR"] = str(base / "compiled")
 

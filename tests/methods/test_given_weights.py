@@ -10,7 +10,15 @@ import optax
 import pytest
 from flax import linen as nn
 
-from abflax import Dataset, InputError, Interrupted, Network, NonFiniteError, distill
+from abflax import (
+    Dataset,
+    InputError,
+    Interrupted,
+    Network,
+    NonFiniteError,
+    Resources,
+    distill,
+)
 from abflax.methods import METHODS, Phase, bind
 from abflax.methods.terms import LogitRegression, SoftmaxRegression
 from abflax.models.variables import init_variables
@@ -21,6 +29,7 @@ from tests.methods.test_registry import Tiny
 from tests.stopping import StopAt
 
 SHAPE = (8, 8, 1)
+ONE = Resources(devices=1)
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +84,7 @@ def test_without_a_paraphraser_factor_transfer_is_refused(given):
         objective.init(jax.random.key(0), teacher=teacher.variables)
     with pytest.raises(InputError, match="the phase before it the term Paraphrasing"):
         distill(Tiny(6), teacher, Dataset(images, labels, 10), method="ft", batch_size=8,
-                epochs=(0, 1))  # fmt: skip
+                epochs=(0, 1), resources=ONE)  # fmt: skip
 
 
 def test_a_loop_of_ones_own_hands_the_paraphraser_on(given):
@@ -95,7 +104,7 @@ def test_a_run_of_both_phases(given, tmp_path):
     """
     images, labels, teacher = given
     data = Dataset(images, labels, 10)
-    run = {"data": data, "test": data, "batch_size": 8}
+    run = {"data": data, "test": data, "batch_size": 8, "resources": ONE}
     result = distill(Tiny(6), teacher, method="ft", epochs=(1, 2), **run)
     alone = distill(Tiny(6), None, method="cross-entropy", epochs=(0, 2), **run)
     rates = [
@@ -159,7 +168,7 @@ def test_a_teacher_whose_logits_are_not_its_classifiers_is_refused(change, given
     teacher = Network(Other(change), variables)
     run = functools.partial(
         distill, Tiny(6), data=Dataset(images, labels, 10), method="srrl", epochs=(0, 1),
-        batch_size=16, workdir=tmp_path,
+        batch_size=16, workdir=tmp_path, resources=ONE,
     )  # fmt: skip
     if not change:
         assert run(teacher=teacher).record["history"]
@@ -196,7 +205,7 @@ def test_what_a_module_begins_with_is_part_of_a_run(count, given, tmp_path):
         first = [Phase(f"phase {index}", [(1.0, LogitRegression())]) for index in range(count - 1)]
         return distill(
             Tiny(12), teacher, Dataset(images, labels, 10), batch_size=16, workdir=tmp_path,
-            method=[*first, Phase("last", [(1.0, last)])], epochs=(1,) * count,
+            resources=ONE, method=[*first, Phase("last", [(1.0, last)])], epochs=(1,) * count,
         ).record  # fmt: skip
 
     record = run(_headed_term(1.0)())

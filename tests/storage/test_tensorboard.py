@@ -8,10 +8,10 @@ import pytest
 from tensorboardX.proto.event_pb2 import Event
 
 from abflax import Interrupted, Network, Resources, distill, load
-from abflax.models import MODELS
 from abflax.models.variables import init_variables
 from abflax.runtime.reporter import NullReporter
 from abflax.storage.tensorboard import EventLog
+from tests.methods.test_registry import Tiny
 
 
 def _scalars(folder):
@@ -48,13 +48,12 @@ def test_a_resumed_run_logs_everything_once(tmp_path):
 
             signal.raise_signal(signal.SIGTERM)
 
-    model = MODELS["wrn10-1"]()
-    variables = init_variables(model, jax.random.key(1), (8, 8, 1))
+    variables = init_variables(Tiny(6), jax.random.key(1), (8, 8, 1))
     data = load("digits", "train").take(np.arange(16))
 
     def train(reporter=None):
         return distill(
-            MODELS["wrn10-1"](), Network(model, variables), data, method="kd", epochs=(0, 3),
+            Tiny(6), Network(Tiny(6), variables), data, method="kd", epochs=(0, 3),
             batch_size=8, workdir=tmp_path, reporter=reporter,
             resources=Resources(devices=1, tensorboard=True),
         )  # fmt: skip

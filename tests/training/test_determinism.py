@@ -19,6 +19,7 @@ from abflax.runtime.reporter import NullReporter
 from abflax.training.group import TrainingGroup
 from abflax.training.run import Run
 from abflax.training.run_directory import RunDirectory
+from tests import QUICK
 from tests.conftest import ROOT, save_random_network
 
 NAMES = [field.name for field in dataclasses.fields(Seeds)]
@@ -108,7 +109,7 @@ def test_the_same_command_twice_gives_the_same_bits(tmp_path, method):
     save_random_network("wrn10-2", tmp_path / "teacher.npz")
     found = []
     for name in ("first", "second"):
-        environment = os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=1"}
+        environment = os.environ | {"XLA_FLAGS": QUICK}
         environment["JAX_COMPILATION_CACHE_DIR"] = str(tmp_path / f"{name}-compiled")
         command = [sys.executable, "-m", "experiments.run", "--dataset", "digits", "--method",
                    method, "--teacher", "wrn10-2", "--student", "wrn10-1", "--fraction", "0.1",

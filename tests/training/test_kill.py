@@ -9,6 +9,7 @@ import time
 
 import pytest
 
+from tests import QUICK
 from tests.conftest import ROOT, save_random_network
 
 # 16 + 16 steps on 130 digits; a checkpoint after every step.
@@ -25,7 +26,7 @@ def start(tmp_path_factory):
     base = tmp_path_factory.mktemp("kill")
     weights = base / "teacher.npz"
     save_random_network("wrn10-2", weights)
-    environment = os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=1"}
+    environment = os.environ | {"XLA_FLAGS": QUICK}
     (base / "compiled").mkdir()
 
     def begin(name):

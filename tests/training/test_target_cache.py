@@ -10,9 +10,9 @@ import pytest
 
 from abflax import InputError, Interrupted, Network, Reporter, Resources, distill, load
 from abflax.data import Preprocessing, augment, draw_views, view
-from abflax.models import MODELS
 from abflax.models.variables import init_variables
 from abflax.training import target_cache
+from tests.methods.test_registry import Tiny
 
 ONE, KEPT = Resources(devices=1), Resources(devices=1, cache_targets=True)
 
@@ -24,13 +24,12 @@ def digits():
 
 @pytest.fixture(scope="module")
 def teacher():
-    model = MODELS["wrn10-2"]()
-    return Network(model, init_variables(model, jax.random.key(7), (8, 8, 1)), "teacher")
+    return Network(Tiny(12), init_variables(Tiny(12), jax.random.key(7), (8, 8, 1)), "teacher")
 
 
 def _distill(digits, teacher, **options):
     settings = {"protocol": "paper", "epochs": (1, 1), "batch_size": 16, "views": 3} | options
-    return distill(MODELS["wrn10-1"](), teacher, digits, **settings)
+    return distill(Tiny(6), teacher, digits, **settings)
 
 
 @pytest.mark.parametrize("views", [None, 18])
@@ -109,9 +108,9 @@ def test_the_teacher_is_asked_once_for_all_seeds_and_margins(digits, teacher, mo
     first, entries = asked(), list(target_cache._cache)
     assert len(entries) == 2
     bits, logits = (jax.tree.leaves(target_cache._cache[key]) for key in entries)
-    # 40 images · 3 views; wrn10-2's taps on 8×8: 32·64, 64·16, 128·4 neurons, eight to a byte; and
+    # 40 images · 3 views; the teacher's taps on 8×8: 12·64, 24·16 neurons, eight to a byte; and
     # whether the taps behind the bits are finite.
-    assert [leaf.shape for leaf in bits] == [(120, 256), (120, 128), (120, 64), (120, 1)]
+    assert [leaf.shape for leaf in bits] == [(120, 96), (120, 48), (120, 1)]
     assert (bits[-1] == 128).all()
     assert [(leaf.shape, leaf.dtype) for leaf in logits] == [((120, 10), np.float32)]
     del first
@@ -159,6 +158,6 @@ def test_what_cannot_be_cache_is_named(digits, teacher, options, message):
 
 def test_what_does_not_fit_is_refused_with_what_would(digits, teacher, monkeypatch):
     monkeypatch.setattr(target_cache, "_cache", {})
-    monkeypatch.setattr(target_cache, "_free_bytes", lambda device: 2.5 * 40 * 448)
+    monkeypatch.setattr(target_cache, "_free_bytes", lambda device: 2.5 * 40 * 144)
     with pytest.raises(InputError, match="3 views of 40 images .*: 2 views would fit"):
         _distill(digits, teacher, resources=KEPT)
