@@ -112,7 +112,7 @@ def main(console: Console) -> None:
         sys.stdout.write(as_json(summary))
         return
     for table in tables(summary):
-        console.print(table, soft_wrap=True)
+        cli.print_table(console, table)
         console.print()
     written = ", ".join(path.name for path in pictures)
     console.print(f"{directory}: analysis.json, analysis.npz, {written}", soft_wrap=True)

@@ -218,7 +218,7 @@ def compare(name: str, arguments: Arguments, console: Console) -> None:
         f"{study.student} on {study.count} images of each kind, error on {len(common['test'])} "
         f"real {WORD[name]}, {len(arguments.seeds)} seeds; teacher {100 * error:.2f} %"
     )
-    console.print(_table(rows, title), soft_wrap=True)
+    cli.print_table(console, _table(rows, title))
     console.print(f"picture: {folder / 'dreams.png'}")
     summary = {
         "teacher_error": error,

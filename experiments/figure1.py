@@ -111,7 +111,7 @@ def main(console: Console) -> None:
     table = cli.make_table(columns, left=len(columns))
     for method, runs in results.items():
         table.add_row(method, *(mean_and_std(shares(runs, key)) for key in _MEASURES))
-    console.print(table)
+    cli.print_table(console, table)
     console.print(
         f"teacher: {percent(teacher_run.record['result']['test_error'])} % error; "
         f"seeds: {json.dumps(arguments.seeds)}"

@@ -87,7 +87,7 @@ def main(console: Console) -> None:
             title, records = photographs(seeds, arguments.data_dir, **common)
         else:
             title, records = digits(arguments.seeds or (0, 1, 2, 3, 4), **common)
-    console.print(_table(records, title), soft_wrap=True)
+    cli.print_table(console, _table(records, title))
     console.print(f"\n{_comparison(records)}\n", soft_wrap=True)
     kind = "-photographs" if arguments.photographs else ""
     picture = arguments.workdir / f"quickstart{kind}.png"

@@ -186,8 +186,9 @@ def list_runs(arguments: Arguments, console: Console) -> None:
         return
     table = cli.make_table(rows[0], left=len(rows[0]), pad_edge=False)
     for row in rows:
-        table.add_row(*(str(value) for value in row.values()))
-    console.print(table, soft_wrap=True)
+        of_class = row["student"].partition("(")[0]  # a user's model, without its fields
+        table.add_row(*(str(value) for value in (row | {"student": of_class}).values()))
+    cli.print_table(console, table)
 
 
 def _row(path: Path) -> dict[str, Any]:

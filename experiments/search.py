@@ -112,7 +112,7 @@ def main(console: Console) -> None:
                         point["failure"] = str(error)
         cli.require_all([record for point in points for record in point["records"]], busy)
         write_record(path, points)
-    console.print(_table(points, config), soft_wrap=True)
+    cli.print_table(console, _table(points, config))
     console.print(f"points: {path}", soft_wrap=True)
 
 

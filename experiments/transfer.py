@@ -140,7 +140,7 @@ def main(console: Console) -> None:
     for result in results:
         console.print(f"{result.directory}", soft_wrap=True)
     title = _title(arguments, train)
-    console.print(_table(results, arguments, title), soft_wrap=True)
+    cli.print_table(console, _table(results, arguments, title))
     panels: dict[str, dict[str, list[Any]]] = defaultdict(lambda: defaultdict(list))
     for record in (result.record for result in results):
         count = record["config"]["per_class"] or "all"

@@ -268,7 +268,6 @@ def main(command: Callable[[Console], None]) -> NoReturn:
     )
     warnings.filterwarnings("ignore", "coroutine .* was never awaited")
     warnings.showwarning = lambda text, *_, **__: print(f"warning: {text}", file=sys.stderr)
-    # Where nobody looks at the width, tables are as wide as they need to be.
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
     codes = {BusyError: os.EX_TEMPFAIL, InputError: 2, NonFiniteError: 1}
     try:
@@ -370,6 +369,13 @@ def make_table(
     for index, column in enumerate(columns):
         table.add_column(column, justify="left" if index < left else "right", no_wrap=True)
     return table
+
+
+def print_table(console: Console, table: Table) -> None:
+    """Prints a table as wide as it is: in a narrow terminal rows are wrapped, not cut."""
+    widest = console.options.update_width(10_000)
+    table.width = console.measure(table, options=widest).maximum
+    console.print(table, soft_wrap=True)
 
 
 def _leave_at_once(message: str, code: int) -> NoReturn:

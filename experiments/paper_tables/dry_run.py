@@ -45,7 +45,7 @@ def forecast(
         guess = estimate is not None and not _is_measured(group[0], here)
         table.add_row(*group[0].words, seeds, f"{steps:,}", _duration(estimate) + "?" * guess)
     if left:
-        console.print(table, soft_wrap=True)
+        cli.print_table(console, table)
     steps = sum(sum(job.steps.values()) for job in waiting)
     whole, unknown = total(waiting, known)
     time_left = "time unknown" if unknown == len(waiting) else f"about {_duration(whole)}"

@@ -1,5 +1,6 @@
 """The command line: bad input gets one sentence and exit code 2, and nothing is written."""
 
+import io
 import json
 import os
 import subprocess
@@ -8,6 +9,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 import abflax
 from abflax.methods import METHODS
@@ -113,6 +115,16 @@ def test_version(command):
 
 def test_nothing_to_list(command, tmp_path):
     assert command("list", "--workdir", str(tmp_path))[:2] == (0, f"no runs in {tmp_path}\n")
+
+
+def test_nothing_in_a_table_is_cut_in_a_narrow_terminal():
+    printed = io.StringIO()
+    names = [f"a name of one run that is long {index}" for index in range(4)]
+    table = cli.make_table(names)
+    table.add_row(*names[::-1])
+    cli.print_table(Console(file=printed, width=40), table)
+    assert printed.getvalue().count("\n") == 2
+    assert all(printed.getvalue().count(name) == 2 for name in names)
 
 
 def test_train_list_and_evaluate(command, tmp_path):
