@@ -159,7 +159,11 @@ class RunConfig:
             raise InputError("give a fraction of the training data or examples per_class, not both")
         if self.precision not in PRECISIONS:
             raise unknown("precision", self.precision, PRECISIONS)
-        _ = self.phases  # raises for what cannot be
+        _ = self.phases  # refuses an unknown method, protocol or option here, not at first use
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leaves phases and hash, which are worked out, out of copies and pickles."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
 
     def _require_own_phases(self, phases: tuple[Phase | RecordedPhase, ...]) -> None:
         """Raises `InputError` where phases that were given do not go with the other settings."""
@@ -240,7 +244,7 @@ class RunConfig:
     def phases(self) -> tuple[Phase, ...]:
         """The method's phases, for each of its teachers.
 
-        Raises `ValueError` for an unknown method, protocol or option.
+        An unknown method, protocol or option is refused when the configuration is made.
         """
         if self.own_phases is not None:
             return cast("tuple[Phase, ...]", self.own_phases)  # recorded ones are never trained

@@ -19,6 +19,7 @@ The same command again resumes where it stopped; a finished run is not trained t
 
 import dataclasses
 import functools
+import re
 import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -186,9 +187,14 @@ def list_runs(arguments: Arguments, console: Console) -> None:
         return
     table = cli.make_table(rows[0], left=len(rows[0]), pad_edge=False)
     for row in rows:
-        of_class = row["student"].partition("(")[0]  # a user's model, without its fields
-        table.add_row(*(str(value) for value in (row | {"student": of_class}).values()))
+        networks = {role: _without_fields(row[role]) for role in ("student", "teacher")}
+        table.add_row(*(str(value) for value in (row | networks).values()))
     cli.print_table(console, table)
+
+
+def _without_fields(name: str) -> str:
+    """Names a user's model by its class alone: "Net( # attributes …)" becomes "Net"."""
+    return re.sub(r"^(\w+)\(.*", r"\1", name)
 
 
 def _row(path: Path) -> dict[str, Any]:

@@ -1,4 +1,4 @@
 """The tests."""
 
 QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-"""XLA's flags for tiny programs, which take longer to compile than to run: a third less time."""
+"""XLA's flags for quick compilation: the tests' programs take longer to compile than to run."""

@@ -7,9 +7,9 @@ import tempfile
 
 from tests import QUICK
 
-# Before JAX starts.
-os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "") + f" {QUICK} --xla_force_host_platform_device_count=8"
+# JAX reads them when it starts; of two that differ the last counts, so the user's.
+os.environ["XLA_FLAGS"] = f"{QUICK} --xla_force_host_platform_device_count=8 " + os.environ.get(
+    "XLA_FLAGS", ""
 )
 
 # What one process has compiled, the other and their children need not: the first to come here,

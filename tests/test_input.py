@@ -3,6 +3,7 @@
 `--hypothesis-profile=slow` tries three hundred examples of each.
 """
 
+import copy
 import dataclasses
 import io
 import json
@@ -224,6 +225,14 @@ def test_damaged_weights_files(files, data):
             return
     for leaf in jax.tree.leaves(network.variables):
         assert jnp.issubdtype(leaf.dtype, jnp.floating)
+
+
+def test_a_copy_of_a_configuration_works_out_its_own_hash():
+    config = RunConfig("digits", "wrn10-1")
+    assert config.hash and config.phases
+    for copied in (copy.copy(config), pickle.loads(pickle.dumps(config))):
+        assert copied == config and not {"hash", "phases"} & vars(copied).keys()
+        assert copied.hash == config.hash
 
 
 class _Bomb:

@@ -1,6 +1,7 @@
 """What all commands share: flags made from dataclasses, one way to fail, the compilation cache."""
 
 import contextlib
+import copy
 import ctypes
 import dataclasses
 import logging
@@ -268,6 +269,7 @@ def main(command: Callable[[Console], None]) -> NoReturn:
     )
     warnings.filterwarnings("ignore", "coroutine .* was never awaited")
     warnings.showwarning = lambda text, *_, **__: print(f"warning: {text}", file=sys.stderr)
+    # 120 columns where the output is a file or a pipe.
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
     codes = {BusyError: os.EX_TEMPFAIL, InputError: 2, NonFiniteError: 1}
     try:
@@ -372,10 +374,10 @@ def make_table(
 
 
 def print_table(console: Console, table: Table) -> None:
-    """Prints a table as wide as it is: in a narrow terminal rows are wrapped, not cut."""
-    widest = console.options.update_width(10_000)
-    table.width = console.measure(table, options=widest).maximum
-    console.print(table, soft_wrap=True)
+    """Prints a table at its full width. A narrower terminal wraps its lines; nothing is cut."""
+    widest, whole = console.options.update_width(10**9), copy.copy(table)
+    whole.width = console.measure(table, options=widest).maximum
+    console.print(whole, soft_wrap=True)
 
 
 def _leave_at_once(message: str, code: int) -> NoReturn:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
@@ -225,8 +226,11 @@ class Table:
     @functools.cached_property
     def runs(self) -> tuple[RunConfig, ...]:
         """The runs of all cells, each once, in the order of the groups."""
-        runs = [self.configuration(*cell) for group in self.groups for cell in group]
-        return tuple({run.hash: run for run in runs if run is not None}.values())
+        found: dict[str, RunConfig] = {}
+        for cell in itertools.chain.from_iterable(self.groups):
+            if (run := self.configuration(*cell)) is not None:
+                found.setdefault(run.hash, run)
+        return tuple(found.values())
 
     @functools.cached_property
     def teachers(self) -> tuple[str, ...]:

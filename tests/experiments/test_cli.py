@@ -127,6 +127,12 @@ def test_nothing_in_a_table_is_cut_in_a_narrow_terminal():
     assert all(printed.getvalue().count(name) == 2 for name in names)
 
 
+def test_a_users_model_is_listed_by_its_class():
+    assert run._without_fields("Net( # attributes width = 6 ) tapped at a=b") == "Net"
+    assert run._without_fields("wrn16-2") == "wrn16-2" and run._without_fields("-") == "-"
+    assert run._without_fields("my net (v2)") == "my net (v2)"
+
+
 def test_train_list_and_evaluate(command, tmp_path):
     here = ("--workdir", str(tmp_path), "--dataset", "digits")
     train = ("--student", "wrn10-1", "--method", "cross-entropy", "--epochs", "0+1", "--fraction",

@@ -65,8 +65,9 @@ def test_both_files_and_the_signature(command, workdir):
     assert function.platforms == ("cpu", "cuda", "tpu")
     pixels = (test.images[:4].astype(np.float32) - np.float32(4.88)) / np.float32(6.02)
     logits = jax.jit(lambda x: network.model.apply(network.variables, x, train=False))(pixels)
-    differences = np.abs(function.call(test.images[:4]) - logits)
-    assert differences.max() < 1e-5 * np.abs(logits).max()
+    largest = float(np.abs(logits).max())
+    found = function.call(test.images[:4])
+    chex.assert_trees_all_close(found, logits, rtol=0, atol=1e-5 * largest)
 
     signature = json.loads((folder / "signature.json").read_text())
     assert signature["images"] == {"shape": ["batch", 8, 8, 1], "dtype": "uint8"}

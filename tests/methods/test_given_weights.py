@@ -104,7 +104,7 @@ def test_a_run_of_both_phases(given, tmp_path):
     """
     images, labels, teacher = given
     data = Dataset(images, labels, 10)
-    run = {"data": data, "test": data, "batch_size": 8, "resources": ONE}
+    run = {"data": data, "test": data, "batch_size": 8, "resources": Resources(devices=2)}
     result = distill(Tiny(6), teacher, method="ft", epochs=(1, 2), **run)
     alone = distill(Tiny(6), None, method="cross-entropy", epochs=(0, 2), **run)
     rates = [

@@ -21,12 +21,15 @@ AROUND = ((1, 1), (1, 1))
 CASES = [  # batch, height, width, channels, kernel, strides, padding
     (2, 6, 5, 3, 3, (1, 1), AROUND), (3, 6, 7, 2, 3, (2, 2), AROUND),
     (2, 1, 1, 4, 3, (2, 2), AROUND), (2, 8, 7, 2, 5, (2, 1), ((2, 1), (0, 2))),
+    (2, 5, 6, 2, 1, (2, 3), ((0, 0), (0, 0))), (2, 5, 6, 2, (1, 3), (1, 2), AROUND),
+    (1, 2, 3, 2, 3, (1, 2), ((0, 6), (2, 0))),
 ]  # fmt: skip
 
 
 def _drawn(batch, height, width, channels, kernel, dtype=np.float64):
     draw = np.random.default_rng(0).standard_normal
-    images, weights = (batch, height, width, channels), (kernel, kernel, 1, channels)
+    sides = (kernel, kernel) if isinstance(kernel, int) else kernel
+    images, weights = (batch, height, width, channels), (*sides, 1, channels)
     return jnp.asarray(draw(images), dtype), jnp.asarray(draw(weights), dtype)
 
 
