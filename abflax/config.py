@@ -162,7 +162,7 @@ class RunConfig:
         _ = self.phases  # refuses an unknown method, protocol or option here, not at first use
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leaves phases and hash, which are worked out, out of copies and pickles."""
+        """Returns the fields alone: copies and pickles work out phases and hash themselves."""
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
 
     def _require_own_phases(self, phases: tuple[Phase | RecordedPhase, ...]) -> None:
@@ -233,7 +233,7 @@ class RunConfig:
 
         Another method starts without the options of this one.
         """
-        given = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        given = self.__getstate__()
         require_instances({"method": (settings.get("method", self.method), str | list | tuple)})
         same_method = settings.get("method", self.method) == self.method
         options = dict(self.options) if same_method else {}
@@ -329,14 +329,14 @@ class RunConfig:
     @property
     def settings(self) -> dict[str, Any]:
         """The settings with which `abflax.distill` trains this run, given its networks and data."""
-        given = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        given = self.__getstate__()
         for name in ("dataset", "student", "teacher", "test", "options", "anchors", "target_data"):
             del given[name]
         return given | dict(self.options)
 
     def as_json(self) -> dict[str, Any]:
         """The configuration as plain JSON values."""
-        plain = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        plain = self.__getstate__()
         plain["seeds"] = dataclasses.asdict(self.seeds)
         if self.own_phases is not None:
             plain["own_phases"] = [phase.as_json() for phase in self.own_phases]

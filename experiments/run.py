@@ -19,7 +19,6 @@ The same command again resumes where it stopped; a finished run is not trained t
 
 import dataclasses
 import functools
-import re
 import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -40,7 +39,7 @@ from abflax import (
 )
 from abflax.errors import InputError
 from abflax.methods import METHODS, PROTOCOLS
-from abflax.models import MODELS
+from abflax.models import MODELS, without_fields
 from abflax.runtime.distributed import is_first
 from abflax.storage.files import as_json, read_json
 from abflax.training.record import read_config, read_record, skip_damaged
@@ -187,14 +186,9 @@ def list_runs(arguments: Arguments, console: Console) -> None:
         return
     table = cli.make_table(rows[0], left=len(rows[0]), pad_edge=False)
     for row in rows:
-        networks = {role: _without_fields(row[role]) for role in ("student", "teacher")}
+        networks = {role: without_fields(row[role]) for role in ("student", "teacher")}
         table.add_row(*(str(value) for value in (row | networks).values()))
     cli.print_table(console, table)
-
-
-def _without_fields(name: str) -> str:
-    """Names a user's model by its class alone: "Net( # attributes …)" becomes "Net"."""
-    return re.sub(r"^(\w+)\(.*", r"\1", name)
 
 
 def _row(path: Path) -> dict[str, Any]:

@@ -133,6 +133,11 @@ def model_name(model: Model) -> str:
     return re.sub(r"\s+", " ", re.sub(r" at 0x[0-9a-f]+", "", text))
 
 
+def without_fields(name: str) -> str:
+    """Shortens the name of a module to its class: "Net( # attributes …)" becomes "Net"."""
+    return re.sub(r"^([^\s(]+)\(.*", r"\1", name)
+
+
 def is_local(model: Model) -> bool:
     """Whether the code of a Linen module has no name to import it by, so that two may share one.
 

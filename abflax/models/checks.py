@@ -10,7 +10,7 @@ from flax import errors as flax_errors
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from abflax.errors import InputError
-from abflax.models import model_name
+from abflax.models import model_name, without_fields
 from abflax.models.network import configure_model
 from abflax.models.variables import abstract_variables
 from abflax.taps import (
@@ -31,7 +31,7 @@ def require_runs(
     it must also run in training mode, and move them; there it gets a key for dropout if `dropout`
     is true.
     """
-    name, key = _short(model), jax.random.key(0) if dropout else None
+    name, key = without_fields(model_name(model)), jax.random.key(0) if dropout else None
     shape = (2, *image_shape)
     try:
         variables = abstract_variables(model, image_shape)
@@ -88,7 +88,7 @@ def require_fits(what: str, model: Model, variables: Any, image_shape: tuple[int
     """Raises `InputError` if variables do not fit a model; the message begins with `what`."""
     actual = flatten_dict(dict(variables), sep="/")
     expected = flatten_dict(abstract_variables(model, image_shape), sep="/")
-    name = _short(model)
+    name = without_fields(model_name(model))
     for key in sorted({*actual, *expected}):
         if key not in actual or key not in expected:
             problem = "is missing" if key not in actual else "is no weight of this architecture"
@@ -116,9 +116,6 @@ def require_classes(what: str, model: Model, image_shape: tuple[int, ...], class
     variables = abstract_variables(model, image_shape)
     logits = number_of_logits(model, variables, image_shape)
     if logits != classes:
-        raise InputError(f"{what}, {_short(model)}, has {logits} logits for {classes} classes")
-
-
-def _short(model: Model) -> str:
-    """The name of a model for a message: without its fields."""
-    return model_name(model).partition("(")[0]
+        raise InputError(
+            f"{what}, {without_fields(model_name(model))}, has {logits} logits for {classes} classes"
+        )

@@ -13,6 +13,7 @@ from rich.console import Console
 
 import abflax
 from abflax.methods import METHODS
+from abflax.models import without_fields
 from abflax.weights import read_state_dict
 from experiments import analyse, figure1, quickstart, run
 from experiments.common import cli
@@ -128,9 +129,9 @@ def test_nothing_in_a_table_is_cut_in_a_narrow_terminal():
 
 
 def test_a_users_model_is_listed_by_its_class():
-    assert run._without_fields("Net( # attributes width = 6 ) tapped at a=b") == "Net"
-    assert run._without_fields("wrn16-2") == "wrn16-2" and run._without_fields("-") == "-"
-    assert run._without_fields("my net (v2)") == "my net (v2)"
+    assert without_fields("Net( # attributes width = 6 ) tapped at a=b") == "Net"
+    assert without_fields("wrn16-2") == "wrn16-2" and without_fields("-") == "-"
+    assert without_fields("my net (v2)") == "my net (v2)"
 
 
 def test_train_list_and_evaluate(command, tmp_path):

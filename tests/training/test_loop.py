@@ -380,9 +380,9 @@ def test_data_of_other_contents_is_another_run(digits, teacher, tmp_path):
 
 def test_classes_and_normalisation_must_fit(digits, teacher):
     eleven = dataclasses.replace(digits[0], num_classes=11)
-    with pytest.raises(InputError, match="the student, Tiny.*, has 10 logits for 11 classes"):
+    with pytest.raises(InputError, match="the student, Tiny, has 10 logits for 11 classes"):
         _distill((eleven, digits[1]), teacher)
-    with pytest.raises(InputError, match="the network, Tiny.*, has 10 logits for 11 classes"):
+    with pytest.raises(InputError, match="the network, Tiny, has 10 logits for 11 classes"):
         evaluate(teacher, eleven)
     raw = Dataset(digits[1].images, digits[1].labels)
     with pytest.raises(InputError, match=r"normalized by \(0.0,\) and \(1.0,\)"):
