@@ -116,6 +116,5 @@ def require_classes(what: str, model: Model, image_shape: tuple[int, ...], class
     variables = abstract_variables(model, image_shape)
     logits = number_of_logits(model, variables, image_shape)
     if logits != classes:
-        raise InputError(
-            f"{what}, {without_fields(model_name(model))}, has {logits} logits for {classes} classes"
-        )
+        name = without_fields(model_name(model))
+        raise InputError(f"{what}, {name}, has {logits} logits for {classes} classes")
