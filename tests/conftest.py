@@ -78,6 +78,28 @@ class Small(nn.Module):
         return nn.Dense(self.num_classes, param_dtype=self.param_dtype, name="classifier")(pooled)
 
 
+class Tiny(nn.Module):
+    """Two convolutions, each with a batch norm and a tap, which compile quickly."""
+
+    width: int
+    num_classes: int = 10
+    param_dtype: Any = jnp.float32
+    axis_name: str | None = None
+
+    @nn.compact
+    def __call__(self, images, *, train):
+        from abflax.taps import sow_features, sow_tap
+
+        x = images
+        for layer in (1, 2):
+            x = nn.Conv(self.width * layer, (3, 3), layer, param_dtype=self.param_dtype)(nn.relu(x))
+            x = nn.BatchNorm(not train, momentum=0.9, axis_name=self.axis_name)(x)
+            sow_tap(self, f"layer{layer}", x)
+        pooled = nn.relu(x).mean(axis=(1, 2))
+        sow_features(self, pooled)
+        return nn.Dense(self.num_classes, param_dtype=self.param_dtype)(pooled)
+
+
 @pytest.fixture
 def x64():
     """float64 while the test runs."""

@@ -15,7 +15,7 @@ from abflax.weights import load_network, save_variables
 from experiments import analyse
 from experiments.analysis.report import arrays, examine_all, summarise, tables
 from experiments.common import cli
-from tests.methods.test_registry import Tiny
+from tests.conftest import Tiny
 
 SHAPE = (8, 8, 1)
 

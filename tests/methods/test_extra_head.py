@@ -15,7 +15,7 @@ from abflax.methods.objective import bind, make_targets
 from abflax.models.variables import init_variables
 from abflax.taps import run_model
 from abflax.training.step import create_train_state
-from tests.methods.test_registry import Tiny
+from tests.conftest import Tiny
 
 SHAPE = (8, 8, 1)
 

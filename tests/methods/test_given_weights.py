@@ -25,7 +25,7 @@ from abflax.models.variables import init_variables
 from abflax.taps import run_model
 from abflax.taps.running import sow_features, sow_tap
 from abflax.training.step import create_train_state, train_step
-from tests.methods.test_registry import Tiny
+from tests.conftest import Tiny
 from tests.stopping import StopAt
 
 SHAPE = (8, 8, 1)

@@ -13,7 +13,7 @@ from abflax import Dataset, Network, Resources, distill
 from abflax.data import Stream
 from abflax.methods import METHODS, bind
 from abflax.models.variables import init_variables
-from tests.methods.test_registry import Tiny
+from tests.conftest import Tiny
 from tests.test_docs import BOUND
 
 SHAPE, STEPS = (8, 8, 1), 3

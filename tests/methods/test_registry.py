@@ -1,7 +1,6 @@
 """Each method's transfer loss falls in 20 steps, on a tiny pair of different widths."""
 
 import dataclasses
-from typing import Any
 
 import chex
 import jax
@@ -9,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from flax import linen as nn
 
 from abflax import load
 from abflax.data import normalize
@@ -18,35 +16,15 @@ from abflax.methods.objective import bind, make_targets
 from abflax.methods.optimizer import PhaseSchedule
 from abflax.models.network import configure_model
 from abflax.models.variables import init_variables
-from abflax.taps import sow_features, sow_tap
 from abflax.training.devices import AXIS
 from abflax.training.step import create_train_state, train_step
+from tests.conftest import Tiny
 
 STEPS = 20
 # The published 3/1000 is for a wrn22-4 on 32×32 images. The tiny teacher's taps have at least 64
 # times fewer neurons, so this is about the same weight on the mean over neurons. VID must move
 # its variances from 5 to about 1 first.
 WEIGHT = dict.fromkeys(("activation-boundary", "fitnet", "l2", "l1", "l0.5", "vid"), 64.0)
-
-
-class Tiny(nn.Module):
-    """Two convolutions, each with a batch norm and a tap, which compile quickly."""
-
-    width: int
-    num_classes: int = 10
-    param_dtype: Any = jnp.float32
-    axis_name: str | None = None
-
-    @nn.compact
-    def __call__(self, images, *, train):
-        x = images
-        for layer in (1, 2):
-            x = nn.Conv(self.width * layer, (3, 3), layer, param_dtype=self.param_dtype)(nn.relu(x))
-            x = nn.BatchNorm(not train, momentum=0.9, axis_name=self.axis_name)(x)
-            sow_tap(self, f"layer{layer}", x)
-        pooled = nn.relu(x).mean(axis=(1, 2))
-        sow_features(self, pooled)
-        return nn.Dense(self.num_classes, param_dtype=self.param_dtype)(pooled)
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from abflax import Interrupted, Network, Resources, distill, load
 from abflax.models.variables import init_variables
 from abflax.runtime.reporter import NullReporter
 from abflax.storage.tensorboard import EventLog
-from tests.methods.test_registry import Tiny
+from tests.conftest import Tiny
 
 
 def _scalars(folder):

@@ -17,8 +17,7 @@ from abflax.methods.terms import CrossEntropy
 from abflax.models.variables import init_variables
 from abflax.training.history import begins
 from abflax.training.record import read_record
-from tests.conftest import Small
-from tests.methods.test_registry import Tiny
+from tests.conftest import Small, Tiny
 from tests.stopping import StopAt
 
 

@@ -27,7 +27,7 @@ from abflax.models.variables import init_variables
 from abflax.runtime.reporter import NullReporter
 from abflax.storage.checkpoint import Checkpoints
 from abflax.training.record import read_record
-from tests.methods.test_registry import Tiny
+from tests.conftest import Tiny
 from tests.stopping import StopAt
 
 ONE = Resources(devices=1)

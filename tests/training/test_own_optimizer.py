@@ -20,8 +20,7 @@ from abflax.methods.terms import CrossEntropy
 from abflax.models.network import Network
 from abflax.models.variables import init_variables
 from abflax.training.record import read_record
-from tests.conftest import Small
-from tests.methods.test_registry import Tiny
+from tests.conftest import Small, Tiny
 
 SPAN = PhaseSchedule(2, 8, 2, 8, 10, Fraction(1))
 

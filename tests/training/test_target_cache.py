@@ -12,7 +12,7 @@ from abflax import InputError, Interrupted, Network, Reporter, Resources, distil
 from abflax.data import Preprocessing, augment, draw_views, view
 from abflax.models.variables import init_variables
 from abflax.training import target_cache
-from tests.methods.test_registry import Tiny
+from tests.conftest import Tiny
 
 ONE, KEPT = Resources(devices=1), Resources(devices=1, cache_targets=True)
 
