@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import functools
 import hashlib
 import itertools
@@ -14,7 +15,14 @@ import jax
 import numpy as np
 
 from abflax.data import OwnAugmentation
-from abflax.errors import InputError, brief, require_field_types, require_instances, unknown
+from abflax.errors import (
+    InputError,
+    UnknownNameError,
+    brief,
+    require_field_types,
+    require_instances,
+    unknown,
+)
 from abflax.methods import METHODS, Phase
 from abflax.methods.optimizer import OwnOptimizer
 from abflax.methods.phase import RecordedPhase
@@ -226,7 +234,13 @@ class RunConfig:
             own["optimizer"] = OwnOptimizer.of(own["optimizer"])
         if not isinstance(own.get("augment"), OwnAugmentation | None):
             own["augment"] = OwnAugmentation.of(own["augment"])
-        return cls(**own, options=tuple(sorted(options.items())))
+        try:
+            return cls(**own, options=tuple(sorted(options.items())))
+        except UnknownNameError:
+            for name in options:  # the method has no such option, so a setting may be meant
+                if difflib.get_close_matches(name, fields, cutoff=0.8):
+                    raise unknown("setting", name, fields) from None
+            raise
 
     def replace(self, **settings: Any) -> RunConfig:
         """This configuration with some settings changed, as `create` takes them.

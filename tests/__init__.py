@@ -1,4 +1,7 @@
 """The tests."""
 
-QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+QUICK = (
+    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true "
+    "--xla_cpu_use_fusion_emitters=false"
+)
 """XLA's flags for quick compilation: the tests' programs take longer to compile than to run."""

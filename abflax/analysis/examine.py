@@ -23,7 +23,7 @@ from abflax.errors import InputError, require_instances, unknown
 from abflax.losses import activation_indicator
 from abflax.methods.connectors import connect
 from abflax.metrics import misclassified
-from abflax.models.checks import require_classes, require_fits, require_runs
+from abflax.models.checks import require_usable
 from abflax.models.network import Network, configure_model, require_network
 from abflax.runtime.jax_checks import jax_defaults, require_devices
 from abflax.taps import Forward, Model, run_model, tap_shapes
@@ -191,9 +191,7 @@ def boundary_distances(
 
 def _checked(what: str, network: Network, data: Dataset) -> Model:
     """Checks that a network fits the data, and returns its configured model."""
-    require_runs(what, network.model, data.image_shape, train=False, dropout=False)
-    require_classes(what, network.model, data.image_shape, data.num_classes)
-    require_fits(f"{what}'s weights", network.model, network.variables, data.image_shape)
+    require_usable(what, network, data.image_shape, classes=data.num_classes)
     return configure_model(network.model, "float32", None)
 
 

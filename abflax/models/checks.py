@@ -11,7 +11,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from abflax.errors import InputError
 from abflax.models import model_name, without_fields
-from abflax.models.network import configure_model
+from abflax.models.network import Network, configure_model
 from abflax.models.variables import abstract_variables
 from abflax.taps import (
     SWITCHES,
@@ -22,14 +22,36 @@ from abflax.taps import (
 )
 
 
+def require_usable(
+    what: str,
+    network: Network,
+    image_shape: tuple[int, ...],
+    *,
+    classes: int | None = None,
+    train: bool = False,
+) -> None:
+    """Raises `InputError` unless a network runs on images and its variables fit its model.
+
+    With `classes` it must have one logit for each; with `train` it must also run in training mode.
+    """
+    model = network.model
+    shapes = require_runs(what, model, image_shape, train=train, dropout=False)
+    if classes is not None:
+        require_classes(what, model, shapes, image_shape, classes)
+    _require_shapes(f"{what}'s weights", model, network.variables, shapes, image_shape)
+
+
 def require_runs(
     what: str, model: Model, image_shape: tuple[int, ...], *, train: bool, dropout: bool
-) -> None:
+) -> Any:
     """Raises `InputError` if a model needs more than its variables and images to run.
 
     The message begins with `what`. In evaluation mode it must not move its statistics. With `train`
     it must also run in training mode, and move them; there it gets a key for dropout if `dropout`
     is true.
+
+    Returns:
+      The shapes of its variables, see `abstract_variables`.
     """
     name, key = without_fields(model_name(model)), jax.random.key(0) if dropout else None
     shape = (2, *image_shape)
@@ -49,6 +71,7 @@ def require_runs(
                     "switch must be an argument of __call__, or a field, of the whole model, named "
                     f"{', '.join(SWITCHES)}"
                 )
+        return variables
     except InputError:
         raise
     except flax_errors.InvalidRngError as error:
@@ -86,8 +109,15 @@ def uses_dropout(model: Model, image_shape: tuple[int, ...]) -> bool:
 
 def require_fits(what: str, model: Model, variables: Any, image_shape: tuple[int, ...]) -> None:
     """Raises `InputError` if variables do not fit a model; the message begins with `what`."""
+    _require_shapes(what, model, variables, abstract_variables(model, image_shape), image_shape)
+
+
+def _require_shapes(
+    what: str, model: Model, variables: Any, shapes: Any, image_shape: tuple[int, ...]
+) -> None:
+    """Raises `InputError` unless variables have the paths, shapes and kinds of a model's."""
     actual = flatten_dict(dict(variables), sep="/")
-    expected = flatten_dict(abstract_variables(model, image_shape), sep="/")
+    expected = flatten_dict(shapes, sep="/")
     name = without_fields(model_name(model))
     for key in sorted({*actual, *expected}):
         if key not in actual or key not in expected:
@@ -111,9 +141,10 @@ def require_part(what: str, model: Model, variables: Any, image_shape: tuple[int
     require_fits(what, model, unflatten_dict(expected | actual), image_shape)
 
 
-def require_classes(what: str, model: Model, image_shape: tuple[int, ...], classes: int) -> None:
-    """Raises `InputError` unless a model has one logit for each class."""
-    variables = abstract_variables(model, image_shape)
+def require_classes(
+    what: str, model: Model, variables: Any, image_shape: tuple[int, ...], classes: int
+) -> None:
+    """Raises `InputError` unless a model with such variables has one logit for each class."""
     logits = number_of_logits(model, variables, image_shape)
     if logits != classes:
         name = without_fields(model_name(model))

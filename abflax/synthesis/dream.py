@@ -29,7 +29,7 @@ from abflax.losses import (
     cross_entropy,
     total_variation,
 )
-from abflax.models.checks import require_fits, require_runs
+from abflax.models.checks import require_usable
 from abflax.models.network import Network, configure_model, digest, require_network
 from abflax.models.variables import floats_in
 from abflax.runtime.jax_checks import jax_defaults, require_devices
@@ -219,8 +219,7 @@ def dream(  # noqa: PLR0913 - a front door
         raise InputError(f"one process makes one image at least, not {count}")
     require_devices()
     for what, network in zip(("the teacher", "the student"), networks, strict=False):
-        require_runs(what, network.model, image_shape, train=False, dropout=False)
-        require_fits(what, network.model, network.variables, image_shape)
+        require_usable(what, network, image_shape)
     story = {
         "networks": [f"{each.name} {digest(each.variables)}" for each in networks],
         "count": count,

@@ -22,9 +22,9 @@ from abflax.methods.terms import ActivationBoundary
 from abflax.metrics import Metric
 from abflax.models.checks import (
     require_classes,
-    require_fits,
     require_part,
     require_runs,
+    require_usable,
     uses_dropout,
 )
 from abflax.models.network import Network
@@ -57,16 +57,15 @@ def require_compatible(
     if config.augment is not None:
         config.augment.require_fits(config.batch_size, data.image_shape)
     drifts = any(phase.teacher_batch_statistics or phase.trains_teacher for phase in phases)
-    require_runs("the student", student, data.image_shape, train=True, dropout=True)
-    require_classes("the student", student, data.image_shape, data.num_classes)
-    _require_trainable(abstract_variables(student, data.image_shape))
+    variables = require_runs("the student", student, data.image_shape, train=True, dropout=True)
+    require_classes("the student", student, variables, data.image_shape, data.num_classes)
+    _require_trainable(variables)
     if any(phase.needs_teacher for phase in phases) and teacher is None:
         raise InputError(f"method {config.method} needs a teacher")
     if teacher is not None:
-        require_runs("the teacher", teacher.model, data.image_shape, train=drifts, dropout=False)
-        require_fits("the teacher's weights", teacher.model, teacher.variables, data.image_shape)
+        require_usable("the teacher", teacher, data.image_shape, train=drifts)
     if any(isinstance(term, ActivationBoundary) for phase in phases for _, term in phase.terms):
-        _warn_of_rectified_taps(student, data.image_shape)
+        _warn_of_rectified_taps(student, variables, data.image_shape)
 
 
 def require_teachers(
@@ -245,9 +244,8 @@ def require_synchronized(student: Model, teacher: Model | None, spec: InputSpec)
             raise InputError(f"{side.name} has dropout, which would drop other neurons on {many}")
 
 
-def _warn_of_rectified_taps(student: Model, image_shape: tuple[int, ...]) -> None:
+def _warn_of_rectified_taps(student: Model, variables: Any, image_shape: tuple[int, ...]) -> None:
     """Warns where the hinge cannot push a student's neurons below zero, because of a ReLU."""
-    variables = abstract_variables(student, image_shape)
     if names := rectified_taps(student, variables, (2, *image_shape)):
         warnings.warn(
             f"the student's taps {', '.join(names)} are never negative: activation boundaries need "

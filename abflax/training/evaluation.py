@@ -14,7 +14,7 @@ from abflax.data import Dataset, ImageFiles
 from abflax.errors import NonFiniteError, require_instances
 from abflax.methods import METHODS, PhaseSchedule
 from abflax.metrics import Metric
-from abflax.models.checks import require_classes, require_fits, require_runs
+from abflax.models.checks import require_usable
 from abflax.models.network import Network, configure_model, require_network
 from abflax.models.variables import not_finite
 from abflax.runtime.distributed import detect_lost_process
@@ -55,9 +55,7 @@ def evaluate(
     require_instances({"test": (test, Dataset | ImageFiles)})
     require_devices()
     used = usable_devices(devices)
-    require_runs("the network", network.model, test.image_shape, train=False, dropout=False)
-    require_classes("the network", network.model, test.image_shape, test.num_classes)
-    require_fits("the weights", network.model, network.variables, test.image_shape)
+    require_usable("the network", network, test.image_shape, classes=test.num_classes)
     metrics = require_metrics(metrics, test.num_classes)
     if names := not_finite(network.variables):
         raise NonFiniteError(f"the network's {names[0]} holds NaN or infinity")

@@ -266,7 +266,7 @@ def _program_digest(model: Model, precision: str, shape: tuple[int, ...], trains
     key, variables = jax.random.key(0), abstract_variables(model, shape)
     texts = []
     for train in (False, True) if trains else (False,):
-        forward = functools.partial(_forward, model, key, train)
+        forward = jax.jit(functools.partial(_forward, model, key, train))  # so it is traced once
         texts.append(_lowered(forward, variables, images))
         texts.append(_lowered(functools.partial(_gradients, forward), variables, images))
     if trains:

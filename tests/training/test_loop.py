@@ -26,6 +26,7 @@ from abflax.models import MODELS
 from abflax.models.variables import init_variables
 from abflax.runtime.reporter import NullReporter
 from abflax.storage.checkpoint import Checkpoints
+from abflax.training.parallel import compile_evaluation, compile_phase, compile_steps
 from abflax.training.record import read_record
 from tests.conftest import Tiny
 from tests.stopping import StopAt
@@ -280,6 +281,9 @@ def test_what_cannot_be_distilled(digits, teacher, tmp_path):
     eleven = dataclasses.replace(digits[1], num_classes=11)
     with pytest.raises(InputError, match="test images are of 11 classes, the training images of 1"):
         _distill((digits[0], eleven), teacher, workdir=tmp_path)
+    for name, meant in (("seed", "seeds"), ("batchsize", "batch_size"), ("epoch", "epochs")):
+        with pytest.raises(InputError, match=f"unknown setting '{name}'; did you mean {meant}"):
+            _distill(digits, teacher, workdir=tmp_path, **{name: 3})
     with pytest.raises(InputError, match="unknown option of method activation-boundary 'options'"):
         _distill(digits, teacher, workdir=tmp_path, options={"margin": 2.0})
     assert not list(tmp_path.iterdir())
@@ -317,14 +321,17 @@ def test_weights_on_disk_are_those_returned(whole):
     chex.assert_trees_all_equal(on_disk, flatten_dict(whole.variables, sep="/"))
 
 
-def test_seeds_can_be_varied_alone(digits, whole, teacher):
+def test_seeds_can_be_varied_alone_and_share_a_program(digits, whole, teacher):
     from abflax import Seeds
 
+    functions = compile_phase, compile_steps, compile_evaluation
+    compiled = [each.cache_info().misses for each in functions]
     for name in ("weights", "order", "augmentation"):
         seeds = dataclasses.replace(Seeds(), **{name: 1})
         other = _distill(digits, teacher, seeds=seeds).variables
         stem = lambda variables: np.asarray(variables["params"]["Conv_0"]["kernel"])
         assert not np.array_equal(stem(other), stem(whole.variables)), name
+    assert [each.cache_info().misses for each in functions] == compiled
 
 
 def _without_times(record):
@@ -342,7 +349,9 @@ def test_a_teacher_of_other_images(digits):
     with pytest.raises(InputError, match=r"'params/stem/kernel' has shape \(3, 3, 3, 16\), where "
                                          r"images of 1 channels need \(3, 3, 1, 16\)"):  # fmt: skip
         _distill(digits, colour)
-    with pytest.raises(InputError, match=r"the weights for wrn10-1: 'params/stem/kernel'"):
+    with pytest.raises(
+        InputError, match=r"the network's weights for wrn10-1: 'params/stem/kernel'"
+    ):
         evaluate(colour, digits[1])
 
 
