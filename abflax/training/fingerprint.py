@@ -263,15 +263,16 @@ def _program_digest(model: Model, precision: str, shape: tuple[int, ...], trains
     if isinstance(side, Linen) and type(side.module).__module__.startswith("abflax."):
         return hashlib.sha256(repr(model).encode()).hexdigest()[:16]
     images = jax.ShapeDtypeStruct((2, *shape), jnp.result_type(float))
-    key, variables = jax.random.key(0), abstract_variables(model, shape)
-    texts = []
-    for train in (False, True) if trains else (False,):
-        forward = jax.jit(functools.partial(_forward, model, key, train))  # so it is traced once
-        texts.append(_lowered(forward, variables, images))
-        texts.append(_lowered(functools.partial(_gradients, forward), variables, images))
-    if trains:
-        texts.append(_lowered(lambda key: init_variables(model, key, shape), key))
-    return hashlib.sha256("".join(texts).encode()).hexdigest()[:16]
+    modes = (False, True) if trains else (False,)
+
+    def compute(variables: Any, images: jax.Array, key: jax.Array) -> Any:
+        passes = []
+        for train in modes:
+            forward = jax.jit(functools.partial(_forward, model, key, train))  # traced once
+            passes += [forward(variables, images), _gradients(forward, variables, images)]
+        return passes, init_variables(model, key, shape) if trains else None
+
+    return _digest_of(compute, abstract_variables(model, shape), images, jax.random.key(0))
 
 
 def _forward(model: Model, key: jax.Array, train: bool, variables: Any, images: jax.Array) -> Any:
