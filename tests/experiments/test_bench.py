@@ -1,6 +1,5 @@
 """What the benchmark counts, and how it shows it; its clock is not tested."""
 
-import dataclasses
 import json
 
 import jax
@@ -167,17 +166,28 @@ def test_a_run_on_another_device_or_of_other_images_is_named(monkeypatch, record
         whole.read(tmp_path / "record.json")
 
 
-def test_all_work_fits_the_engine(monkeypatch):
-    """The engine's programs take what the benchmark gives them; nothing is compiled."""
+@pytest.fixture
+def not_compiled(monkeypatch):
+    """The benchmark's programs are lowered alone."""
     lowered = lambda function, *arguments: (function.lower(*arguments), 0.0, 0)  # noqa: E731
     monkeypatch.setattr(timing, "compiled", lowered)
     monkeypatch.setattr(jax_work, "compiled", lowered)
+
+
+@pytest.mark.usefixtures("not_compiled")
+def test_all_work_fits_the_engine():
+    """The engine's programs take what the benchmark gives them."""
     bench_ = jax_work.Bench("wrn10-1", "wrn10-1", batch=8)
     assert bench_.train(bench_.phases[0]).flops > bench_.teacher_forward().flops > 1e6
     assert bench_.evaluate().images >= 1000
-    views = dataclasses.replace(bench_, method="bss")  # its targets need labels and keys
-    assert views.train(views.phases[0]).flops > bench_.teacher_forward().flops
     assert compile_ahead._flops(bench_, "targets") > 1e6
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("not_compiled")
+def test_targets_that_need_labels_and_keys_fit_the_engine():
+    bench_ = jax_work.Bench("wrn10-1", "wrn10-1", batch=8, method="bss")
+    assert bench_.train(bench_.phases[0]).flops > bench_.teacher_forward().flops
 
 
 def test_the_convolutions_of_a_network_are_found(monkeypatch):

@@ -66,7 +66,12 @@ def test_every_listed_model_has_its_count_stated():
     assert set(PARAMETERS) == set(MODELS)
 
 
-@pytest.mark.parametrize("name", MODELS)
+LARGE = {f"efficientnet-lite{size}" for size in range(1, 5)}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.slow] if n in LARGE else []) for n in MODELS]
+)
 def test_parameters_and_taps(name):
     model = MODELS[name]()
     variables = abstract_variables(model, (32, 32, 3))

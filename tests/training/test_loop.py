@@ -238,7 +238,7 @@ def test_a_checkpoint_of_another_configuration(digits, teacher, tmp_path):
         _distill(digits, teacher, workdir=tmp_path, epochs=(1, 2))
 
 
-@pytest.mark.parametrize("damaged", ["meta", "state"])
+@pytest.mark.parametrize("damaged", [pytest.param("meta", marks=pytest.mark.slow), "state"])
 def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_used(
     whole, digits, teacher, tmp_path, damaged
 ):
@@ -254,7 +254,7 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_used(
     chex.assert_trees_all_equal(resumed.variables, whole.variables)
 
 
-@pytest.mark.parametrize("damaged", ["meta", "state"])
+@pytest.mark.parametrize("damaged", [pytest.param("meta", marks=pytest.mark.slow), "state"])
 def test_where_every_checkpoint_is_damaged_the_run_does_not_begin_anew(
     digits, teacher, tmp_path, damaged
 ):
