@@ -236,10 +236,10 @@ class RunConfig:
             own["augment"] = OwnAugmentation.of(own["augment"])
         try:
             return cls(**own, options=tuple(sorted(options.items())))
-        except UnknownNameError:
-            for name in options:  # the method has no such option, so a setting may be meant
-                if difflib.get_close_matches(name, fields, cutoff=0.8):
-                    raise unknown("setting", name, fields) from None
+        except UnknownNameError as error:
+            nearest = difflib.get_close_matches(error.name, [*error.near, *fields], 1, 0.8)
+            if error.name in options and fields.intersection(nearest):
+                raise unknown("setting", error.name, fields) from None
             raise
 
     def replace(self, **settings: Any) -> RunConfig:

@@ -232,7 +232,7 @@ def distill_group(  # noqa: PLR0913 - the front door
                 configs[0], teachers, data_sets, resources, size=len(left), metrics=metrics,
                 keep_going=workdir is not None, reporter=reporter or NullReporter(),
                 preemption=preemption,
-                code=repr(sorted({repr(each) for each in programs.values()})),  # without hashes
+                code=programs,
             )  # fmt: skip
             with contextlib.closing(group):
                 directories = [

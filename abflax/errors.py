@@ -39,7 +39,16 @@ class InputError(ValueError):
 
 
 class UnknownNameError(InputError, KeyError):
-    """A name that is not in a registry; also a `KeyError`, so that `in` and `get` work."""
+    """A name that is not in a registry; also a `KeyError`, so that `in` and `get` work.
+
+    Attributes:
+      name: what was given.
+      near: the names like it.
+    """
+
+    def __init__(self, message: str, name: str = "", near: Iterable[str] = ()) -> None:
+        super().__init__(message)
+        self.name, self.near = name, tuple(near)
 
     def __str__(self) -> str:
         return str(self.args[0])
@@ -103,7 +112,7 @@ def unknown(kind: str, name: object, known: Iterable[str]) -> UnknownNameError:
     known = sorted(known)
     near = difflib.get_close_matches(str(name), known, n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(known)}"
-    return UnknownNameError(f"unknown {kind} '{name}'; {hint}")
+    return UnknownNameError(f"unknown {kind} '{name}'; {hint}", str(name), near)
 
 
 def import_extra(module: str, extra: str) -> Any:

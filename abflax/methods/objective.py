@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from jax.extend.core import Var, jaxpr_as_fun
+from jax.extend.core import Var
 from jax.interpreters.partial_eval import dce_jaxpr
 
 from abflax.errors import InputError, require_instances
@@ -271,21 +271,16 @@ class Objective:
 
         axes = [(self.axis_name, 1)] if self.axis_name else None
         arguments = (params, teacher["params"], images, labels)
-        traced = jax.make_jaxpr(loss, axis_env=axes)(*arguments)
-        _, used = dce_jaxpr(traced.jaxpr, [True])
-        leaves, tree = jax.tree.flatten(params)
-
-        def traced_loss(leaves: list[jax.Array], *others: jax.Array) -> jax.Array:
-            return jaxpr_as_fun(traced)(*leaves, *others)[0]
-
-        flat = (leaves, *jax.tree.leaves(arguments[1:]))
-        gradient = jax.grad(traced_loss, allow_int=True)
-        gradients = jax.make_jaxpr(gradient, axis_env=axes)(*flat).jaxpr
+        jaxpr = jax.make_jaxpr(loss, axis_env=axes)(*arguments).jaxpr
+        _, used = dce_jaxpr(jaxpr, [True])
+        # Traced again: rules of the user's may need the context that they are called in.
+        gradients = jax.make_jaxpr(jax.grad(loss, allow_int=True), axis_env=axes)(*arguments).jaxpr
         computed = set(gradients.invars)  # else an output is a constant: the zero of no gradient
         for equation in gradients.eqns:
             if any(isinstance(each, Var) and each in computed for each in equation.invars):
                 computed.update(equation.outvars)
         reached = [isinstance(each, Var) and each in computed for each in gradients.outvars]
+        tree = jax.tree.structure(params)
         return jax.tree.unflatten(tree, map(operator.and_, used, reached))
 
     @property

@@ -80,7 +80,8 @@ def program_digests(
       data: the training data.
       metrics: the user's, by name.
     """
-    precision, shape = members[0][0].precision, data.image_shape
+    precision, batch_size = members[0][0].precision, members[0][0].batch_size
+    shape = data.image_shape
     shared: dict[str, str] = {}
     for name, teacher in zip(_teacher_names(teachers), teachers, strict=True):
         moved = any(
@@ -88,7 +89,9 @@ def program_digests(
             for config, _ in members
             for phase in config.phases
         )
-        shared[f"{name} {_PROGRAM}"] = _program_digest(teacher.model, precision, shape, moved)
+        shared[f"{name} {_PROGRAM}"] = _program_digest(
+            teacher.model, precision, shape, moved, batch_size
+        )
     models = [each.model for each in teachers]
     shared |= _function_digests(members[0][0], metrics or {}, shape, data.num_classes)
     of_students: dict[int, str] = {}  # by identity, since some modules cannot be hashed
@@ -96,7 +99,7 @@ def program_digests(
     for config, student in members:
         model = student.model if isinstance(student, Network) else student
         if id(model) not in of_students:
-            of_students[id(model)] = _program_digest(model, precision, shape, True)
+            of_students[id(model)] = _program_digest(model, precision, shape, True, batch_size)
         own = {f"student's {_PROGRAM}": of_students[id(model)]}
         own |= _phase_digests(config, model, models, len(data), shape)
         found[config.hash] = shared | own
@@ -251,7 +254,9 @@ def code_digest(model: Model, image_shape: tuple[int, ...]) -> str:
     return _program_digest(model, "float32", image_shape, trains=False)
 
 
-def _program_digest(model: Model, precision: str, shape: tuple[int, ...], trains: bool) -> str:
+def _program_digest(
+    model: Model, precision: str, shape: tuple[int, ...], trains: bool, batch_size: int = 2
+) -> str:
     """Digests what a network computes, lowered for CPUs whatever runs it.
 
     These are its passes forward and backward, in evaluation mode, and where it `trains` in training
@@ -262,13 +267,13 @@ def _program_digest(model: Model, precision: str, shape: tuple[int, ...], trains
     side = side_of(model)
     if isinstance(side, Linen) and type(side.module).__module__.startswith("abflax."):
         return hashlib.sha256(repr(model).encode()).hexdigest()[:16]
-    images = jax.ShapeDtypeStruct((2, *shape), jnp.result_type(float))
+    images = jax.ShapeDtypeStruct((batch_size, *shape), jnp.result_type(float))
     modes = (False, True) if trains else (False,)
 
     def compute(variables: Any, images: jax.Array, key: jax.Array) -> Any:
         passes = []
         for train in modes:
-            forward = jax.jit(functools.partial(_forward, model, key, train))  # traced once
+            forward = functools.partial(_forward, model, key, train)
             passes += [forward(variables, images), _gradients(forward, variables, images)]
         return passes, init_variables(model, key, shape) if trains else None
 
@@ -324,7 +329,9 @@ def _phase_digests(
             )
         if any(map(_is_own, itertools.chain(*phase.terms))) or any(map(_is_own_view, phase.views)):
             earlier = None if before is None else bound(before)
-            found[f"phase {phase.name}'s {_PROGRAM}"] = _objective_digest(bound(phase), earlier)
+            found[f"phase {phase.name}'s {_PROGRAM}"] = _objective_digest(
+                bound(phase), earlier, config.batch_size
+            )
         before = phase
     return found
 
@@ -344,14 +351,14 @@ def _optimizer_digest(optimizer: OwnOptimizer, objective: Objective) -> str:
     return hashlib.sha256("".join(texts).encode()).hexdigest()[:16]
 
 
-def _objective_digest(objective: Objective, before: Objective | None) -> str:
+def _objective_digest(objective: Objective, before: Objective | None, batch_size: int) -> str:
     """Digests what a phase computes: its modules' first weights, targets, loss and gradients.
 
     The first weights may be taken from the modules of the phase before.
     """
     student, teacher, shape = objective.student, objective.teacher, objective.image_shape
-    images = jax.ShapeDtypeStruct((2, *shape), jnp.result_type(float))
-    labels, key = jax.ShapeDtypeStruct((2,), jnp.int32), jax.random.key(0)
+    images = jax.ShapeDtypeStruct((batch_size, *shape), jnp.result_type(float))
+    labels, key = jax.ShapeDtypeStruct((batch_size,), jnp.int32), jax.random.key(0)
     theirs = {} if teacher is None else dict(abstract_variables(teacher, shape))
     params = theirs.pop("params", {})
 

@@ -75,7 +75,7 @@ class TrainingGroup:
       reporter: told when a run fails.
       preemption: notes a signal, which stops the runs.
       metrics: measured besides, by name.
-      code: see `InputSpec`.
+      code: the digests of what each run's code computes, by its hash; see `InputSpec`.
     """
 
     def __init__(  # noqa: PLR0913 - all that runs share
@@ -90,9 +90,10 @@ class TrainingGroup:
         reporter: Reporter | None = None,
         preemption: Preemption | None = None,
         metrics: Mapping[str, Metric] | None = None,
-        code: str = "",
+        code: Mapping[str, Mapping[str, str]] | None = None,
     ) -> None:
         self.resources, self.size, self.keep_going = resources, size, keep_going
+        self._code = code or {}
         self.reporter = reporter or NullReporter()
         self.preemption = preemption or Preemption()
         devices = usable_devices(resources.devices)
@@ -106,7 +107,7 @@ class TrainingGroup:
         self.spec = InputSpec(
             dataclasses.replace(data.preprocessing, views=config.views), data.image_shape, devices,
             streamed, self.steps_per_dispatch, target.preprocessing if target is not None else None,
-            augment=_augment_of(config, data.image_shape), code=code,
+            augment=_augment_of(config, data.image_shape),
         )  # fmt: skip
         self.teachers = [_placed(each, config.precision, devices) for each in teachers]
         self.teachers = self.teachers or [Teacher()]
@@ -128,6 +129,10 @@ class TrainingGroup:
         for each in (self.inputs, self.evaluation):
             if each is not None:
                 each.close()
+
+    def spec_of(self, config: RunConfig) -> InputSpec:
+        """The form of the inputs, with the digests of what a run's own code computes."""
+        return dataclasses.replace(self.spec, code=repr(self._code.get(config.hash)))
 
     def train_steps(
         self, runs: Sequence[Run], count: int

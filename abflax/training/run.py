@@ -86,9 +86,9 @@ class Run:
             if directory.path is None:
                 raise InputError("anchors are kept in a run's folder: give a workdir")
             self._anchor_epochs = anchor_epochs(self.evaluations.values(), keep)
-        model = configure_model(student, config.precision, AXIS)
+        model, spec = configure_model(student, config.precision, AXIS), group.spec_of(config)
         self._programs = [
-            compile_phase(model, group.teachers[phase.teacher].model, phase, schedule, group.spec)
+            compile_phase(model, group.teachers[phase.teacher].model, phase, schedule, spec)
             for phase, schedule in zip(self.phases, self.schedules, strict=True)
         ]
         for teacher in group.teachers:
