@@ -237,7 +237,9 @@ class RunConfig:
         try:
             return cls(**own, options=tuple(sorted(options.items())))
         except UnknownNameError as error:
-            nearest = difflib.get_close_matches(error.name, [*error.near, *fields], 1, 0.8)
+            # The method has no such option: a setting may be meant.
+            known = [*error.near, *fields]
+            nearest = difflib.get_close_matches(error.name, known, n=1, cutoff=0.8)
             if error.name in options and fields.intersection(nearest):
                 raise unknown("setting", error.name, fields) from None
             raise

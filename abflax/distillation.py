@@ -231,8 +231,7 @@ def distill_group(  # noqa: PLR0913 - the front door
             group = TrainingGroup(
                 configs[0], teachers, data_sets, resources, size=len(left), metrics=metrics,
                 keep_going=workdir is not None, reporter=reporter or NullReporter(),
-                preemption=preemption,
-                code=programs,
+                preemption=preemption, code=programs,
             )  # fmt: skip
             with contextlib.closing(group):
                 directories = [

@@ -273,7 +273,7 @@ class Objective:
         arguments = (params, teacher["params"], images, labels)
         jaxpr = jax.make_jaxpr(loss, axis_env=axes)(*arguments).jaxpr
         _, used = dce_jaxpr(jaxpr, [True])
-        # Traced again: rules of the user's may need the context that they are called in.
+        # Not the jaxpr is differentiated: a custom rule may run only where the model calls it.
         gradients = jax.make_jaxpr(jax.grad(loss, allow_int=True), axis_env=axes)(*arguments).jaxpr
         computed = set(gradients.invars)  # else an output is a constant: the zero of no gradient
         for equation in gradients.eqns:
