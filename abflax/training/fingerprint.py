@@ -49,6 +49,7 @@ from abflax.runtime.distributed import on_process_zero
 from abflax.storage.files import as_json, read_json, write_whole
 from abflax.taps import Model, run_model, side_of
 from abflax.taps.linen import Linen
+from abflax.training.inputs import EVALUATION_BATCH
 from abflax.training.step import create_train_state
 
 FILE = "fingerprint.json"
@@ -90,7 +91,7 @@ def program_digests(
             for phase in config.phases
         )
         shared[f"{name} {_PROGRAM}"] = _program_digest(
-            teacher.model, precision, shape, moved, batch_size
+            teacher.model, precision, shape, batch_size, moved
         )
     models = [each.model for each in teachers]
     shared |= _function_digests(members[0][0], metrics or {}, shape, data.num_classes)
@@ -99,7 +100,7 @@ def program_digests(
     for config, student in members:
         model = student.model if isinstance(student, Network) else student
         if id(model) not in of_students:
-            of_students[id(model)] = _program_digest(model, precision, shape, True, batch_size)
+            of_students[id(model)] = _program_digest(model, precision, shape, batch_size, True)
         own = {f"student's {_PROGRAM}": of_students[id(model)]}
         own |= _phase_digests(config, model, models, len(data), shape)
         found[config.hash] = shared | own
@@ -250,12 +251,12 @@ def _record_digest(directory: Path) -> str | None:
 
 
 def code_digest(model: Model, image_shape: tuple[int, ...]) -> str:
-    """Digests what a network computes now, in evaluation mode."""
-    return _program_digest(model, "float32", image_shape, trains=False)
+    """Digests what a network computes now of an evaluation's batch."""
+    return _program_digest(model, "float32", image_shape, EVALUATION_BATCH, trains=False)
 
 
 def _program_digest(
-    model: Model, precision: str, shape: tuple[int, ...], trains: bool, batch_size: int = 2
+    model: Model, precision: str, shape: tuple[int, ...], batch_size: int, trains: bool
 ) -> str:
     """Digests what a network computes, lowered for CPUs whatever runs it.
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from abflax import RunConfig, distill, distill_group, load
+from abflax import Network, RunConfig, distill, distill_group, evaluate, load
 from abflax.methods import METHODS, Phase, bind
 from abflax.methods.terms import Term
 from abflax.training.fingerprint import code_digest, program_digests
@@ -73,6 +73,21 @@ def test_a_term_is_known_by_what_it_computes_of_a_whole_batch(data, monkeypatch)
     monkeypatch.setattr(f"{__name__}.LARGEST", 12)
     now = digests()
     assert [name for name in before if now[name] != before[name]] == ["phase joint's computation"]
+
+
+class Shifted(nn.Module):
+    """A network that adds to batches of more than `LARGEST` images."""
+
+    @nn.compact
+    def __call__(self, images):
+        return nn.Dense(10)(images.mean(axis=(1, 2)) + max(0, len(images) - LARGEST))
+
+
+def test_a_network_is_known_by_what_it_computes_of_an_evaluations_batch(data, monkeypatch):
+    network = Network(Shifted(), Shifted().init(jax.random.key(0), data.images[:1]))
+    before = evaluate(network, data)["test_cross_entropy"]
+    monkeypatch.setattr(f"{__name__}.LARGEST", 12)
+    assert evaluate(network, data)["test_cross_entropy"] != before
 
 
 class OwnRule(nn.Module):
