@@ -102,6 +102,7 @@ def test_a_network_alone(command, workdir):
     assert "agreement" not in summary["layers"]["layer1"]
 
 
+@pytest.mark.slow
 def test_mistakes(command, workdir):
     runs = _runs(workdir)
     mistakes = [

@@ -174,6 +174,7 @@ def not_compiled(monkeypatch):
     monkeypatch.setattr(jax_work, "compiled", lowered)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("not_compiled")
 def test_all_work_fits_the_engine():
     """The engine's programs take what the benchmark gives them."""

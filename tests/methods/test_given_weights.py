@@ -97,6 +97,7 @@ def test_a_loop_of_ones_own_hands_the_paraphraser_on(given):
     )
 
 
+@pytest.mark.slow
 def test_a_run_of_both_phases(given, tmp_path):
     """The student's schedule is that of its own two epochs, of which the paraphraser's is none.
 
@@ -196,7 +197,7 @@ def _headed_term(factor):
     return Headed
 
 
-@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("count", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_what_a_module_begins_with_is_part_of_a_run(count, given, tmp_path):
     """It is taken from the teacher, or in a last phase from the one before."""
     images, labels, teacher = given

@@ -191,6 +191,7 @@ def test_a_file_that_cannot_be_written_stays_what_it_was(tmp_path, monkeypatch):
 ORDINARY = ["setpriv", "--bounding-set=-dac_override,-dac_read_search"] if os.getuid() == 0 else []
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(bool(ORDINARY) and not shutil.which("setpriv"), reason="root, and no setpriv")
 @pytest.mark.parametrize(
     ("mode", "cannot"), [(0o555, "cannot write to"), (0o000, "cannot be read")]

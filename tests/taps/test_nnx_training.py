@@ -66,6 +66,7 @@ def trained(student, data, **settings):
     return distill(student, teacher, data, **{**fixed, **settings})
 
 
+@pytest.mark.slow
 def test_bfloat16_is_that_of_the_module_itself(data):
     """The logits are a native bfloat16 module's; weights and statistics stay float32."""
     images = jnp.asarray(data.images, jnp.float32) / 16
@@ -103,13 +104,17 @@ def in_boxes(boxed):
         return Net(4, rngs=nnx.Rngs(0), boxed=boxed)
 
 
-@pytest.mark.parametrize("make", [in_boxes, Boxed], ids=["nnx", "linen"])
+@pytest.mark.parametrize(
+    "make",
+    [pytest.param(in_boxes, id="nnx"), pytest.param(Boxed, id="linen", marks=pytest.mark.slow)],
+)
 def test_boxed_parameters_are_parameters(data, make):
     plain, boxed = (trained(Tapped(make(boxed=each), TAPS), data) for each in (False, True))
     chex.assert_trees_all_equal(plain.variables, boxed.variables)
     assert isinstance(boxed.variables["params"]["conv"]["kernel"], np.ndarray | jax.Array)
 
 
+@pytest.mark.slow
 def test_a_teacher_with_boxed_parameters(data):
     images = jnp.zeros((1, 8, 8, 1))
     results = []

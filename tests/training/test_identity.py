@@ -98,6 +98,7 @@ OWN_CASES = {
 }
 
 
+@pytest.mark.slow  # the tests of own methods, functions and optimizers try some of them
 def test_other_code_of_ones_own(tmp_path):
     identity.finished(tmp_path, identity.own())
     for _, what, changed, _ in identity.own_experiments():

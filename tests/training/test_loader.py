@@ -143,6 +143,7 @@ def test_runs_of_a_group_at_other_steps_get_the_batches_of_their_own(shuffled, t
         chex.assert_trees_all_close(ours.variables, theirs.variables, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.slow
 def test_devices_and_dispatches_change_nothing(shuffled):
     cropped = Batches(shuffled.loader, 10, 2, Preprocessing((128.0,), (64.0,), pad=1, flip=True))
     one = trained(cropped)
@@ -248,7 +249,7 @@ def test_the_reader_goes_anywhere_it_has_a_position_of(shuffled):
     assert reader.step == 3
 
 
-@pytest.mark.parametrize("kind", ["DataLoader", "Dataset"])
+@pytest.mark.parametrize("kind", [pytest.param("DataLoader", marks=pytest.mark.slow), "Dataset"])
 def test_a_grain_loader_resumes_to_the_same_bits(data, kind, tmp_path):
     grain = pytest.importorskip("grain")
     rows = [{"image": i, "label": n} for i, n in zip(data.images, data.labels, strict=True)]

@@ -23,6 +23,9 @@ from abflax.training.run import Run
 from abflax.training.run_directory import RunDirectory
 
 SHAPE = (8, 8, 1)
+PRECISIONS = pytest.mark.parametrize(
+    "precision", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)]
+)
 # The least float32, with which batch norm hides a sum of products from XLA's CPU backend.
 LEAST = "0xFF7FFFFF|-3\\.40282"
 
@@ -68,7 +71,7 @@ def strided_slices(text):
 
 
 @pytest.mark.parametrize("platform", ["cuda", "tpu"])
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@PRECISIONS
 @pytest.mark.parametrize("program", ["initialise", "classify"])
 def test_train_steps_on_accelerators(program, precision, platform):
     text = lowered(program, platform, precision)
@@ -82,7 +85,7 @@ def test_train_steps_on_accelerators(program, precision, platform):
 
 
 @pytest.mark.parametrize("platform", ["cuda", "tpu"])
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@PRECISIONS
 @pytest.mark.parametrize(("program", "networks"), [("evaluate", 2), ("targets", 1)])
 def test_evaluation_and_targets_on_accelerators(program, networks, precision, platform):
     text = lowered(program, platform, precision)

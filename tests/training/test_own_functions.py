@@ -70,6 +70,7 @@ def test_it_sees_stored_pixels_behind_the_crop_and_before_the_normalization(data
     chex.assert_trees_all_close(seen.variables, trained(other).variables, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_eight_devices_and_one_give_the_same_numbers(data, teacher):
     """Of an augmentation that needs the whole batch; teacher and student see the same images."""
     one, eight = (

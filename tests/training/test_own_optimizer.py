@@ -104,6 +104,7 @@ def test_an_own_optimizer_is_known_by_what_it_computes(data, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_an_own_optimizer_is_known_by_what_it_does_to_connectors(data, tmp_path):
     """The label's problem has none; the rates of the student are the same."""
 

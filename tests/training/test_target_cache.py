@@ -68,7 +68,7 @@ def test_augmenting_shows_the_views_that_are_drawn(views, count, shown):
     ("method", "epochs", "views"),
     [
         ("activation-boundary", (1, 0), 3),  # bits
-        ("kd", (0, 2), None),  # all views
+        pytest.param("kd", (0, 2), None, marks=pytest.mark.slow),  # all views
         pytest.param("activation-boundary", (1, 1), 3, marks=pytest.mark.slow),  # then logits
         pytest.param("l2", (1, 0), 3, marks=pytest.mark.slow),  # activations
     ],
@@ -132,6 +132,7 @@ class StopsInTargets(Reporter):
             signal.raise_signal(signal.SIGTERM)
 
 
+@pytest.mark.slow
 def test_a_signal_ends_the_computation_of_targets(digits, teacher, monkeypatch, tmp_path):
     monkeypatch.setattr(target_cache, "_cache", {})
     options = {"resources": KEPT, "method": "kd", "epochs": (0, 1), "workdir": tmp_path}
