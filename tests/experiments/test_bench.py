@@ -208,7 +208,7 @@ def test_the_convolutions_of_a_network_are_found(monkeypatch):
 
 @pytest.mark.slow
 def test_every_section_runs(monkeypatch, tmp_path, capsys):
-    """The whole command at a tiny size, a minute or two."""
+    """The whole command at a tiny size, with three methods and no more than four students."""
     from rich.console import Console
 
     arguments = ["--teacher", "wrn10-1", "--student", "wrn10-1", "--batch", "8"]
@@ -216,6 +216,8 @@ def test_every_section_runs(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr("sys.argv", ["bench", *arguments])
     monkeypatch.setattr(scaling, "IMAGES", (64, 128, 512))
     monkeypatch.setattr(scaling, "SEEDS", 2)
+    monkeypatch.setattr(bench, "METHODS", ("cross-entropy", "activation-boundary", "nst"))
+    monkeypatch.setattr(bench, "STUDENTS", (1, 2, 4))
     monkeypatch.setattr(quickstart, "TEACHER_EPOCHS", 1)
     monkeypatch.setattr(quickstart, "EPOCHS", (1, 1))
     bench.main(Console())
