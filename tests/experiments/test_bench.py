@@ -210,7 +210,7 @@ def test_the_convolutions_of_a_network_are_found(monkeypatch):
 
 @pytest.mark.slow
 def test_every_section_runs(monkeypatch, tmp_path, capsys):
-    """The whole command with little work, which is still a quarter of an hour on one core."""
+    """The whole command with little work, which still takes many minutes on one core."""
     from rich.console import Console
 
     arguments = ["--teacher", "wrn10-1", "--student", "wrn10-1", "--batch", "8"]
